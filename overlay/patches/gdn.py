@@ -1,0 +1,266 @@
+"""GDN input projections of Qwen3-Next, Qwen3.5 and every model built on the same layer: two GEMMs at once.
+
+Symptom: each GDN layer runs ``in_proj_qkvz`` (2048 to 12288 columns in Qwen3.5-35B-A3B) and then ``in_proj_ba`` (64
+columns) on one stream. The second fills a few percent of the GPU and costs a launch and a tail of its own.
+
+Cause: nothing orders the two; they read the same input and write different results.
+
+Fix: `in_proj_qkvz` stays on the main stream, `in_proj_ba` runs next to it on an auxiliary stream, inside one custom op.
+Upstream's own forward runs, called with a stand-in for `self` whose two projections are the op's two results. No line
+of upstream is repeated here, and a changed signature (0.25 to 0.26) does not matter.
+
+Upstream: vLLM #36795 did it and #38152 took it back (the op took the layer name as ``str``: every layer became a compile
+artifact of its own); #39748 closed, #42301 open; #41457 would fuse the two GEMMs instead.
+
+Remove when: the verdict of your vLLM is ``landed`` (``python -m overlay check``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from vllm import envs
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
+from vllm.platforms import current_platform
+from vllm.utils import torch_utils
+
+from overlay.journal import PatchRecord, journal
+from overlay.plan import Plan
+from overlay.settings import Settings
+from overlay.streams import ParallelRegion
+from overlay.verdict import INERT, Verdict
+
+NAME = "gdn"
+OP_LIBRARY, OP_NAME = "vllm_overlay", "gdn_in_proj"
+#: The attribute that holds a layer's `InProjPair`, or None where the layer stays stock.
+PAIR = "_overlay_in_proj_pair"
+
+# vLLM 0.20.0 and later with torch 2.11 and later: an opaque type, so that layers share compile artifacts. Before: str.
+LayerNameType = getattr(torch_utils, "LayerNameType", str)
+encode_layer_name = getattr(torch_utils, "_encode_layer_name", str)
+resolve_layer_name = getattr(torch_utils, "_resolve_layer_name", str)
+
+
+class InProjPair:
+    """What the op needs of one layer: sizes per tensor-parallel shard, stream and events, and where it counts."""
+
+    def __init__(self, layer_name: str, qkvz_size: int, ba_size: int, plan: Plan, record: PatchRecord) -> None:
+        self.layer_name = layer_name
+        self.qkvz_size = qkvz_size
+        self.ba_size = ba_size
+        self.region = ParallelRegion(slots=1)
+        self._always_serial: str | None = None
+        self._plan = plan
+        self._record = record
+
+    def project(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both projections of (tokens, hidden) input: (tokens, qkvz_size) and (tokens, ba_size)."""
+        reason = self._reason_for_serial(layer, hidden_states)
+        if reason is None:
+            self._record.calls.dual_stream += 1
+            (qkvz, _), ((ba, _),) = self.region.run(
+                lambda: layer.in_proj_qkvz(hidden_states), [lambda: layer.in_proj_ba(hidden_states)]
+            )
+        else:
+            self._record.calls.count_serial(reason)
+            qkvz, _ = layer.in_proj_qkvz(hidden_states)
+            ba, _ = layer.in_proj_ba(hidden_states)
+        return qkvz, ba
+
+    def _reason_for_serial(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> str | None:
+        if self._always_serial is not None:
+            return self._always_serial
+        capturing = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not self.region.prepared:
+            if capturing:
+                return "no call before the capture"
+            self._prepare(layer, hidden_states)
+            return self._always_serial or "not capturing a CUDA graph"
+        return self._plan.reason_for_serial(hidden_states.shape[0], capturing)
+
+    def _prepare(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> None:
+        """Once per layer, outside capture: streams, events, and what libraries allocate on a stream's first use."""
+        if not hidden_states.is_cuda:
+            self._always_serial = "serial pass-through"
+        elif hasattr(layer.in_proj_qkvz, "base_layer") or hasattr(layer.in_proj_ba, "base_layer"):
+            self._always_serial = "LoRA on the projections"
+        else:
+            self.region.prepare(hidden_states.device)
+            self.region.run(lambda: None, [lambda: layer.in_proj_ba(hidden_states)])
+
+
+class InProjView:
+    """Stand-in for `self` in upstream's forward: the real layer, but for the two projections.
+
+    A plain class, because Dynamo traces through it (it does not trace wrapt.ObjectProxy or SimpleNamespace). Whichever
+    projection is asked for first launches both.
+    """
+
+    def __init__(self, layer: torch.nn.Module, pair: InProjPair) -> None:
+        self._layer = layer
+        self._pair = pair
+        self._results: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._results is None:
+            pair = self._pair
+            self._results = torch.ops.vllm_overlay.gdn_in_proj(
+                hidden_states, pair.qkvz_size, pair.ba_size, encode_layer_name(pair.layer_name)
+            )
+        return self._results
+
+    def in_proj_qkvz(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self._project(hidden_states)[0], None
+
+    def in_proj_ba(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self._project(hidden_states)[1], None
+
+
+def overlap_in_projections(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function to set on the class in the place of `original`.
+
+    Plain, because Dynamo drops a wrapt wrapper from what it traces, without a word (torch 2.11).
+    """
+
+    @functools.wraps(original)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        pair = getattr(self, PAIR, None)
+        if pair is None:
+            return original(self, *args, **kwargs)
+        return original(InProjView(self, pair), *args, **kwargs)
+
+    return forward
+
+
+def register_op(record: PatchRecord) -> None:
+    """Define ``vllm_overlay::gdn_in_proj`` for the platform's device."""
+    def gdn_in_proj(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
+        layer = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
+        return getattr(layer, PAIR).project(layer, hidden_states)
+
+    def fake(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
+        record.calls.fake += 1
+        leading = hidden_states.shape[:-1]
+        return hidden_states.new_empty((*leading, qkvz_size)), hidden_states.new_empty((*leading, ba_size))
+
+    pair_of_tensors = tuple[torch.Tensor, torch.Tensor]
+    gdn_in_proj.__annotations__ = {
+        "hidden_states": torch.Tensor,
+        "qkvz_size": int,
+        "ba_size": int,
+        "layer_name": LayerNameType,
+        "return": pair_of_tensors,
+    }
+    library = torch.library.Library(OP_LIBRARY, "FRAGMENT")
+    torch_utils.direct_register_custom_op(OP_NAME, gdn_in_proj, mutates_args=[], fake_impl=fake, target_lib=library)
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # an op lives as long as its library object
+
+
+def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
+    """The two output sizes per tensor-parallel shard, cross-checked against the head counts.
+
+    Read from the linears' own bookkeeping, never from ``weight.shape``: Marlin, AWQ, GPTQ and FP8 repack the weight.
+    Raises ValueError where the two do not agree.
+    """
+    qkvz, ba = layer.in_proj_qkvz.output_size_per_partition, layer.in_proj_ba.output_size_per_partition
+    tp_size = layer.tp_size
+    ba_shards = 1 if getattr(layer, "disable_tp_for_ba_proj", False) else tp_size
+    expected = (2 * (layer.key_dim + layer.value_dim) // tp_size, 2 * layer.num_v_heads // ba_shards)
+    if (qkvz, ba) != expected:
+        raise ValueError(f"shard sizes qkvz={qkvz}, ba={ba}, but the heads say qkvz={expected[0]}, ba={expected[1]}")
+    return qkvz, ba
+
+
+class Refused(Exception):
+    """Why a layer stays stock."""
+
+
+def gemm_of(linear: torch.nn.Module) -> str | None:
+    """The name of a linear's GEMM if it may run next to another one, else raise Refused.
+
+    Two quantized GEMMs at once can share scratch memory, so this is an allowlist: unquantized through torch's own GEMM,
+    and Marlin kernels that own their workspace (vLLM 0.33.0 shares one workspace between all Marlin layers).
+    """
+    method = linear.quant_method
+    name = type(method).__name__
+    kernel = getattr(method, "kernel", None) or getattr(getattr(linear, "scheme", None), "kernel", None)
+    if name == "UnquantizedLinearMethod":
+        implementation = getattr(method, "_gemm_impl", None)
+        if implementation is None:
+            implementation = dispatch_unquantized_gemm()
+        gemm = getattr(implementation, "__name__", type(implementation).__name__)
+        if gemm in ("default_unquantized_gemm", "cpu_unquantized_gemm"):
+            return gemm
+        raise Refused(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
+    if type(kernel).__name__ == "MarlinLinearKernel":
+        if "workspace" in type(kernel).process_weights_after_loading.__code__.co_names:
+            return f"{name} with {type(kernel).__name__}"
+        raise Refused(f"{name}: its Marlin kernel shares one workspace between layers")
+    detail = f" with {type(kernel).__name__}" if kernel is not None else ""
+    raise Refused(f"quantization method {name}{detail} is not on the allowlist")
+
+
+def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> InProjPair:
+    """The record of a freshly made layer. Raises Refused with the reason where the layer must stay stock."""
+    config = get_current_vllm_config()
+    if not hasattr(layer, "in_proj_qkvz"):
+        raise Refused("the projections are split for LoRA")
+    if config.compilation_config.static_forward_context.get(layer.prefix) is not layer:
+        raise Refused("the layer is not registered under its name in the static forward context")
+    if config.parallel_config.use_ubatching:
+        raise Refused("micro-batching (DBO): two main streams would share one auxiliary stream")
+    if envs.VLLM_BATCH_INVARIANT:
+        raise Refused("batch-invariant mode")
+    qkvz_size, ba_size = shard_sizes(layer)
+    for linear in (layer.in_proj_qkvz, layer.in_proj_ba):
+        gemm_of(linear)
+    return InProjPair(layer.prefix, qkvz_size, ba_size, plan, record)
+
+
+def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
+    """Intercept the class of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
+    if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
+        return replace(verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}")
+    assert verdict.class_name is not None
+    target = getattr(module, verdict.class_name)
+    originals = {name: target.__dict__[name] for name in verdict.methods}
+    record = journal.patch(NAME)
+    plan = Plan(settings.plan, settings.token_threshold)
+
+    def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        setattr(layer, PAIR, None)
+        try:
+            pair = make_pair(layer, plan, record)
+        except Refused as refused:
+            record.refuse(layer.prefix, str(refused))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            record.refuse(layer.prefix, reason)
+            journal.problem(f"{NAME}: layer {layer.prefix} stays stock: {reason}")
+            if settings.strict:
+                raise
+        else:
+            setattr(layer, PAIR, pair)
+            record.patched[layer.prefix] = {"qkvz": pair.qkvz_size, "ba": pair.ba_size}
+            journal.keep_current()
+
+    register_op(record)
+    wrapt.wrap_function_wrapper(target, "__init__", after_init)
+    for name, original in originals.items():
+        setattr(target, name, overlap_in_projections(original))
+    return verdict

@@ -1,0 +1,139 @@
+"""What a person can set: one family of environment variables, parsed once into a frozen object.
+
+The family is ``VLLMOVERLAY``, without an underscore after ``VLLM``, on purpose: vLLM warns about every ``VLLM_…`` name that
+it does not know, and with ``--fail-on-environ-validation`` it refuses to start. Settings that outlive the overlay's
+folder in a manifest must not be able to do that.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+FAMILY = "VLLMOVERLAY"
+#: What people type by habit; naming it in an error beats ignoring it.
+HABITUAL = "VLLM_OVERLAY"
+PATCH_NAMES = ("gdn",)
+PLANS = ("dual", "serial")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+ON = ("1", "true", "on", "yes")
+OFF = ("0", "false", "off", "no")
+
+Value = TypeVar("Value")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. The message names the variable, its value and what is allowed."""
+
+    def __init__(self, variable: str, value: str, allowed: str) -> None:
+        super().__init__(f"{variable}={value!r} is not usable: {allowed}")
+
+
+def default_journal_folder() -> str:
+    """A folder of this user's own; journals of every process on the host meet there."""
+    return os.path.join(tempfile.gettempdir(), f"vllm-overlay-{os.getuid()}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings with their defaults; `load` fills it from the environment."""
+
+    enabled: bool = True
+    patches: tuple[str, ...] = PATCH_NAMES
+    strict: bool = False
+    plan: str = "dual"
+    token_threshold: int = 256
+    serial_pass_through: bool = False
+    log_level: str = "info"
+    journal_folder: str = ""
+
+
+def _switch(variable: str, value: str) -> bool:
+    word = value.strip().lower()
+    if word in ON:
+        return True
+    if word in OFF:
+        return False
+    raise SettingsError(variable, value, f"allowed are {', '.join(ON)} and {', '.join(OFF)}")
+
+
+def _one_of(allowed: tuple[str, ...]) -> Callable[[str, str], str]:
+    def parse(variable: str, value: str) -> str:
+        word = value.strip().lower()
+        if word not in allowed:
+            raise SettingsError(variable, value, f"allowed are {', '.join(allowed)}")
+        return word
+
+    return parse
+
+
+def _patches(variable: str, value: str) -> tuple[str, ...]:
+    words = [word.strip().lower() for word in value.split(",") if word.strip()]
+    if words == ["all"]:
+        return PATCH_NAMES
+    if words == ["none"]:
+        return ()
+    unknown = [word for word in words if word not in PATCH_NAMES]
+    if unknown or not words:
+        raise SettingsError(variable, value, f"allowed are all, none, or a comma-separated list of {', '.join(PATCH_NAMES)}")
+    return tuple(name for name in PATCH_NAMES if name in words)
+
+
+def _tokens(variable: str, value: str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 1_000_000:
+        raise SettingsError(variable, value, "allowed is a whole number of tokens from 0 to 1000000")
+    return number
+
+
+def _folder(variable: str, value: str) -> str:
+    if not os.path.isabs(value):
+        raise SettingsError(variable, value, "allowed is an absolute path")
+    return value
+
+
+_VARIABLES: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    FAMILY: ("enabled", _switch),
+    f"{FAMILY}_PATCHES": ("patches", _patches),
+    f"{FAMILY}_STRICT": ("strict", _switch),
+    f"{FAMILY}_PLAN": ("plan", _one_of(PLANS)),
+    f"{FAMILY}_TOKEN_THRESHOLD": ("token_threshold", _tokens),
+    f"{FAMILY}_SERIAL_PASS_THROUGH": ("serial_pass_through", _switch),
+    f"{FAMILY}_LOG_LEVEL": ("log_level", _one_of(LOG_LEVELS)),
+    f"{FAMILY}_JOURNAL_DIR": ("journal_folder", _folder),
+}
+
+
+def strict_was_asked_for(environ: Mapping[str, str]) -> bool:
+    """Whether strict is on, for the moment when the other settings cannot be parsed."""
+    return environ.get(f"{FAMILY}_STRICT", "").strip().lower() in ON
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Parse the family out of `environ`.
+
+    An empty value counts as not set, as in vLLM's own variables in a compose file. Raises SettingsError for an unknown
+    name of the family and for a value that is not allowed.
+    """
+    found: dict[str, Any] = {}
+    for name, value in environ.items():
+        if name.startswith(HABITUAL):
+            allowed = f"the family is {FAMILY}…; did you mean {FAMILY}{name.removeprefix(HABITUAL)}?"
+            raise SettingsError(name, value, allowed)
+        if name != FAMILY and not name.startswith(f"{FAMILY}_"):
+            continue
+        if name not in _VARIABLES:
+            raise SettingsError(name, value, f"no such setting; the family has {', '.join(_VARIABLES)}")
+        if value == "":
+            continue
+        field, parse = _VARIABLES[name]
+        found[field] = parse(name, value)
+    found.setdefault("journal_folder", default_journal_folder())
+    assert set(found) <= {field.name for field in fields(Settings)}
+    return Settings(**found)

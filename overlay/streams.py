@@ -1,0 +1,112 @@
+"""Fork and join: independent work of one step on auxiliary CUDA streams.
+
+Memory contract, for readers who change anything here:
+
+* An auxiliary stream does nothing outside a fork. Every fork begins with a wait for an event that was recorded on the
+  current (main) stream, every fork is joined before `run` returns, and all of it happens inside one custom op, so no
+  fork spans a piecewise or breakable CUDA graph segment.
+* Inputs therefore stay alive: the main stream cannot pass the join before the auxiliary work has read them.
+* Results of a slot are allocated on its auxiliary stream and read on the main stream after the join. When they are
+  freed, the caching allocator may give the block to the next work on that auxiliary stream at once. That work waits for
+  the next fork's start event, which the main stream records after the last read. So `Tensor.record_stream` is not needed.
+* This holds for one main stream per device. Where two of them share a device (DBO and other micro-batching), patches
+  run serially.
+
+Streams are made per device and slot, on first use, never at import (that would initialise CUDA before a fork of the
+process) and never during capture. Events belong to one region (one layer), because a captured graph refers to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Work = Callable[[], Any]
+
+_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+
+
+def auxiliary_stream(device: torch.device, slot: int) -> torch.cuda.Stream:
+    """The auxiliary stream of a device for a slot, made on first use and shared by all regions of the process."""
+    key = (device, slot)
+    stream = _streams.get(key)
+    if stream is None:
+        stream = _streams[key] = torch.cuda.Stream(device=device)
+    return stream
+
+
+class ParallelRegion:
+    """One default callable on the current stream, `slots` auxiliary callables next to it.
+
+    Two uses::
+
+        region = ParallelRegion(slots=1)
+        region.prepare(device)                     # outside capture
+        main, (side,) = region.run(big_gemm, [small_gemm])
+
+        main, (a, _, c) = ParallelRegion(slots=3).run_serially(work, [work_a, None, work_c])
+    """
+
+    def __init__(self, slots: int) -> None:
+        if slots < 1:
+            raise ValueError(f"a parallel region has at least one auxiliary slot, not {slots}")
+        self.slots = slots
+        self._auxiliary_streams: list[torch.cuda.Stream] = []
+        self._start: torch.cuda.Event | None = None
+        self._done: list[torch.cuda.Event] = []
+
+    @property
+    def prepared(self) -> bool:
+        return self._start is not None
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the streams and events. Not allowed while a CUDA graph is captured on the current stream."""
+        if self.prepared:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a parallel region must be prepared before a CUDA graph is captured")
+        self._auxiliary_streams = [auxiliary_stream(device, slot) for slot in range(self.slots)]
+        self._done = [torch.cuda.Event(enable_timing=False) for _ in range(self.slots)]
+        self._start = torch.cuda.Event(enable_timing=False)
+
+    def _check(self, auxiliary: Sequence[Work | None]) -> None:
+        if len(auxiliary) != self.slots:
+            raise ValueError(f"this parallel region has {self.slots} auxiliary slots, got {len(auxiliary)} callables")
+
+    def run(self, default: Work, auxiliary: Sequence[Work | None]) -> tuple[Any, tuple[Any, ...]]:
+        """Fork, run, join. A slot that is None costs nothing and gives None.
+
+        Raises what a callable raises, after every launched slot has been joined: a dangling fork would spoil a capture.
+        """
+        self._check(auxiliary)
+        start = self._start
+        if start is None:
+            raise RuntimeError("this parallel region has not been prepared")
+        main_stream = torch.cuda.current_stream()
+        results: list[Any] = [None] * self.slots
+        launched: list[int] = []
+        try:
+            if any(work is not None for work in auxiliary):
+                start.record(main_stream)
+            for slot, work in enumerate(auxiliary):
+                if work is None:
+                    continue
+                stream = self._auxiliary_streams[slot]
+                stream.wait_event(start)
+                launched.append(slot)
+                with torch.cuda.stream(stream):
+                    results[slot] = work()
+            default_result = default()
+        finally:
+            for slot in launched:
+                self._done[slot].record(self._auxiliary_streams[slot])
+                main_stream.wait_event(self._done[slot])
+        return default_result, tuple(results)
+
+    def run_serially(self, default: Work, auxiliary: Sequence[Work | None]) -> tuple[Any, tuple[Any, ...]]:
+        """The same work on the current stream, in the order in which upstream issues it: default first."""
+        self._check(auxiliary)
+        default_result = default()
+        return default_result, tuple(None if work is None else work() for work in auxiliary)

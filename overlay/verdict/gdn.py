@@ -1,0 +1,190 @@
+"""The verdict for the GDN input projections: does the forward call both, once each, on one unchanged input?"""
+
+from __future__ import annotations
+
+import ast
+
+from overlay.verdict.model import ABSENT, APPLY, DRIFTED, LANDED, SourceTree, Verdict
+from overlay.verdict.shapes import (
+    Drift,
+    Function,
+    attribute_of_self,
+    changes_or_hands_out,
+    find_class,
+    methods_of,
+    paths_to_statements,
+    uses_of,
+)
+
+QKVZ, BA = "in_proj_qkvz", "in_proj_ba"
+#: Where the class has lived: from vLLM 0.22.0, and 0.19.0 to 0.21.0.
+TARGETS = (
+    ("vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn", "QwenGatedDeltaNetAttention"),
+    ("vllm.model_executor.layers.mamba.gdn_linear_attn", "GatedDeltaNetAttention"),
+)
+#: Where releases before 0.19.0 kept it; and, in all releases, a model that is built on it.
+MODEL = "vllm.model_executor.models.qwen3_next"
+METHODS = ("forward", "forward_cuda", "forward_hip", "forward_cpu")
+#: The op that vLLM #36795 brought and #38152 reverted. Where it is back, upstream does the overlap.
+LANDED_OP = "gdn_in_proj"
+
+
+def judge(tree: SourceTree) -> Verdict:
+    """The verdict for one vLLM, read from its sources without importing it."""
+    for module, class_name in TARGETS:
+        source = tree.read(module)
+        if source is None:
+            continue
+        try:
+            return _judge_class(find_class(source.parse(), class_name), module, class_name, source.path)
+        except SyntaxError as error:
+            return Verdict(DRIFTED, f"not readable as Python: {error.msg}", module, where=f"{source.path}:{error.lineno}")
+    return _without_target(tree)
+
+
+def _without_target(tree: SourceTree) -> Verdict:
+    model = tree.read(MODEL)
+    if model is None:
+        return Verdict(ABSENT, "this vLLM has no Qwen3-Next and no GDN layer")
+    if QKVZ in model.text:
+        return Verdict(
+            ABSENT,
+            "the GDN layer is part of models/qwen3_next.py, as before vLLM 0.19.0; the overlay supports 0.19.0 and later",
+            MODEL,
+            where=f"{model.path}:1",
+        )
+    known = " or ".join(module for module, _ in TARGETS)
+    return Verdict(DRIFTED, f"this vLLM has Qwen3-Next, but its GDN layer is not in {known}", where=f"{model.path}:1")
+
+
+def _judge_class(class_node: ast.ClassDef | None, module: str, class_name: str, path: str) -> Verdict:
+    if class_node is None:
+        return Verdict(DRIFTED, f"no class {class_name} at the top level of {module}", module, where=f"{path}:1")
+    methods = methods_of(class_node)
+    primary = "forward_cuda" if "forward_cuda" in methods else "forward"
+    patched = []
+    try:
+        for name in METHODS:
+            method = methods.get(name)
+            if method is None:
+                continue
+            landed = _landed(method)
+            if landed is not None:
+                reason = f"upstream overlaps the projections in {name} (vLLM #36795)"
+                return Verdict(LANDED, reason, module, class_name, where=f"{path}:{landed}")
+            if name == primary or uses_of(method, QKVZ) or uses_of(method, BA):
+                _check_method(method)
+                patched.append(name)
+    except Drift as drift:
+        return Verdict(DRIFTED, str(drift), module, class_name, where=f"{path}:{drift.line}")
+    reason = f"{QKVZ} and {BA} run one after the other"
+    return Verdict(APPLY, reason, module, class_name, tuple(patched), where=f"{path}:{methods[primary].lineno}")
+
+
+def _landed(method: Function) -> int | None:
+    """The line where upstream's own overlap stands, if it does."""
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr == LANDED_OP:
+            return node.lineno
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            inside = {name for name in (QKVZ, BA) if any(uses_of(argument, name) for argument in node.args)}
+            if called.endswith("execute_in_parallel") and len(inside) == 2:
+                return node.lineno
+    return None
+
+
+def _check_method(method: Function) -> None:
+    """Raise Drift unless the stand-in for `self` may run this method."""
+    name = method.name
+    if isinstance(method, ast.AsyncFunctionDef) or method.decorator_list:
+        raise Drift(method, f"{name} is async or decorated")
+    _check_self(method)
+    (call, block) = _single_call(method, QKVZ)
+    (other, other_block) = _single_call(method, BA)
+    if block is not other_block:
+        raise Drift(other, f"{name} calls {QKVZ} and {BA} in different blocks")
+    if _input_name(call) != _input_name(other):
+        raise Drift(other, f"{name} gives {BA} another input than {QKVZ}")
+    first, last = sorted((_index_of(block, call), _index_of(block, other)))
+    if first == last:
+        raise Drift(call, f"{name} calls both projections in one statement")
+    _unpacked_names(block[first])
+    _unpacked_names(block[last])
+    for statement in block[first + 1 : last]:
+        changed = changes_or_hands_out(statement, _input_name(call))
+        if changed is not None:
+            raise Drift(changed, f"{name} may change {_input_name(call)} between the projections")
+        if any(isinstance(node, (ast.Return, ast.Raise, ast.Break, ast.Yield, ast.Await)) for node in ast.walk(statement)):
+            raise Drift(statement, f"{name} may leave between the projections")
+
+
+def _check_self(method: Function) -> None:
+    """`self` may only be read from: a stand-in takes its place."""
+    read = {id(node.value) for node in ast.walk(method) if attribute_of_self(node) and isinstance(node.ctx, ast.Load)}  # type: ignore[attr-defined]
+    asked = {
+        id(node.args[0])
+        for node in ast.walk(method)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr") and node.args
+    }
+    for node in ast.walk(method):
+        if isinstance(node, ast.Name) and node.id == "self" and id(node) not in read | asked:
+            raise Drift(node, f"{method.name} hands out self, or stores to it")
+        if isinstance(node, ast.Name) and node.id in ("super", "__class__"):
+            raise Drift(node, f"{method.name} uses {node.id}")
+
+
+def _single_call(method: Function, attribute: str) -> tuple[ast.Call, list[ast.stmt]]:
+    """The one call of a projection, with the block that its statement stands in; only ``if`` may lead there."""
+    found: list[tuple[ast.Call, list[ast.stmt]]] = []
+    excused: set[int] = set()
+    for path, block in paths_to_statements(method):
+        in_split_branch = any(arm == "body" and _is_split_test(statement) for statement, arm in path)
+        for statement in block:
+            value = statement.value if isinstance(statement, ast.Assign) else None
+            if not (isinstance(value, ast.Call) and attribute_of_self(value.func, attribute)):
+                continue
+            if in_split_branch:
+                excused.add(id(value.func))
+            else:
+                found.append((value, block))
+    uses = [node for node in uses_of(method, attribute) if id(node) not in excused]
+    if len(uses) != 1 or len(found) != 1:
+        at = uses[1] if len(uses) > 1 else (uses[0] if uses else method)
+        raise Drift(at, f"{method.name} uses {attribute} {len(uses)} times; known is one plain call, assigned, under no loop")
+    return found[0]
+
+
+def _is_split_test(statement: ast.stmt) -> bool:
+    """``if hasattr(self, "in_proj_qkv")``: the separate projections that 0.19.0 to 0.20.2 use under LoRA, left alone."""
+    test = statement.test if isinstance(statement, ast.If) else None
+    return (
+        isinstance(test, ast.Call)
+        and isinstance(test.func, ast.Name)
+        and test.func.id == "hasattr"
+        and len(test.args) == 2
+        and isinstance(test.args[1], ast.Constant)
+        and test.args[1].value == "in_proj_qkv"
+    )
+
+
+def _input_name(call: ast.Call) -> str:
+    if len(call.args) != 1 or call.keywords or not isinstance(call.args[0], ast.Name):
+        raise Drift(call, "a projection is called with something else than one plain name")
+    return call.args[0].id
+
+
+def _unpacked_names(statement: ast.stmt) -> None:
+    assert isinstance(statement, ast.Assign)
+    target = statement.targets[0]
+    if (
+        len(statement.targets) != 1
+        or not isinstance(target, ast.Tuple)
+        or len(target.elts) != 2
+        or not all(isinstance(element, ast.Name) for element in target.elts)
+    ):
+        raise Drift(statement, "a projection's result is not unpacked into two names")
+
+
+def _index_of(block: list[ast.stmt], call: ast.Call) -> int:
+    return next(index for index, statement in enumerate(block) if getattr(statement, "value", None) is call)

@@ -1,0 +1,65 @@
+"""What a verdict is, and where sources come from. Structure decides, never a version number (nightlies, forks, backports)."""
+
+from __future__ import annotations
+
+import ast
+import os
+from dataclasses import dataclass
+
+APPLY = "apply"  #: the shape is known and there is something to gain
+LANDED = "landed"  #: upstream does it
+ABSENT = "absent"  #: this vLLM has no such model or class
+DRIFTED = "drifted"  #: the shape is not one we know
+INERT = "inert"  #: the shape is right, but there is nothing to gain here
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a patch may do with one vLLM.
+
+    `where` is ``file:line`` of what differs or of what is patched, `methods` the names to intercept on `class_name` of
+    `module`; both are empty unless `state` is "apply" (or "inert").
+    """
+
+    state: str
+    reason: str
+    module: str | None = None
+    class_name: str | None = None
+    methods: tuple[str, ...] = ()
+    where: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One module's text, and its path as a reader should see it."""
+
+    text: str
+    path: str
+
+    def parse(self) -> ast.Module:
+        return ast.parse(self.text, self.path)
+
+
+class SourceTree:
+    """The Python sources of one vLLM: a folder that holds the package folder ``vllm``."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = os.fspath(folder)
+
+    def _paths(self, module: str) -> tuple[str, str]:
+        base = os.path.join(self.folder, *module.split("."))
+        return f"{base}.py", os.path.join(base, "__init__.py")
+
+    def has(self, module: str) -> bool:
+        """Whether this vLLM has a module of that dotted name. One look at the file system, nothing is read."""
+        return any(os.path.isfile(path) for path in self._paths(module))
+
+    def read(self, module: str) -> Source | None:
+        """The source of a module given by its dotted name, or None where this vLLM has no such module."""
+        for path in self._paths(module):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    return Source(file.read(), path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return None
