@@ -7,10 +7,12 @@ already; if it chains on in its turn, as ddtrace's does, its search meets ours a
 Three rules keep this from looping: a file is known by its real path, no file is started twice, and no file is started
 that is still running further down the stack (it came before us on sys.path, and imported us).
 
-This runs at every start of Python, so it uses only what the interpreter has loaded by then: no importlib (the frozen
-parts of it are there already), no typing, and not even `from __future__`, which is a file too.
+It is loaded while Python starts, and only if there is something to hand on to. So it uses only what the interpreter
+has loaded by then: no importlib (the frozen parts of it are there already), no typing, and not even `from __future__`,
+which is a file too.
 """
 
+# ruff: noqa: PTH100, PTH120 - pathlib would be one more import
 import os
 import sys
 from _frozen_importlib import module_from_spec
@@ -23,22 +25,13 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _NAME = "sitecustomize"
-_HOME = os.path.realpath(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _own_files: set[str] = set()  # the sitecustomize.py of this overlay, and those of further copies of it
 _started_files: set[str] = set()
 
 
-def may_arm(own_file: str) -> bool:
-    """Say whether the sitecustomize in `own_file` is the one that arms this process: once, and one copy only."""
-    if os.path.realpath(own_file) in _own_files:
-        return False
-    folder = os.path.dirname(os.path.abspath(own_file))
-    if os.path.realpath(folder) == _HOME:
-        return True
-    write_line(
-        f"vLLM overlay: {folder} stands down, the copy in {_HOME} was loaded first; keep one of the two on PYTHONPATH"
-    )
-    return False
+def has_run(own_file: str) -> bool:
+    """Say whether the sitecustomize in `own_file`, which is ours or a further copy of it, has run in this process."""
+    return os.path.realpath(own_file) in _own_files
 
 
 def hand_on(own_file: str) -> None:
@@ -76,24 +69,16 @@ def hand_on(own_file: str) -> None:
         _stay_ahead(os.path.realpath(os.path.dirname(os.path.abspath(own_file))), python_path)
 
 
-def write_line(line: str) -> None:
-    """Write to stderr: logging is not configured while Python starts. A closed stderr must not fail the start."""
-    try:
-        if sys.stderr is not None:
-            sys.stderr.write(line + "\n")
-    except (OSError, ValueError):
-        pass
-
-
 def _report(origin: str, error: Exception) -> None:
+    """Write what site.py would write, and the file, in one line. To stderr: logging is not configured at this point."""
+    message = " ".join(str(error).split())
+    hint = "" if sys.flags.verbose else "; set PYTHONVERBOSE for traceback"
+    try:
+        sys.stderr.write(f"Error in sitecustomize {origin}{hint}: {type(error).__name__}: {message}\n")
+    except (AttributeError, OSError, ValueError):  # Python was started without a stderr, or nobody reads it any more
+        return
     if sys.flags.verbose:
-        write_line(f"Error in sitecustomize {origin}:")
         sys.excepthook(type(error), error, error.__traceback__)
-    else:
-        message = " ".join(str(error).split())
-        write_line(
-            f"Error in sitecustomize {origin}; set PYTHONVERBOSE for traceback: {type(error).__name__}: {message}"
-        )
 
 
 def _find_shadowed(own_path: str) -> "ModuleSpec | None":
@@ -108,7 +93,7 @@ def _find_shadowed(own_path: str) -> "ModuleSpec | None":
     for entry in list(sys.path):
         try:
             spec = PathFinder.find_spec(_NAME, [entry]) if isinstance(entry, str) else None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - an entry nobody can search must not hide those behind it
             _report(f"(looking for one in {entry!r})", error)
             continue
         # No origin: a namespace package, that is any folder of this name. Importing it would run nothing.

@@ -260,7 +260,8 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
             journal.keep_current()
 
     register_op(record)
-    wrapt.wrap_function_wrapper(target, "__init__", after_init)
     for name, original in originals.items():
         setattr(target, name, overlap_in_projections(original))
+    # Last, because everything before it changes nothing for a layer without a pair.
+    wrapt.wrap_function_wrapper(target, "__init__", after_init)
     return verdict

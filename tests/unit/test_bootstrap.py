@@ -1,0 +1,301 @@
+"""From an armed interpreter to hooks in vLLM: order, guards, and bad input. In real processes, on a stub vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY, overlay_environment, run_python
+from tests.unit import stub_vllm
+
+IMPORT_ALL = "import vllm; import vllm.envs; import vllm.model_executor.models.qwen3_next as m"
+
+
+class World:
+    """A stub vLLM in a folder, and processes that import it with the overlay on PYTHONPATH."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.journals_folder = folder / "journal"
+
+    def build(self, changes: dict[str, str | None] | None = None, transformers: str | None = stub_vllm.TRANSFORMERS) -> World:
+        stub_vllm.write(self.folder / "site", changes, transformers)
+        return self
+
+    def run(self, code: str, path: list[str] | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = overlay_environment(VLLMOVERLAY_JOURNAL_DIR=str(self.journals_folder), **settings)
+        entries = path if path is not None else [str(REPOSITORY)]
+        environment["PYTHONPATH"] = os.pathsep.join([*entries, str(self.folder / "site")])
+        return run_python("-c", code, environment=environment)
+
+    def journals(self) -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in sorted(self.journals_folder.glob("*.json"))]
+
+
+@pytest.fixture
+def world(tmp_path: pathlib.Path) -> World:
+    return World(tmp_path)
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def overlay_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in result.stderr.splitlines() if "overlay" in line]
+
+
+def test_nothing_happens_before_vllm_is_imported(world: World) -> None:
+    world.build()
+    code = """
+import sys, importlib.util
+assert importlib.util.find_spec("vllm") is not None   # asking is not importing
+heavy = {"wrapt", "transformers", "torch", "vllm", "overlay.settings", "json", "typing"} & set(sys.modules)
+assert not heavy - {"typing"}, heavy
+import vllm
+assert "wrapt" in sys.modules and "transformers" in sys.modules
+"""
+    succeeded(world.run(code))
+    assert len(world.journals()) == 1
+
+
+def test_transformers_comes_after_the_environment_module_and_before_the_rest(world: World) -> None:
+    world.build(
+        {
+            "__init__.py": """
+            from .version import __version__
+            import vllm.env_override
+            import sys
+            BEFORE_THE_REST = "transformers" in sys.modules
+            """
+        },
+        transformers="import os\nSEEN = os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK')\n",
+    )
+    code = """
+import os, vllm, transformers
+assert os.environ["SEEN_BY_ENVIRONMENT_MODULE"] == ""   # neither transformers nor torch was there
+assert vllm.BEFORE_THE_REST and transformers.SEEN == "1"
+"""
+    succeeded(world.run(code))
+    (journal,) = world.journals()
+    assert journal["transformers"]["state"] == "imported first"
+
+
+def test_a_vllm_without_an_environment_module_gets_transformers_too(world: World) -> None:
+    world.build({"env_override.py": None, "__init__.py": "from .version import __version__\n"})
+    succeeded(world.run("import vllm, sys; assert 'transformers' in sys.modules"))
+
+
+RACING_VLLM = """
+from .version import __version__
+import vllm.env_override
+import threading, time
+thread = threading.Thread(target=__import__, args=("transformers",))
+thread.start()
+time.sleep(0.2)                                    # the thread is inside transformers' module now
+from transformers import PreTrainedModel
+thread.join()
+"""
+SLOW_LAZY_TRANSFORMERS = """
+import sys, time, types
+time.sleep(1)
+lazy = types.ModuleType(__name__)
+lazy.__spec__ = __spec__
+lazy.PreTrainedModel = object
+sys.modules[__name__] = lazy                       # as transformers does with its lazy module
+"""
+
+
+def test_the_load_race_is_there_without_the_overlay_and_gone_with_it(world: World) -> None:
+    """The waiting import hands out the module object that it found before the wait: the one that was replaced."""
+    world.build({"__init__.py": RACING_VLLM}, transformers=SLOW_LAZY_TRANSFORMERS)
+    stock = world.run("import vllm", path=[])
+    assert stock.returncode != 0 and "cannot import name 'PreTrainedModel'" in stock.stderr
+    succeeded(world.run("import vllm"))
+
+
+def test_transformers_missing_costs_one_line_and_vllm_goes_on(world: World) -> None:
+    world.build(transformers="raise ImportError('no transformers here')")
+    result = succeeded(world.run(IMPORT_ALL))
+    (line,) = [line for line in overlay_lines(result) if "transformers" in line]
+    assert "no transformers here" in line and "vLLM goes on" in line
+    assert world.journals()[0]["transformers"] == {"state": "missing"}
+
+
+def test_transformers_imported_by_the_user_is_left_alone(world: World) -> None:
+    world.build()
+    succeeded(world.run("import transformers, vllm"))
+    assert world.journals()[0]["transformers"] == {"state": "was imported before vllm"}
+
+
+BAD_SETTINGS = [
+    {"VLLMOVERLAY_PLAN": "fast"},
+    {"VLLMOVERLAY_UNKNOWN": "1"},
+    {"VLLM_OVERLAY_STRICT": "1"},
+    {"VLLMOVERLAY": "perhaps"},
+]
+
+
+@pytest.mark.parametrize("setting", BAD_SETTINGS, ids=str)
+def test_a_setting_that_cannot_be_used_leaves_vllm_stock_with_one_line(world: World, setting: dict[str, str]) -> None:
+    world.build()
+    code = f"{IMPORT_ALL}; import sys; assert 'wrapt' not in sys.modules and 'overlay.patches' not in sys.modules"
+    result = succeeded(world.run(code, **setting))
+    (line,) = overlay_lines(result)
+    ((name, value),) = setting.items()
+    assert name in line and repr(value) in line and "stock" in line
+
+
+def test_a_setting_that_cannot_be_used_is_fatal_under_strict(world: World) -> None:
+    world.build()
+    result = world.run("import vllm", VLLMOVERLAY_PLAN="fast", VLLMOVERLAY_STRICT="1")
+    assert result.returncode != 0 and "VLLMOVERLAY_PLAN='fast'" in result.stderr
+
+
+def test_switched_off_means_not_there(world: World) -> None:
+    world.build()
+    code = f"{IMPORT_ALL}; import sys; assert not [m for m in sys.modules if m.startswith('overlay.') and m != 'overlay.chain']"
+    result = succeeded(world.run(code, VLLMOVERLAY="0"))
+    assert result.stderr == "" and world.journals() == []
+
+
+def test_wrapt_missing_leaves_vllm_stock_with_one_line(world: World) -> None:
+    world.build()
+    (world.folder / "site" / "wrapt.py").write_text("raise ModuleNotFoundError(\"No module named 'wrapt'\", name='wrapt')")
+    result = succeeded(world.run(IMPORT_ALL, path=[str(REPOSITORY), str(world.folder / "site")]))
+    (line,) = overlay_lines(result)
+    assert "wrapt" in line and "stock" in line
+    strict = world.run(IMPORT_ALL, VLLMOVERLAY_STRICT="1")
+    assert strict.returncode != 0 and "wrapt" in strict.stderr
+
+
+def test_vllm_missing_is_pythons_own_error(world: World) -> None:
+    (world.folder / "site").mkdir()
+    result = world.run("import vllm", path=[str(REPOSITORY), "/nonexistent"])
+    blocked = world.run("import sys; sys.modules['vllm'] = None\nimport vllm")
+    assert blocked.returncode != 0 and "ModuleNotFoundError" in blocked.stderr
+    assert result.returncode == 0 or "No module named 'vllm'" in result.stderr
+
+
+def test_a_folder_that_is_called_vllm_is_not_vllm(world: World) -> None:
+    (world.folder / "site" / "vllm").mkdir(parents=True)
+    (world.folder / "site" / "vllm" / "data.txt").write_text("")
+    environment_code = "import vllm, sys; assert vllm.__file__ is None; assert 'transformers' not in sys.modules"
+    result = run_python(
+        "-S",
+        "-c",
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]; import overlay.bootstrap as b; b.arm(); "
+        f"sys.path[:] = [{str(world.folder / 'site')!r}, *sys.path]; {environment_code}",
+        environment=overlay_environment(),
+    )
+    succeeded(result)
+
+
+def test_a_vllm_from_before_0_19_is_left_alone_with_one_line(world: World) -> None:
+    old = "class Qwen3NextGatedDeltaNet:\n    def forward(self, x):\n        a, _ = self.in_proj_qkvz(x)\n"
+    world.build({stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": old})
+    result = succeeded(world.run("import vllm"))
+    (line,) = overlay_lines(result)
+    assert "before vLLM 0.19.0" in line and "absent" in line
+    assert world.journals()[0]["patches"]["gdn"]["verdict"] == "absent"
+
+
+def test_a_vllm_without_the_model_says_absent(world: World) -> None:
+    world.build({stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": None})
+    (line,) = overlay_lines(succeeded(world.run("import vllm")))
+    assert "absent" in line
+
+
+def test_a_moved_class_is_drift_not_absence(world: World) -> None:
+    world.build({stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": "import os\n"})
+    (line,) = overlay_lines(succeeded(world.run("import vllm")))
+    assert "drifted" in line and "WARNING" not in line.split("overlay")[1]
+    assert world.journals()[0]["patches"]["gdn"]["verdict"] == "drifted"
+
+
+DRIFTED = """
+class QwenGatedDeltaNetAttention:
+    def forward_cuda(self, hidden_states):
+        qkvz, _ = self.in_proj_qkvz(hidden_states)
+        hidden_states = hidden_states * 2
+        ba, _ = self.in_proj_ba(hidden_states)
+        return qkvz, ba
+"""
+
+
+def test_a_vllm_of_unknown_structure_runs_stock_and_names_the_line(world: World) -> None:
+    world.build({stub_vllm.GDN_MODULE: DRIFTED})
+    code = f"{IMPORT_ALL}; assert m.QwenGatedDeltaNetAttention.forward_cuda.__code__.co_filename == m.QwenGatedDeltaNetAttention.forward_cuda.__globals__['__file__']"
+    code = code.replace("m.QwenGatedDeltaNetAttention", "__import__('sys').modules['vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn'].QwenGatedDeltaNetAttention")
+    result = succeeded(world.run(code))
+    (line,) = overlay_lines(result)
+    assert "qwen_gdn_linear_attn.py:5" in line and "stock" in line
+    assert world.journals()[0]["patches"]["gdn"]["verdict"] == "drifted"
+    strict = world.run(code, VLLMOVERLAY_STRICT="1")
+    assert strict.returncode != 0 and "qwen_gdn_linear_attn.py:5" in strict.stderr
+
+
+def test_a_patch_that_fails_to_install_leaves_vllm_stock_with_one_line(world: World) -> None:
+    """The stub has no vllm.platforms, so the patch module cannot be imported: any failure inside a hook is like this."""
+    world.build()
+    result = succeeded(world.run(IMPORT_ALL))
+    (line,) = overlay_lines(result)
+    assert "stock" in line
+    assert world.journals()[0]["problems"]
+    assert world.journals()[0]["fingerprint"] is None
+    assert world.run(IMPORT_ALL, VLLMOVERLAY_STRICT="1").returncode != 0
+
+
+def test_patches_none_reads_no_source(world: World) -> None:
+    world.build({stub_vllm.GDN_MODULE: DRIFTED})
+    result = succeeded(world.run(IMPORT_ALL, VLLMOVERLAY_PATCHES="none"))
+    assert overlay_lines(result) == []
+    assert world.journals()[0]["patches"]["gdn"]["verdict"] == "off"
+
+
+def test_the_folder_twice_on_pythonpath_and_armed_twice_is_armed_once(world: World) -> None:
+    world.build({stub_vllm.GDN_MODULE: DRIFTED})
+    code = f"from overlay.bootstrap import arm; arm(); arm(); {IMPORT_ALL}"
+    result = succeeded(world.run(code, path=[str(REPOSITORY), str(REPOSITORY), f"{REPOSITORY}/tests/.."]))
+    assert len(overlay_lines(result)) == 1
+    assert len(world.journals()) == 1
+
+
+def test_vllm_imported_before_arming_still_gets_its_hooks(world: World) -> None:
+    world.build({stub_vllm.GDN_MODULE: DRIFTED})
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+{IMPORT_ALL}
+from overlay.bootstrap import arm
+arm()
+"""
+    result = succeeded(world.run(code, path=[]))
+    assert len(overlay_lines(result)) == 1 and "drifted" in json.dumps(world.journals())
+
+
+def test_the_loader_of_vllm_keeps_working(world: World) -> None:
+    world.build()
+    code = """
+import importlib, importlib.resources, inspect, vllm
+assert "exec_module" not in vars(vllm.__spec__.loader)
+assert "env_override" in inspect.getsource(vllm)
+assert importlib.resources.files("vllm").joinpath("version.py").is_file()
+importlib.reload(vllm)
+"""
+    succeeded(world.run(code, VLLMOVERLAY_PATCHES="none"))
+
+
+def test_a_warning_of_a_process_that_never_configures_logging_reaches_stderr(world: World) -> None:
+    world.build(
+        {"__init__.py": "from .version import __version__\nimport vllm.env_override\n"},
+        transformers="raise ImportError('none')",
+    )
+    (line,) = overlay_lines(succeeded(world.run("import vllm")))
+    assert line.startswith("WARNING")

@@ -1,0 +1,96 @@
+"""Settings: parsed once, and every error names the variable, the value and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay import settings
+from overlay.settings import Settings, SettingsError, load
+
+
+def test_nothing_set_gives_the_defaults() -> None:
+    assert load({"PATH": "/bin", "VLLM_LOGGING_LEVEL": "INFO"}) == Settings(journal_folder=settings.default_journal_folder())
+
+
+def test_every_setting_can_be_set() -> None:
+    loaded = load(
+        {
+            "VLLMOVERLAY": "on",
+            "VLLMOVERLAY_PATCHES": "gdn",
+            "VLLMOVERLAY_STRICT": "1",
+            "VLLMOVERLAY_PLAN": "serial",
+            "VLLMOVERLAY_TOKEN_THRESHOLD": "64",
+            "VLLMOVERLAY_SERIAL_PASS_THROUGH": "yes",
+            "VLLMOVERLAY_LOG_LEVEL": "debug",
+            "VLLMOVERLAY_JOURNAL_DIR": "/var/run/overlay",
+        }
+    )
+    assert loaded == Settings(True, ("gdn",), True, "serial", 64, True, "debug", "/var/run/overlay")
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load({}).strict = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("VLLMOVERLAY", "maybe", "1, true, on, yes"),
+        ("VLLMOVERLAY_STRICT", "2", "0, false, off, no"),
+        ("VLLMOVERLAY_PATCHES", "gnd", "gdn"),
+        ("VLLMOVERLAY_PATCHES", ",", "gdn"),
+        ("VLLMOVERLAY_PLAN", "fast", "dual, serial"),
+        ("VLLMOVERLAY_TOKEN_THRESHOLD", "many", "whole number"),
+        ("VLLMOVERLAY_TOKEN_THRESHOLD", "-1", "whole number"),
+        ("VLLMOVERLAY_TOKEN_THRESHOLD", "1000001", "whole number"),
+        ("VLLMOVERLAY_LOG_LEVEL", "loud", "debug, info, warning, error"),
+        ("VLLMOVERLAY_JOURNAL_DIR", "relative/path", "absolute path"),
+        ("VLLMOVERLAY_STRIKT", "1", "VLLMOVERLAY_STRICT"),
+        ("VLLM_OVERLAY_STRICT", "1", "VLLMOVERLAY_STRICT"),
+        ("VLLM_OVERLAY", "1", "did you mean VLLMOVERLAY?"),
+    ],
+)
+def test_what_cannot_be_used_is_named(name: str, value: str, allowed: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load({name: value})
+    message = str(caught.value)
+    assert name in message and repr(value) in message and allowed in message
+    assert "\n" not in message
+
+
+def test_an_empty_value_counts_as_not_set() -> None:
+    assert load({"VLLMOVERLAY_PLAN": "", "VLLMOVERLAY": ""}) == load({})
+
+
+def test_patches_none_and_all() -> None:
+    assert load({"VLLMOVERLAY_PATCHES": "none"}).patches == ()
+    assert load({"VLLMOVERLAY_PATCHES": " ALL "}).patches == settings.PATCH_NAMES
+
+
+@given(st.text(string.printable, max_size=20))
+def test_a_switch_is_on_or_off_or_an_error(value: str) -> None:
+    try:
+        enabled = load({"VLLMOVERLAY": value}).enabled
+    except SettingsError:
+        assert value != "" and value.strip().lower() not in (*settings.ON, *settings.OFF)
+    else:
+        assert enabled == (value == "" or value.strip().lower() in settings.ON)
+
+
+@given(st.text(string.ascii_uppercase + "_", min_size=1, max_size=12), st.text(string.printable, max_size=12))
+def test_an_unknown_name_of_the_family_is_never_ignored(suffix: str, value: str) -> None:
+    name = f"VLLMOVERLAY_{suffix}"
+    if name in settings._VARIABLES:
+        return
+    with pytest.raises(SettingsError, match=name):
+        load({name: value})
+
+
+def test_the_family_is_not_one_that_vllm_takes_for_its_own() -> None:
+    assert not any(name.startswith("VLLM_") for name in settings._VARIABLES)
