@@ -12,7 +12,7 @@ has loaded by then: no importlib (the frozen parts of it are there already), no 
 which is a file too.
 """
 
-# ruff: noqa: PTH100, PTH120 - pathlib would be one more import
+# os.path throughout: pathlib would be one more import
 import os
 import sys
 from _frozen_importlib import module_from_spec
@@ -92,15 +92,15 @@ def _find_shadowed(own_path: str) -> "ModuleSpec | None":
     barred.update(path for _, path in _running_modules())
     for entry in list(sys.path):
         try:
-            spec = PathFinder.find_spec(_NAME, [entry]) if isinstance(entry, str) else None
-        except Exception as error:  # noqa: BLE001 - an entry nobody can search must not hide those behind it
+            spec = PathFinder.find_spec(_NAME, [entry])  # None, too, for an entry that is no text
+        except Exception as error:  # an entry nobody can search must not hide those behind it
             _report(f"(looking for one in {entry!r})", error)
             continue
         # No origin: a namespace package, that is any folder of this name. Importing it would run nothing.
         if spec is None or spec.loader is None or spec.origin is None:
             continue
         path = os.path.realpath(spec.origin)
-        if path == own_path and not passed_ours:
+        if path == own_path:
             passed_ours = True
             in_front.clear()
         elif path not in barred:
