@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import wrapt
+from torch.nn.functional import linear
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -33,12 +34,13 @@ from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from overlay.journal import PatchRecord, journal
-from overlay.plan import Plan
+from overlay.plan import NOT_CAPTURING, Plan
 from overlay.settings import Settings
 from overlay.streams import ParallelRegion
 from overlay.verdict import INERT, Verdict
 
 NAME = "gdn"
+TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
 OP_LIBRARY, OP_NAME = "vllm_overlay", "gdn_in_proj"
 #: The attribute that holds a layer's `InProjPair`, or None where the layer stays stock.
 PAIR = "_overlay_in_proj_pair"
@@ -57,9 +59,11 @@ class InProjPair:
         self.qkvz_size = qkvz_size
         self.ba_size = ba_size
         self.region = ParallelRegion(slots=1)
-        self._always_serial: str | None = None
         self._plan = plan
         self._record = record
+        self._prepared = False
+        self._always_serial: str | None = None
+        self._plain_linears: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
     def project(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both projections of (tokens, hidden) input: (tokens, qkvz_size) and (tokens, ba_size)."""
@@ -69,32 +73,45 @@ class InProjPair:
             (qkvz, _), ((ba, _),) = self.region.run(
                 lambda: layer.in_proj_qkvz(hidden_states), [lambda: layer.in_proj_ba(hidden_states)]
             )
-        else:
-            self._record.calls.count_serial(reason)
-            qkvz, _ = layer.in_proj_qkvz(hidden_states)
-            ba, _ = layer.in_proj_ba(hidden_states)
-        return qkvz, ba
+            return qkvz, ba
+        self._record.calls.count_serial(reason)
+        if self._plain_linears is not None:
+            # Every eager step comes by here. The linears would do the same after some microseconds of Python each.
+            qkvz_linear, ba_linear = self._plain_linears
+            return linear(hidden_states, qkvz_linear.weight), linear(hidden_states, ba_linear.weight)
+        return layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0]
 
     def _reason_for_serial(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> str | None:
-        if self._always_serial is not None:
-            return self._always_serial
-        capturing = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not self.region.prepared:
-            if capturing:
-                return "no call before the capture"
-            self._prepare(layer, hidden_states)
-            return self._always_serial or "not capturing a CUDA graph"
-        return self._plan.reason_for_serial(hidden_states.shape[0], capturing)
+        if self._prepared:
+            return self._always_serial or self._plan.reason_for_serial(hidden_states.shape[0])
+        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "no call before the capture"
+        self._prepare(layer, hidden_states)
+        return self._always_serial or NOT_CAPTURING
 
     def _prepare(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> None:
         """Once per layer, outside capture: streams, events, and what libraries allocate on a stream's first use."""
+        self._prepared = True
+        linears = (layer.in_proj_qkvz, layer.in_proj_ba)
         if not hidden_states.is_cuda:
             self._always_serial = "serial pass-through"
-        elif hasattr(layer.in_proj_qkvz, "base_layer") or hasattr(layer.in_proj_ba, "base_layer"):
+        elif any(hasattr(projection, "base_layer") for projection in linears):
             self._always_serial = "LoRA on the projections"
         else:
             self.region.prepare(hidden_states.device)
             self.region.run(lambda: None, [lambda: layer.in_proj_ba(hidden_states)])
+            if all(is_plain(projection) for projection in linears):
+                self._plain_linears = linears
+
+
+def is_plain(projection: torch.nn.Module) -> bool:
+    """Whether calling a linear is torch's own GEMM of its weight and nothing else."""
+    return (
+        gemm_of(projection) == TORCH_GEMM
+        and getattr(projection, "bias", None) is None
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+    )
 
 
 class InProjView:
@@ -189,21 +206,21 @@ class Refused(Exception):
     """Why a layer stays stock."""
 
 
-def gemm_of(linear: torch.nn.Module) -> str | None:
+def gemm_of(projection: torch.nn.Module) -> str:
     """The name of a linear's GEMM if it may run next to another one, else raise Refused.
 
     Two quantized GEMMs at once can share scratch memory, so this is an allowlist: unquantized through torch's own GEMM,
     and Marlin kernels that own their workspace (vLLM 0.33.0 shares one workspace between all Marlin layers).
     """
-    method = linear.quant_method
+    method = projection.quant_method
     name = type(method).__name__
-    kernel = getattr(method, "kernel", None) or getattr(getattr(linear, "scheme", None), "kernel", None)
+    kernel = getattr(method, "kernel", None) or getattr(getattr(projection, "scheme", None), "kernel", None)
     if name == "UnquantizedLinearMethod":
         implementation = getattr(method, "_gemm_impl", None)
         if implementation is None:
             implementation = dispatch_unquantized_gemm()
         gemm = getattr(implementation, "__name__", type(implementation).__name__)
-        if gemm in ("default_unquantized_gemm", "cpu_unquantized_gemm"):
+        if gemm in (TORCH_GEMM, "cpu_unquantized_gemm"):
             return gemm
         raise Refused(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
     if type(kernel).__name__ == "MarlinLinearKernel":
@@ -226,8 +243,8 @@ def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> InProj
     if envs.VLLM_BATCH_INVARIANT:
         raise Refused("batch-invariant mode")
     qkvz_size, ba_size = shard_sizes(layer)
-    for linear in (layer.in_proj_qkvz, layer.in_proj_ba):
-        gemm_of(linear)
+    for projection in (layer.in_proj_qkvz, layer.in_proj_ba):
+        gemm_of(projection)
     return InProjPair(layer.prefix, qkvz_size, ba_size, plan, record)
 
 
