@@ -1,30 +1,17 @@
-"""From an armed interpreter to a patched vLLM.
+"""Arms the interpreter: a finder that waits for ``import vllm``.
 
-`arm` runs in every Python process, so it costs next to nothing: it puts a finder in front that waits for ``import vllm``.
-Only when a process really imports vLLM (asking for its spec does not count) are the settings parsed, wrapt imported and
-the post-import hooks set.
-
-Every hook is guarded: an exception in a hook would fail the import of vLLM's module. The default is fail-open, vLLM runs
-stock and one WARNING says why; under strict the exception goes on and stops vLLM before it serves.
+This runs in every Python process, so it is short, imports nothing (no `typing`, no `__future__`), and everything else is
+in `overlay.hooks`, which is loaded when a process really imports vLLM. Asking for vLLM's spec does not count.
 """
 
-from __future__ import annotations
-
-import os
 import sys
 
-# Read by type checkers only; `typing` would cost every Python process a millisecond.
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # as in typing, without the import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from overlay.settings import Settings
-    from overlay.verdict import Verdict
-
-#: vLLM's own environment module; torch's environment is in place once it has been executed.
-ENVIRONMENT_MODULES = ("vllm.env_override", "vllm._environment")
 _armed = False
 
 
@@ -35,7 +22,9 @@ def arm() -> None:
         return
     _armed = True
     if "vllm" in sys.modules:
-        _around_vllm(lambda: None)
+        from overlay.hooks import around_vllm
+
+        around_vllm(lambda: None)
     else:
         sys.meta_path.insert(0, _VllmFinder())
 
@@ -43,11 +32,13 @@ def arm() -> None:
 class _VllmFinder:
     """Finds nothing itself; asks the others for vLLM's spec, and notices when that spec is executed."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if name != "vllm":
             return None
         for finder in sys.meta_path:
-            if finder is self:
+            if finder is self or not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None:
@@ -56,7 +47,7 @@ class _VllmFinder:
         return None
 
 
-def _notice_execution(spec: ModuleSpec) -> None:
+def _notice_execution(spec: "ModuleSpec") -> None:
     """Act right before and right after the module of `spec` is executed.
 
     The loader stays the object that it is (resources, source and reload keep working); only its `exec_module` is shadowed
@@ -64,157 +55,17 @@ def _notice_execution(spec: ModuleSpec) -> None:
     """
     loader = spec.loader
     execute = getattr(loader, "exec_module", None)
-    if execute is None:  # a namespace package: a folder named vllm, not vLLM
+    if loader is None or execute is None:  # a namespace package: a folder named vllm, not vLLM
         return
 
-    def exec_module(module: ModuleType) -> None:
-        del loader.exec_module  # type: ignore[union-attr]
-        _around_vllm(lambda: execute(module))
-
-    loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
-
-
-def _around_vllm(execute: Callable[[], None]) -> None:
-    """The first ``import vllm`` of this process: settings and hooks, vLLM itself, then what can be said of it."""
-    settings = _prepare()
-    execute()
-    if settings is not None:
-        _guarded("sources", _after_vllm, settings)(sys.modules["vllm"])
-
-
-def _prepare() -> Settings | None:
-    """Settings, log, journal, hooks; None where the overlay stays out of this process."""
-    from overlay import log
-    from overlay import settings as settings_module
-
-    try:
-        settings = settings_module.load(os.environ)
-        if not settings.enabled:
-            return None
-        log.hold(settings.log_level)
-        _set_hooks(settings)
-    except Exception as error:
-        log.release()
-        log.logger.warning("overlay: vLLM runs stock: %s: %s", type(error).__name__, error)
-        if settings_module.strict_was_asked_for(os.environ):
-            raise
-        return None
-    return settings
-
-
-def _set_hooks(settings: Settings) -> None:
-    from wrapt import register_post_import_hook
-
-    from overlay import log, verdict
-    from overlay.journal import journal
-
-    register_post_import_hook(lambda _: log.release(), "vllm.logger")
-    journal.open(settings.journal_folder)
-    for name in ENVIRONMENT_MODULES:
-        register_post_import_hook(_guarded("transformers first", _import_transformers, settings), name)
-    for patch, module_names in verdict.TARGET_MODULES.items():
-        record = journal.patch(patch)
-        if patch not in settings.patches:
-            record.verdict, record.reason = "off", "switched off"
-            continue
-        for module_name in module_names:
-            hook = _guarded(patch, lambda module, patch=patch: _patch(patch, module, settings), settings)  # type: ignore[misc]
-            register_post_import_hook(hook, module_name)
-
-
-def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) -> Callable[[ModuleType], None]:
-    """A hook that cannot fail vLLM's import, unless strict asks for that."""
-
-    def guarded(module: ModuleType) -> None:
-        from overlay.journal import journal
-
+    def exec_module(module: "ModuleType") -> None:
+        del loader.exec_module
         try:
-            hook(module)
-        except Exception as error:
-            journal.problem(f"{what}: vLLM runs stock here: {type(error).__name__}: {error}")
-            if settings.strict:
-                raise
+            from overlay.hooks import around_vllm
+        except Exception as error:  # a damaged folder must not cost anyone their vLLM
+            sys.stderr.write(f"vLLM overlay: vLLM runs stock: {type(error).__name__}: {error}\n")
+            execute(module)
+        else:
+            around_vllm(lambda: execute(module))
 
-    return guarded
-
-
-def _import_transformers(_: ModuleType) -> None:
-    """Complete transformers' module on this thread, before vLLM starts threads that import from it.
-
-    Symptom: ``ImportError: cannot import name … from partially initialized module 'transformers'`` at start, now and
-    then. Cause: one thread builds the module while another takes names from it. Upstream: vLLM #40331, taken back by
-    #40438. Not before vLLM's environment module: transformers may load torch, and torch reads its environment then.
-    """
-    import time
-
-    from overlay.journal import journal
-
-    if journal.transformers["state"] != "vllm has not been imported":
-        return
-    if "transformers" in sys.modules:
-        journal.transformers = {"state": "was imported before vllm"}
-        return
-    start = time.perf_counter()
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        journal.transformers = {"state": "missing"}
-        journal.problem(f"transformers cannot be imported, vLLM goes on without it: {error}")
-        return
-    journal.transformers = {"state": "imported first", "seconds": round(time.perf_counter() - start, 3)}
-
-
-def _after_vllm(module: ModuleType) -> None:
-    """vLLM's package is there: note its version, and what can be said of patches without reading a target."""
-    from overlay import verdict
-    from overlay.journal import journal
-    from overlay.log import logger
-
-    journal.vllm_version = getattr(module, "__version__", None)
-    if journal.transformers["state"] == "vllm has not been imported":  # a vLLM without an environment module
-        _import_transformers(module)
-    tree = verdict.SourceTree(os.path.dirname(os.path.dirname(os.path.abspath(module.__file__ or ""))))
-    for patch, module_names in verdict.TARGET_MODULES.items():
-        record = journal.patch(patch)
-        if record.verdict == "off" or any(tree.has(name) for name in module_names):
-            continue
-        found = verdict.judge(patch, tree)
-        _record(patch, found)
-        level = logger.info if found.state in (verdict.ABSENT, verdict.LANDED) else logger.warning
-        level("overlay: %s is %s in vLLM %s: %s", patch, found.state, journal.vllm_version, found.reason)
-    journal.write()
-
-
-def _patch(patch: str, module: ModuleType, settings: Settings) -> None:
-    """A target module has just been executed: judge its source, and install the patch if the verdict is apply."""
-    import importlib
-
-    from overlay import cache_identity, verdict
-    from overlay.journal import journal
-    from overlay.log import logger
-
-    package = sys.modules["vllm"].__file__ or ""
-    found = verdict.judge(patch, verdict.SourceTree(os.path.dirname(os.path.dirname(os.path.abspath(package)))))
-    if found.module != module.__name__:
-        return
-    if found.state == verdict.APPLY:
-        installer = importlib.import_module(f"overlay.patches.{patch}")
-        found = installer.install(module, found, settings)
-    if found.state == verdict.APPLY:
-        journal.fingerprint = cache_identity.add(patch, found.methods)
-    _record(patch, found)
-    journal.write()
-    if found.state == verdict.DRIFTED:
-        journal.problem(f"{patch}: vLLM runs stock here: {found.reason} ({found.where})")
-        if settings.strict:
-            raise RuntimeError(f"{patch} does not know this vLLM: {found.reason} ({found.where})")
-    else:
-        intercepted = f"; intercepts {found.class_name}.{', '.join(found.methods)}" if found.state == verdict.APPLY else ""
-        logger.info("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
-
-
-def _record(patch: str, found: Verdict) -> None:
-    from overlay.journal import journal
-
-    record = journal.patch(patch)
-    record.verdict, record.reason, record.module, record.methods = found.state, found.reason, found.module, found.methods
+    loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -214,7 +214,7 @@ def gemm_of(projection: torch.nn.Module) -> str:
     """
     method = projection.quant_method
     name = type(method).__name__
-    kernel = getattr(method, "kernel", None) or getattr(getattr(projection, "scheme", None), "kernel", None)
+    kernel: Any = getattr(method, "kernel", None) or getattr(getattr(projection, "scheme", None), "kernel", None)
     if name == "UnquantizedLinearMethod":
         implementation = getattr(method, "_gemm_impl", None)
         if implementation is None:

@@ -1,0 +1,152 @@
+"""From the first ``import vllm`` of a process to installed patches.
+
+Every hook is guarded: an exception in a hook would fail the import of vLLM's module. The default is fail-open, vLLM runs
+stock and one WARNING says why; under strict the exception goes on and stops vLLM before it serves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+
+from overlay import cache_identity, log, verdict
+from overlay import settings as settings_module
+from overlay.journal import journal
+from overlay.settings import Settings
+from overlay.verdict import Verdict
+
+#: vLLM's own environment module; torch's environment is in place once it has been executed.
+ENVIRONMENT_MODULES = ("vllm.env_override", "vllm._environment")
+NOT_YET = "vllm has not been imported"
+
+
+def around_vllm(execute: Callable[[], None]) -> None:
+    """The first ``import vllm`` of this process: settings and hooks, vLLM itself, then what can be said of it."""
+    settings = _prepare()
+    execute()
+    if settings is not None:
+        _guarded("sources", _after_vllm, settings)(sys.modules["vllm"])
+
+
+def _prepare() -> Settings | None:
+    """Settings, log, journal, hooks; None where the overlay stays out of this process."""
+    try:
+        settings = settings_module.load(os.environ)
+        if not settings.enabled:
+            return None
+        log.hold(settings.log_level)
+        _set_hooks(settings)
+    except Exception as error:
+        log.release()
+        log.logger.warning("overlay: vLLM runs stock: %s: %s", type(error).__name__, error)
+        if settings_module.strict_was_asked_for(os.environ):
+            raise
+        return None
+    return settings
+
+
+def _set_hooks(settings: Settings) -> None:
+    from wrapt import register_post_import_hook
+
+    register_post_import_hook(lambda _: log.release(), "vllm.logger")
+    journal.open(settings.journal_folder)
+    for name in ENVIRONMENT_MODULES:
+        register_post_import_hook(_guarded("transformers first", _import_transformers, settings), name)
+    for patch, module_names in verdict.TARGET_MODULES.items():
+        record = journal.patch(patch)
+        if patch not in settings.patches:
+            record.verdict, record.reason = "off", "switched off"
+            continue
+        for module_name in module_names:
+            hook = _guarded(patch, lambda module, patch=patch: _patch(patch, module, settings), settings)  # type: ignore[misc]
+            register_post_import_hook(hook, module_name)
+
+
+def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) -> Callable[[ModuleType], None]:
+    """A hook that cannot fail vLLM's import, unless strict asks for that."""
+
+    def guarded(module: ModuleType) -> None:
+        try:
+            hook(module)
+        except Exception as error:
+            journal.problem(f"{what}: vLLM runs stock here: {type(error).__name__}: {error}")
+            if settings.strict:
+                raise
+
+    return guarded
+
+
+def _import_transformers(_: ModuleType) -> None:
+    """Complete transformers' module on this thread, before vLLM starts threads that import from it.
+
+    Symptom: ``ImportError: cannot import name … from partially initialized module 'transformers'`` at start, now and
+    then. Cause: one thread builds the module while another takes names from it. Upstream: vLLM #40331, taken back by
+    #40438. Not before vLLM's environment module: transformers may load torch, and torch reads its environment then.
+    """
+    if journal.transformers["state"] != NOT_YET:
+        return
+    before = "transformers" in sys.modules
+    start = time.perf_counter()
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        journal.transformers = {"state": "missing"}
+        journal.problem(f"transformers cannot be imported, vLLM goes on without it: {error}")
+        return
+    if before:  # complete now, should another thread have been at it
+        journal.transformers = {"state": "was imported before vllm"}
+    else:
+        journal.transformers = {"state": "imported first", "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _after_vllm(module: ModuleType) -> None:
+    """vLLM's package is there: note its version, and what can be said of patches without reading a target."""
+    journal.vllm_version = getattr(module, "__version__", None)
+    if journal.transformers["state"] == NOT_YET:  # a vLLM without an environment module
+        _import_transformers(module)
+    tree = _sources()
+    for patch, module_names in verdict.TARGET_MODULES.items():
+        record = journal.patch(patch)
+        if record.verdict == "off" or any(tree.has(name) for name in module_names):
+            continue
+        found = verdict.judge(patch, tree)
+        _record(patch, found)
+        level = log.logger.info if found.state in (verdict.ABSENT, verdict.LANDED) else log.logger.warning
+        level("overlay: %s is %s in vLLM %s: %s", patch, found.state, journal.vllm_version, found.reason)
+    journal.write()
+
+
+def _patch(patch: str, module: ModuleType, settings: Settings) -> None:
+    """A target module has just been executed: judge its source, and install the patch if the verdict is apply."""
+    found = verdict.judge(patch, _sources())
+    if found.module != module.__name__:
+        return
+    if found.state == verdict.APPLY:
+        installer = importlib.import_module(f"overlay.patches.{patch}")
+        found = installer.install(module, found, settings)
+    if found.state == verdict.APPLY:
+        journal.fingerprint = cache_identity.add(patch, found.methods)
+    _record(patch, found)
+    journal.write()
+    if found.state == verdict.DRIFTED:
+        journal.problem(f"{patch}: vLLM runs stock here: {found.reason} ({found.where})")
+        if settings.strict:
+            raise RuntimeError(f"{patch} does not know this vLLM: {found.reason} ({found.where})")
+    else:
+        intercepted = f"; intercepts {found.class_name}.{', '.join(found.methods)}" if found.state == verdict.APPLY else ""
+        log.logger.info("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
+
+
+def _sources() -> verdict.SourceTree:
+    """The sources of the vLLM that is being imported."""
+    package = os.path.abspath(sys.modules["vllm"].__file__ or "")
+    return verdict.SourceTree(os.path.dirname(os.path.dirname(package)))
+
+
+def _record(patch: str, found: Verdict) -> None:
+    record = journal.patch(patch)
+    record.verdict, record.reason, record.module, record.methods = found.state, found.reason, found.module, found.methods
