@@ -9,11 +9,13 @@ from overlay.verdict.shapes import (
     Drift,
     Function,
     attribute_of_self,
-    changes_or_hands_out,
+    binders,
+    disturbs,
     find_class,
     methods_of,
     paths_to_statements,
     uses_of,
+    written_to_class,
 )
 
 QKVZ, BA = "in_proj_qkvz", "in_proj_ba"
@@ -36,7 +38,7 @@ def judge(tree: SourceTree) -> Verdict:
         if source is None:
             continue
         try:
-            return _judge_class(find_class(source.parse(), class_name), module, class_name, source.path)
+            return _judge_class(source.parse(), module, class_name, source.path)
         except SyntaxError as error:
             return Verdict(DRIFTED, f"not readable as Python: {error.msg}", module, where=f"{source.path}:{error.lineno}")
     return _without_target(tree)
@@ -57,13 +59,17 @@ def _without_target(tree: SourceTree) -> Verdict:
     return Verdict(DRIFTED, f"this vLLM has Qwen3-Next, but its GDN layer is not in {known}", where=f"{model.path}:1")
 
 
-def _judge_class(class_node: ast.ClassDef | None, module: str, class_name: str, path: str) -> Verdict:
+def _judge_class(tree: ast.Module, module: str, class_name: str, path: str) -> Verdict:
+    class_node = find_class(tree, class_name)
     if class_node is None:
         return Verdict(DRIFTED, f"no class {class_name} at the top level of {module}", module, where=f"{path}:1")
     methods = methods_of(class_node)
     primary = "forward_cuda" if "forward_cuda" in methods else "forward"
     patched = []
     try:
+        _check_definitions(tree, class_node)
+        if primary not in methods:
+            raise Drift(class_node, f"{class_name} has neither forward_cuda nor forward")
         for name in METHODS:
             method = methods.get(name)
             if method is None:
@@ -72,13 +78,28 @@ def _judge_class(class_node: ast.ClassDef | None, module: str, class_name: str, 
             if landed is not None:
                 reason = f"upstream overlaps the projections in {name} (vLLM #36795)"
                 return Verdict(LANDED, reason, module, class_name, where=f"{path}:{landed}")
-            if name == primary or uses_of(method, QKVZ) or uses_of(method, BA):
+            if name == primary or any(getattr(node, "attr", None) in (QKVZ, BA) for node in ast.walk(method)):
                 _check_method(method)
                 patched.append(name)
     except Drift as drift:
         return Verdict(DRIFTED, str(drift), module, class_name, where=f"{path}:{drift.line}")
     reason = f"{QKVZ} and {BA} run one after the other"
     return Verdict(APPLY, reason, module, class_name, tuple(patched), where=f"{path}:{methods[primary].lineno}")
+
+
+def _check_definitions(tree: ast.Module, class_node: ast.ClassDef) -> None:
+    """What stands in the class is what runs: one plain definition of each method, and nothing put in its place."""
+    for binder in binders(tree.body, class_node.name):
+        if binder is not class_node:
+            raise Drift(binder, f"{class_node.name} is bound more than once")
+    written = written_to_class(tree, class_node.name)
+    if written is not None:
+        raise Drift(written, f"{class_node.name} is changed after its definition")
+    methods = methods_of(class_node)
+    for name in METHODS:
+        for binder in binders(class_node.body, name):
+            if binder is not methods.get(name):
+                raise Drift(binder, f"{name} has not one plain definition")
 
 
 def _landed(method: Function) -> int | None:
@@ -109,29 +130,34 @@ def _check_method(method: Function) -> None:
     first, last = sorted((_index_of(block, call), _index_of(block, other)))
     if first == last:
         raise Drift(call, f"{name} calls both projections in one statement")
-    _unpacked_names(block[first])
+    name_of_input = _input_name(call)
     _unpacked_names(block[last])
+    if name_of_input in _unpacked_names(block[first]):
+        raise Drift(block[first], f"{name} puts a projection's result in the place of {name_of_input}")
     for statement in block[first + 1 : last]:
-        changed = changes_or_hands_out(statement, _input_name(call))
-        if changed is not None:
-            raise Drift(changed, f"{name} may change {_input_name(call)} between the projections")
-        if any(isinstance(node, (ast.Return, ast.Raise, ast.Break, ast.Yield, ast.Await)) for node in ast.walk(statement)):
-            raise Drift(statement, f"{name} may leave between the projections")
+        disturbing = disturbs(statement, name_of_input)
+        if disturbing is not None:
+            raise Drift(disturbing, f"{name} may change {name_of_input} or leave between the projections")
 
 
 def _check_self(method: Function) -> None:
     """`self` may only be read from: a stand-in takes its place."""
     read = {id(node.value) for node in ast.walk(method) if attribute_of_self(node) and isinstance(node.ctx, ast.Load)}  # type: ignore[attr-defined]
-    asked = {
-        id(node.args[0])
-        for node in ast.walk(method)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr") and node.args
-    }
+    asked = {id(node.args[0]) for node in ast.walk(method) if isinstance(node, ast.Call) and _asks_for_another(node)}
     for node in ast.walk(method):
         if isinstance(node, ast.Name) and node.id == "self" and id(node) not in read | asked:
             raise Drift(node, f"{method.name} hands out self, or stores to it")
         if isinstance(node, ast.Name) and node.id in ("super", "__class__"):
             raise Drift(node, f"{method.name} uses {node.id}")
+
+
+def _asks_for_another(call: ast.Call) -> bool:
+    """``hasattr(self, "…")``, or ``getattr(self, "…")`` of anything but a projection."""
+    function = getattr(call.func, "id", "")
+    if function not in ("hasattr", "getattr") or len(call.args) < 2:
+        return False
+    attribute = getattr(call.args[1], "value", None)
+    return isinstance(attribute, str) and (function == "hasattr" or attribute not in (QKVZ, BA))
 
 
 def _single_call(method: Function, attribute: str) -> tuple[ast.Call, list[ast.stmt]]:
@@ -174,7 +200,7 @@ def _input_name(call: ast.Call) -> str:
     return call.args[0].id
 
 
-def _unpacked_names(statement: ast.stmt) -> None:
+def _unpacked_names(statement: ast.stmt) -> set[str]:
     assert isinstance(statement, ast.Assign)
     target = statement.targets[0]
     if (
@@ -184,6 +210,7 @@ def _unpacked_names(statement: ast.stmt) -> None:
         or not all(isinstance(element, ast.Name) for element in target.elts)
     ):
         raise Drift(statement, "a projection's result is not unpacked into two names")
+    return {element.id for element in target.elts if isinstance(element, ast.Name)}
 
 
 def _index_of(block: list[ast.stmt], call: ast.Call) -> int:

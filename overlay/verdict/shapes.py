@@ -8,6 +8,14 @@ from collections.abc import Iterator
 #: What may be asked of a tensor between two uses of it without changing it.
 HARMLESS_ATTRIBUTES = frozenset({"shape", "dtype", "device", "size", "dim", "ndim", "numel", "is_cuda", "stride"})
 
+#: What code may consist of that changes no tensor; `disturbs` looks closer at some of it.
+QUIET = (
+    ast.Assign, ast.AnnAssign, ast.Assert, ast.Expr, ast.If, ast.Pass,
+    ast.Attribute, ast.BinOp, ast.BoolOp, ast.Call, ast.Compare, ast.Constant, ast.IfExp, ast.List, ast.Name, ast.Slice,
+    ast.Subscript, ast.Tuple, ast.UnaryOp,
+    ast.boolop, ast.cmpop, ast.expr_context, ast.keyword, ast.operator, ast.unaryop,
+)  # fmt: skip
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -60,19 +68,55 @@ def paths_to_statements(function: Function) -> Iterator[tuple[list[tuple[ast.stm
     yield from walk(function.body, [])
 
 
-def changes_or_hands_out(statement: ast.stmt, name: str) -> ast.AST | None:
-    """The node by which a statement could rebind or change the tensor `name`, or give it to code that could."""
+def disturbs(statement: ast.stmt, name: str) -> ast.AST | None:
+    """The node by which a statement could change the tensor `name`, hand it out, or leave the function.
+
+    An allowlist: the tensor may have another name (a view, a closure), so a call or a write to anything counts.
+    """
     harmless = {
         id(node.value)
         for node in ast.walk(statement)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Load)
-        and node.attr in HARMLESS_ATTRIBUTES
-        and isinstance(node.value, ast.Name)
+        if isinstance(node, ast.Attribute) and node.attr in HARMLESS_ATTRIBUTES and isinstance(node.ctx, ast.Load)
     }
     for node in ast.walk(statement):
+        if not isinstance(node, QUIET):
+            return node
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+            return node
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) not in HARMLESS_ATTRIBUTES:
+            return node
         if isinstance(node, ast.Name) and node.id == name and id(node) not in harmless:
             return node
-        if isinstance(node, (ast.Global, ast.Nonlocal)) and name in node.names:
-            return node
+    return None
+
+
+def binders(block: list[ast.stmt], name: str) -> list[ast.AST]:
+    """Every node of a module's or a class's own code that binds `name`: a definition, an assignment, an import."""
+    found: list[ast.AST] = []
+    waiting: list[ast.AST] = list(block)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name):
+            if node.id == name and not isinstance(node.ctx, ast.Load):
+                found.append(node)
+        elif name in (getattr(node, "name", None), getattr(node, "asname", None), getattr(node, "rest", None)):
+            found.append(node)
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def written_to_class(tree: ast.Module, class_name: str) -> ast.AST | None:
+    """The place where a module's own code sets an attribute of a class after its definition."""
+    for statement in tree.body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        for node in ast.walk(statement):
+            owner: ast.AST | None = None
+            if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+                owner = node.value
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and node.args:
+                owner = node.args[0]
+            if isinstance(owner, ast.Name) and owner.id == class_name:
+                return node
     return None

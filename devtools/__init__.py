@@ -1,0 +1,1 @@
+"""What developers and the demo need. Nothing in overlay/ imports anything from here."""

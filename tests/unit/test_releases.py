@@ -1,0 +1,212 @@
+"""devtools.releases against a package index of its own: a real HTTP server on this machine and real wheels."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import pathlib
+import subprocess
+import sys
+import threading
+import zipfile
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+releases = pytest.importorskip("devtools.releases", reason="devtools' libraries are not installed")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+BINARY = bytes(range(256)) * 8192  # 2 MB between the Python files, as compiled libraries lie between them in a wheel
+SOURCES = {
+    "vllm/__init__.py": "first = 1\n",
+    "vllm/layers/gdn.py": "second = 2\n",
+    "vllm/layers/empty.py": "",
+    "vllm/worker.py": "# a word outside ASCII: naïve\n",
+}
+
+
+def wheel() -> bytes:
+    """Python files in two stretches with a large binary between them, and files that are not wanted."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("vllm/__init__.py", "vllm/layers/gdn.py"):
+            archive.writestr(name, SOURCES[name])
+        archive.writestr("vllm/layers/config.json", "{}")
+        archive.writestr("vllm/layers/empty.py", SOURCES["vllm/layers/empty.py"])
+        archive.writestr(zipfile.ZipInfo("vllm/_C.abi3.so"), BINARY, zipfile.ZIP_STORED)
+        archive.writestr("vllm/worker.py", SOURCES["vllm/worker.py"])
+        archive.writestr("elsewhere/setup.py", "not = 'of vllm'\n")
+        archive.writestr(zipfile.ZipInfo("vllm/_D.abi3.so"), BINARY, zipfile.ZIP_STORED)
+    return buffer.getvalue()
+
+
+class Index:
+    """A package index with the wheels it was given; it remembers what was asked."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.ranges: list[str] = []
+        index = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/simple/vllm/":
+                    links = "".join(f'<a href="/files/{name}">{name}</a>\n' for name in index.files)
+                    self._answer(200, links.encode(), {"Content-Type": "text/html"})
+                    return
+                content = index.files.get(self.path.rpartition("/")[2])
+                asked = self.headers.get("Range")
+                if content is None or asked is None:  # the whole of a wheel is 300 MB: nobody may ask for it
+                    self._answer(404, b"", {})
+                    return
+                index.ranges.append(asked)
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                start = max(0, len(content) - int(last)) if not first else int(first)
+                stop = len(content) if not first or not last else min(int(last) + 1, len(content))
+                header = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+                self._answer(206, content[start:stop], header)
+
+            def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/simple/"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    content = wheel()
+    names = [f"vllm-{version}-cp38-abi3-manylinux1_x86_64.whl" for version in ("0.9.2", "0.17.1", "0.30.0", "0.4.0")]
+    names += [
+        "vllm-0.19.0-cp38-abi3-manylinux_2_31_x86_64.whl",
+        "vllm-0.20.0-cp38-abi3-manylinux_2_28_aarch64.whl",
+        "vllm-0.19.0.tar.gz",
+    ]
+    index = Index(dict.fromkeys(names, content))
+    monkeypatch.setenv("PIP_INDEX_URL", index.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(releases, "DIRECTORY_BYTES", 4096)
+    yield index
+    index.close()
+
+
+def test_brings_the_python_files_and_nothing_else(index: Index, tmp_path: pathlib.Path) -> None:
+    folder = releases.sources("0.19.0", root=tmp_path)
+    found = {
+        path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in folder.rglob("*") if path.is_file()
+    }
+    assert found == SOURCES
+
+
+def test_reads_neighbours_together_and_leaves_the_binaries(index: Index, tmp_path: pathlib.Path) -> None:
+    releases.sources("0.19.0", root=tmp_path)
+    assert len(index.ranges) == 3, "the directory, the stretch before the binary, the stretch after it"
+    spans = [span.removeprefix("bytes=").split("-") for span in index.ranges[1:]]
+    assert sum(int(last) - int(first) for first, last in spans) < len(BINARY) / 10
+
+
+def test_reports_progress_up_to_everything(index: Index, tmp_path: pathlib.Path) -> None:
+    seen: list[tuple[int, int]] = []
+    releases.sources("0.19.0", root=tmp_path, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+def test_asks_nothing_once_the_files_are_there(index: Index, tmp_path: pathlib.Path) -> None:
+    first = releases.sources("0.19.0", root=tmp_path)
+    index.close()
+    assert releases.sources("0.19.0", root=tmp_path) == first
+    assert releases.fetched(tmp_path) == ["0.19.0"]
+
+
+def test_damage_is_noticed_and_leaves_nothing_behind(index: Index, tmp_path: pathlib.Path) -> None:
+    name = "vllm-0.19.0-cp38-abi3-manylinux_2_31_x86_64.whl"
+    content = bytearray(index.files[name])
+    place = content.index(b"vllm/layers/gdn.py") + len("vllm/layers/gdn.py")
+    content[place + 2] ^= 0xFF
+    index.files[name] = bytes(content)
+    with pytest.raises(releases.ReleaseError, match="damaged"):
+        releases.sources("0.19.0", root=tmp_path)
+    assert releases.fetched(tmp_path) == []
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_files_of_a_killed_process_are_replaced(index: Index, tmp_path: pathlib.Path) -> None:
+    left = tmp_path / ".0.19.0.partial" / "vllm" / "half.py"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    folder = releases.sources("0.19.0", root=tmp_path)
+    assert not (folder / "vllm" / "half.py").exists()
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.21.5"], ids=["only another machine's wheel", "never released"])
+def test_an_unknown_version_names_its_neighbours(index: Index, tmp_path: pathlib.Path, version: str) -> None:
+    with pytest.raises(releases.ReleaseError, match=rf"vLLM {version} .*0\.17\.1, 0\.19\.0, 0\.30\.0$"):
+        releases.sources(version, root=tmp_path)
+
+
+def test_a_version_that_is_none(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(releases.ReleaseError, match="'main' is not a version number"):
+        releases.sources("main", root=tmp_path)
+
+
+def test_a_version_cannot_lead_out_of_the_cache(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(releases.ReleaseError, match="not a version number"):
+        releases.sources("../0.19.0", root=tmp_path / "cache")
+
+
+def test_without_a_network_the_folder_is_named(index: Index, tmp_path: pathlib.Path) -> None:
+    index.close()
+    with pytest.raises(releases.UnreachableError, match="no usable answer") as caught:
+        releases.sources("0.19.0", root=tmp_path)
+    assert str(tmp_path / "0.19.0") in str(caught.value)
+
+
+def test_available_lists_the_registry_from_the_first_release_on(index: Index) -> None:
+    assert releases.available() == ["0.17.1", "0.19.0", "0.30.0"]
+
+
+def test_processes_at_the_same_time_fetch_once(index: Index, tmp_path: pathlib.Path) -> None:
+    script = (
+        "import pathlib, sys; from devtools import releases; "
+        "print(len(list(releases.sources('0.19.0', root=pathlib.Path(sys.argv[1])).rglob('*.py'))))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    processes = [
+        subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [output for output, _ in outputs] == [f"{len(SOURCES)}\n"] * 3, outputs
+    assert len([asked for asked in index.ranges if asked.startswith("bytes=-")]) == 1, "one of them read the archive"
+
+
+def test_the_command_line_fails_for_what_it_cannot_fetch(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("typer.testing")
+    monkeypatch.setattr(releases, "sources", lambda version, **_: (_ for _ in ()).throw(releases.ReleaseError("gone")))
+    result = testing.CliRunner().invoke(releases.app, ["fetch", "0.19.0"])
+    assert result.exit_code == 1
+    assert "0.19.0: gone" in result.output
+
+
+def test_the_list_marks_what_is_here(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("typer.testing")
+    monkeypatch.setattr(releases, "fetched", lambda: ["0.19.0"])
+    result = testing.CliRunner().invoke(releases.app, ["list"])
+    assert result.output.splitlines() == ["  0.17.1", "* 0.19.0", "  0.30.0"]
