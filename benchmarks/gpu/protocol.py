@@ -1,0 +1,115 @@
+"""One engine per process, driven over pipes: JSON lines in on standard input, JSON lines out on its own descriptor.
+
+vLLM's log goes to a file, so nothing that it prints can be taken for an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+REPLY_DESCRIPTOR = "EVIDENCE_REPLY_DESCRIPTOR"
+
+
+class WorkerError(RuntimeError):
+    """The worker answered with an error, ended, or did not answer in time."""
+
+
+class Worker:
+    """The controller's side of one worker process."""
+
+    def __init__(self, side: str, environment: Mapping[str, str], log: Path) -> None:
+        self.side = side
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        read_end, write_end = os.pipe()
+        script = Path(__file__).resolve().parent.parent / "gpu_evidence.py"
+        self._log_file = log.open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), "worker"],
+            stdin=subprocess.PIPE,
+            stdout=self._log_file,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write_end,),
+            env={**environment, REPLY_DESCRIPTOR: str(write_end)},
+            cwd=log.parent,  # not the repository: an empty entry of sys.path must not find the overlay
+        )
+        # Both sides on the same cores: only one of them runs at a time, and a faster core must not decide for one.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(self._process.pid, set(cores[: max(2, len(cores) // 2)]))
+        os.close(write_end)
+        self._reply = read_end
+        self._buffer = b""
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send a command; `receive` gives its answer."""
+        if self._process.stdin is None:
+            raise WorkerError(f"{self.side}: no pipe")
+        try:
+            self._process.stdin.write(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerError(self._ended()) from error
+
+    def receive(self, timeout: float = 600.0) -> Any:
+        """Wait for the answer to the last command."""
+        limit = time.monotonic() + timeout
+        while b"\n" not in self._buffer:
+            rest = limit - time.monotonic()
+            ready = select.select([self._reply], [], [], max(0.0, rest))[0]
+            if not ready:
+                raise WorkerError(f"{self.side}: no answer within {timeout:.0f} s (log: {self.log})")
+            piece = os.read(self._reply, 1 << 20)
+            if not piece:
+                raise WorkerError(self._ended())
+            self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.side}: {answer['error']}")
+        return answer["result"]
+
+    def call(self, command: str, timeout: float = 600.0, **arguments: Any) -> Any:
+        """Send a command and wait for its answer."""
+        self.send(command, **arguments)
+        return self.receive(timeout)
+
+    def close(self, timeout: float = 20.0) -> None:
+        """End the process, politely first."""
+        if self._process.poll() is None:
+            try:
+                self.send("quit")
+                self._process.wait(timeout)
+            except (WorkerError, subprocess.TimeoutExpired):
+                self._process.kill()
+                self._process.wait()
+        self._log_file.close()
+        if self._reply >= 0:
+            os.close(self._reply)
+            self._reply = -1
+
+    def _ended(self) -> str:
+        self._process.wait()
+        return f"{self.side}: the worker ended with status {self._process.returncode}\n{tail(self.log)}"
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    """The last lines of a log, for an error message."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def reply_stream() -> TextIO:
+    """The worker's side: where answers go. Taken out of the environment so that no grandchild writes there."""
+    descriptor = int(os.environ.pop(REPLY_DESCRIPTOR))
+    os.set_inheritable(descriptor, False)
+    return os.fdopen(descriptor, "w")

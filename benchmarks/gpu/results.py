@@ -1,0 +1,123 @@
+"""What a run found: one JSON file, written after every step so that an interrupted run keeps what it has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=REPOSITORY)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def overlay_identity() -> dict[str, Any]:
+    """Version, commit (where git is there) and a digest of the overlay's source."""
+    digest = hashlib.sha256()
+    files = sorted((REPOSITORY / "overlay").rglob("*.py"))
+    for path in [*files, REPOSITORY / "sitecustomize.py"]:
+        if path.exists():
+            digest.update(str(path.relative_to(REPOSITORY)).encode() + b"\0" + path.read_bytes())
+    version = re.search(r'__version__ = "([^"]+)"', (REPOSITORY / "overlay" / "__init__.py").read_text())
+    return {
+        "version": version.group(1) if version else None,
+        "commit": os.environ.get("EVIDENCE_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "changed": _output("git", "status", "--porcelain", "--", "overlay", "sitecustomize.py"),
+        "source": digest.hexdigest()[:16],
+    }
+
+
+def host_identity() -> dict[str, Any]:
+    """GPU, driver, machine."""
+    query = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    return {
+        "gpu": query,
+        "clocks": _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    }
+
+
+class Results:
+    """A dictionary on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.data: dict[str, Any] = {"overlay": overlay_identity(), "host": host_identity(), "problems": []}
+        self.save()
+
+    def put(self, *keys: str, value: Any) -> None:
+        """Set a value under a path of keys, and save."""
+        place = self.data
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = value
+        self.save()
+
+    def problem(self, text: str) -> None:
+        """Something that did not work; it stands in the file and in the report."""
+        print(f"PROBLEM {text}", flush=True)
+        self.data["problems"].append(text)
+        self.save()
+
+    def save(self) -> None:
+        with self._lock:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.data, indent=1, default=str))
+            temporary.replace(self.path)
+
+
+def read_journals(folder: Path) -> list[dict[str, Any]]:
+    """The overlay's journals of one run that mention a patched or refused layer, or a problem."""
+    found = []
+    for path in sorted(folder.glob("*.json")) if folder.exists() else []:
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        found.append(content)
+    return found
+
+
+def journal_summary(folder: Path) -> list[dict[str, Any]]:
+    """What the journals say, short enough for a table."""
+    rows = []
+    for content in read_journals(folder):
+        for name, patch in content.get("patches", {}).items():
+            layers = patch.get("layers", {})
+            patched, refused = layers.get("patched", {}), layers.get("refused", {})
+            if not patched and not refused:
+                continue
+            sizes = sorted({(entry.get("qkvz"), entry.get("ba")) for entry in patched.values()})
+            rows.append(
+                {
+                    "process": content.get("role"),
+                    "patch": name,
+                    "verdict": patch.get("verdict"),
+                    "patched": len(patched),
+                    "sizes": sizes,
+                    "refused": len(refused),
+                    "reasons": sorted(set(refused.values())),
+                    "calls": patch.get("calls"),
+                    "fingerprint": content.get("fingerprint"),
+                    "problems": content.get("problems"),
+                }
+            )
+    return rows

@@ -1,0 +1,270 @@
+"""The worker process: one in-process vLLM engine that does what the controller says, command by command.
+
+In process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), because then all requests of a batch are scheduled together: two engines
+see the same batches, and a difference between their tokens is a difference between their kernels. Asynchronous
+scheduling stays as vLLM chooses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import itertools
+import json
+import os
+import random
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpu import protocol, weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def make_prompt(length: int, seed: int, vocabulary: int) -> list[int]:
+    """Token ids of one prompt, from a seed; the last ids of the vocabulary are kept for special tokens."""
+    generator = random.Random(seed)
+    return [generator.randrange(10, vocabulary - 300) for _ in range(length)]
+
+
+class EngineWorker:
+    """Commands are the methods whose names begin with `do_`."""
+
+    def __init__(self) -> None:
+        self._llm: Any = None
+        self._vocabulary = 0
+        self._count = 0
+        self._decoding: list[str] = []
+
+    # ---- start and describe
+
+    def do_start(self, engine: dict[str, Any], weight_seed: int | None) -> dict[str, Any]:
+        """Build the engine. `weight_seed` None leaves vLLM's dummy weights."""
+        begin = time.perf_counter()
+        from vllm import LLM
+
+        imported = time.perf_counter()
+        if weight_seed is not None:
+            weights.replace_dummy_weights(weight_seed)
+        self._llm = LLM(**engine)
+        self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
+        ready = time.perf_counter()
+        return {"import_seconds": imported - begin, "build_seconds": ready - imported, **self.do_describe()}
+
+    def do_describe(self) -> dict[str, Any]:
+        """Versions, the device, and what the compiler did."""
+        import torch
+        import vllm
+        from vllm.compilation.counter import compilation_counter
+
+        config = self._llm.llm_engine.vllm_config
+        compilation = config.compilation_config
+        names = [name for name in sys.modules if name == "overlay" or name.startswith("overlay.")]
+        triton = sys.modules.get("triton")
+        import transformers
+
+        return {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": getattr(triton, "__version__", None),
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "overlay_modules": sorted(names),
+            "architecture": config.model_config.architecture,
+            "quantization": str(config.model_config.quantization),
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "v2_model_runner": str(getattr(config, "use_v2_model_runner", None)),
+            "cudagraph_mode": str(compilation.cudagraph_mode),
+            "cudagraph_capture_sizes": compilation.cudagraph_capture_sizes,
+            "compile_mode": str(compilation.mode),
+            "compile_seconds": compilation.compilation_time,
+            "counters": dataclasses.asdict(compilation_counter),
+        }
+
+    def do_checksum(self) -> str:
+        """A checksum over the weights, after vLLM has repacked them."""
+        return weights.checksum(self._model())
+
+    def _model(self) -> Any:
+        return self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+
+    # ---- requests
+
+    def _parameters(self, tokens: int, logprobs: int | None = None) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
+
+    def _add(self, length: int, seed: int, tokens: int, logprobs: int | None = None) -> str:
+        self._count += 1
+        identifier = f"evidence-{self._count}"
+        prompt = {"prompt_token_ids": make_prompt(length, seed, self._vocabulary)}
+        self._llm.llm_engine.add_request(identifier, prompt, self._parameters(tokens, logprobs))
+        return identifier  # vLLM has a name of its own inside; outputs and aborts go by this one
+
+    def _drain(self) -> None:
+        """Step until nothing is left, the batch that asynchronous scheduling still has in flight included."""
+        engine, steps = self._llm.llm_engine, 0
+        while engine.has_unfinished_requests():
+            engine.step()
+            steps += 1
+            if steps > 20_000:
+                raise RuntimeError("requests do not end")
+        for _ in range(3):
+            engine.step()
+        self._synchronize()
+
+    def do_generate(self, lengths: list[int], seed: int, tokens: int, logprobs: bool) -> dict[str, Any]:
+        """All prompts at once, greedy. Gives tokens per request, and the chosen tokens' log probabilities exactly."""
+        engine = self._llm.llm_engine
+        begin = time.perf_counter()
+        order = {}
+        for index, length in enumerate(lengths):
+            order[self._add(length, seed + index, tokens, 0 if logprobs else None)] = index
+        finished: list[Any] = [None] * len(lengths)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    finished[order[output.request_id]] = output.outputs[0]
+        self._drain()
+        chosen = [list(output.token_ids) for output in finished]
+        values: list[list[str]] = []
+        if logprobs:
+            for output in finished:
+                pairs = zip(output.token_ids, output.logprobs, strict=True)
+                values.append([float(entry[token].logprob).hex() for token, entry in pairs])
+        return {
+            "tokens": chosen,
+            "logprobs": hashlib.sha256(json.dumps(values).encode()).hexdigest() if logprobs else None,
+            "logprobs_of_first": values[0][:8] if logprobs else None,
+            "seconds": time.perf_counter() - begin,
+        }
+
+    # ---- timing
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def do_decode_begin(self, requests: int, prompt: int, tokens: int, warm: int, seed: int) -> dict[str, Any]:
+        """Start `requests` requests and step until all of them decode together."""
+        self._decoding = [self._add(prompt, seed + index, tokens) for index in range(requests)]
+        together, steps = 0, 0
+        while together < warm:
+            outputs = self._llm.llm_engine.step()
+            if outputs:  # asynchronous scheduling fills its queue first: steps without output
+                together = together + 1 if len(outputs) == requests else 0
+            steps += 1
+            if steps > 5_000:
+                raise RuntimeError(f"{requests} requests never decoded together")
+        self._synchronize()
+        return {"steps": steps}
+
+    def do_decode_steps(self, count: int, warm: int) -> dict[str, Any]:
+        """Time `count` steps in a row, after `warm` untimed ones. Only steps that give a token per request count."""
+        requests, empty = len(self._decoding), 0
+
+        def step() -> bool:
+            nonlocal empty
+            complete = len(self._llm.llm_engine.step()) == requests
+            empty = 0 if complete else empty + 1
+            if empty > 100:
+                raise RuntimeError(f"{requests} requests no longer decode together")
+            return complete
+
+        gc.collect()
+        gc.disable()
+        try:
+            done = 0
+            while done < warm:
+                done += step()
+            laps = [time.perf_counter()]
+            while len(laps) <= count:
+                if step():
+                    laps.append(time.perf_counter())
+            self._synchronize()
+        finally:
+            gc.enable()
+        each = sorted(after - before for before, after in itertools.pairwise(laps))
+        return {"mean": (laps[-1] - laps[0]) / count, "median": each[len(each) // 2], "minimum": each[0]}
+
+    def do_decode_end(self) -> dict[str, Any]:
+        """Abort the running requests and drain the engine."""
+        self._llm.llm_engine.abort_request(self._decoding)  # vLLM knows them by these names and by its own
+        self._decoding = []
+        self._drain()
+        return {}
+
+    def do_first_token(self, length: int, repetitions: int, seed: int) -> list[float]:
+        """Seconds from adding one request to its first and only token, `repetitions` times."""
+        engine, times = self._llm.llm_engine, []
+        prompts = [make_prompt(length, seed + index, self._vocabulary) for index in range(repetitions)]
+        gc.collect()
+        gc.disable()
+        try:
+            for prompt in prompts:
+                self._count += 1
+                parameters = self._parameters(1)
+                self._synchronize()
+                begin = time.perf_counter()
+                engine.add_request(f"evidence-{self._count}", {"prompt_token_ids": prompt}, parameters)
+                while not engine.step():
+                    pass
+                times.append(time.perf_counter() - begin)
+                self._drain()
+        finally:
+            gc.enable()
+        return times
+
+    def do_trace(self, requests: int, steps: int, path: str, seed: int) -> dict[str, Any]:
+        """A profiler trace of a few decode steps, as gzipped Chrome trace."""
+        import torch
+
+        self.do_decode_begin(requests, 16, 400, 8, seed)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities):  # the first use of the profiler sets it up: seconds
+            self.do_decode_steps(2, 0)
+        with torch.profiler.profile(activities=activities) as profile:
+            timing = self.do_decode_steps(steps, 0)
+        profile.export_chrome_trace(path)
+        self.do_decode_end()
+        return {**timing, "bytes": Path(path).stat().st_size}
+
+
+def main() -> None:
+    """Answer commands until `quit` or the end of standard input."""
+    replies = protocol.reply_stream()
+    worker = EngineWorker()
+    for line in sys.stdin:
+        message = json.loads(line)
+        command = message.pop("command")
+        if command == "quit":
+            break
+        try:
+            method: Callable[..., Any] = getattr(worker, f"do_{command}")
+            answer: dict[str, Any] = {"result": method(**message)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{command}: {type(error).__name__}: {error}"}
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+    replies.close()
+    journal = sys.modules.get("overlay.journal")
+    if journal is not None:
+        with contextlib.suppress(Exception):
+            journal.journal.write()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # vLLM's own shutdown takes seconds of device time
