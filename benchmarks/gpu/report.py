@@ -204,11 +204,11 @@ def _compile(found: dict[str, Any]) -> Table:
 
 
 def _quantized(rows: list[dict[str, Any]]) -> Table:
-    columns = ("variant", "method", "tokens", "distinct", "weights", "tokens =", "logprobs =", "journal")
+    columns = ("variant", "method", "tokens", "distinct", "weights", "tokens =", "logprobs =", "stock = stock", "journal")
     table = _table("quantized", *columns)
     for row in rows:
         if "error" in row:
-            table.add_row(row["variant"], "FAILED", *[""] * 5, row["error"][-200:])
+            table.add_row(row["variant"], "FAILED", *[""] * 6, row["error"][-200:])
             continue
         journal = "; ".join(_journal_line(entry) for entry in row.get("journal") or [])
         table.add_row(
@@ -216,7 +216,7 @@ def _quantized(rows: list[dict[str, Any]]) -> Table:
             f"{row.get('quantization')} {','.join(row.get('kernels') or [])}",
             str(row.get("generated")),
             str(row.get("distinct")),
-            *(str(row.get(key)) for key in ("weights_equal", "tokens_equal", "logprobs_equal")),
+            *(str(row.get(key)) for key in ("weights_equal", "tokens_equal", "logprobs_equal", "stock_repeats")),
             journal,
         )
     return table

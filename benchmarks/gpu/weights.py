@@ -34,6 +34,9 @@ def fill(tensor: Any, name: str, owner: str, seed: int) -> None:
     if not data.is_floating_point():
         if leaf == "qweight" and data.dtype == torch.int32:
             data.random_(-(2**31), 2**31 - 1, generator=generator)
+            # 0 becomes 8, the zero point: else the mean of the weights is not zero, and every token comes out the same.
+            some = data | ((data >> 1) & 0x77777777) | ((data >> 2) & 0x33333333) | ((data >> 3) & 0x11111111)
+            data |= (~some & 0x11111111) << 3
         elif leaf == "qzeros":
             data.fill_(_SYMMETRIC_ZERO_POINTS)
         return
