@@ -7,7 +7,7 @@
 Phases: `tokens` greedy tokens and log probabilities; `ttft` time to first token; `decode` time per decode step, the two
 engines alive at once and taking turns; `trace` profiler traces and the overlap found in them; `compile` cold compile
 times and artifacts; `quant` quantized checkpoints; `replay` graph replays against the serial order, bit for bit; `micro`
-the two projections alone. Results are written after every step. What the numbers mean is in docs and in the modules
+the two projections alone; `tp` tensor parallelism over two GPUs. Results are written after every step. What the numbers mean is in docs and in the modules
 under `gpu/`. Needs no network: models are configurations with random weights made in place.
 """
 
@@ -28,12 +28,12 @@ from gpu.pair import EnginePair
 from gpu.protocol import tail
 from gpu.results import Results
 from gpu.run_setup import Setup
-from gpu.starts import QUANTIZED, compile_cold, quantized
+from gpu.starts import QUANTIZED, compile_cold, quantized, tensor_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PHASES = ("tokens", "ttft", "decode", "trace", "compile", "quant", "replay", "micro")
+PHASES = ("tokens", "ttft", "decode", "trace", "compile", "quant", "replay", "micro", "tp")
 PAIR_PHASES = ("tokens", "ttft", "decode", "trace")
 PIECE_BYTES = 15 << 20
 
@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure")
-    run.add_argument("--phases", default=",".join(PHASES))
+    run.add_argument("--phases", default=",".join(PHASES[:-1]), help="all but tp, which needs two GPUs")
     run.add_argument("--out", type=Path, required=True, help="results, report, traces, logs")
     run.add_argument(
         "--work", type=Path, default=Path("/tmp/evidence"), help="caches, models, logs; keep it for the next run"
@@ -294,6 +294,8 @@ def run(options: argparse.Namespace) -> int:
                     quantized(setup, results, [name for name in options.quant_variants.split(";") if name])
                 elif phase == "replay" and replaying is not None:
                     replaying.join()
+                elif phase == "tp":
+                    tensor_parallel(setup, results, setup.architectures()[0])
                 elif setup.cpu:
                     standalone(setup, results, "call-costs", 0)
                 else:

@@ -137,7 +137,9 @@ def _patch(patch: str, module: ModuleType, settings: Settings) -> None:
         if settings.strict:
             raise RuntimeError(f"{patch} does not know this vLLM: {found.reason} ({found.where})")
     else:
-        intercepted = f"; intercepts {found.class_name}.{', '.join(found.methods)}" if found.state == verdict.APPLY else ""
+        intercepted = (
+            f"; intercepts {found.class_name}.{', '.join(found.methods)}" if found.state == verdict.APPLY else ""
+        )
         log.logger.info("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
 
 
@@ -149,4 +151,9 @@ def _sources() -> verdict.SourceTree:
 
 def _record(patch: str, found: Verdict) -> None:
     record = journal.patch(patch)
-    record.verdict, record.reason, record.module, record.methods = found.state, found.reason, found.module, found.methods
+    record.verdict, record.reason, record.module, record.methods = (
+        found.state,
+        found.reason,
+        found.module,
+        found.methods,
+    )

@@ -78,7 +78,9 @@ def _patches(variable: str, value: str) -> tuple[str, ...]:
         return ()
     unknown = [word for word in words if word not in PATCH_NAMES]
     if unknown or not words:
-        raise SettingsError(variable, value, f"allowed are all, none, or a comma-separated list of {', '.join(PATCH_NAMES)}")
+        raise SettingsError(
+            variable, value, f"allowed are all, none, or a comma-separated list of {', '.join(PATCH_NAMES)}"
+        )
     return tuple(name for name in PATCH_NAMES if name in words)
 
 

@@ -36,6 +36,7 @@ def tables(data: dict[str, Any]) -> list[Any]:
         ("trace", _trace),
         ("compile", _compile),
         ("quantized", _quantized),
+        ("tensor_parallel", _tensor_parallel),
         ("replay", _replay),
         ("micro", _micro),
     ):
@@ -204,7 +205,17 @@ def _compile(found: dict[str, Any]) -> Table:
 
 
 def _quantized(rows: list[dict[str, Any]]) -> Table:
-    columns = ("variant", "method", "tokens", "distinct", "weights", "tokens =", "logprobs =", "stock = stock", "journal")
+    columns = (
+        "variant",
+        "method",
+        "tokens",
+        "distinct",
+        "weights",
+        "tokens =",
+        "logprobs =",
+        "stock = stock",
+        "journal",
+    )
     table = _table("quantized", *columns)
     for row in rows:
         if "error" in row:
@@ -219,6 +230,16 @@ def _quantized(rows: list[dict[str, Any]]) -> Table:
             *(str(row.get(key)) for key in ("weights_equal", "tokens_equal", "logprobs_equal", "stock_repeats")),
             journal,
         )
+    return table
+
+
+def _tensor_parallel(found: dict[str, Any]) -> Table:
+    table = _table("two GPUs", "what", "value")
+    for key, value in found.items():
+        if key != "journal":
+            table.add_row(key.replace("_", " "), str(value))
+    for entry in found.get("journal") or []:
+        table.add_row(str(entry.get("process")), _journal_line(entry))
     return table
 
 

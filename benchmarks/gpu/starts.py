@@ -241,3 +241,54 @@ def _compare_quantized(name: str, sides: dict[str, Any]) -> dict[str, Any]:
             "journal": overlay["journal"],
         }
     return row
+
+
+def tensor_parallel(setup: Setup, results: Results, architecture: str) -> None:
+    """The same engine over two GPUs, stock, overlay and stock again: same tokens, and sizes per shard on both ranks."""
+    answers: dict[str, dict[str, Any]] = {}
+    for side in (*SIDES, "control"):
+        if setup.remaining() < 40:
+            results.problem(f"tensor parallel: out of time before {side}")
+            break
+        run = "tensor-parallel"
+        root = setup.work / f"{run}-{side}"
+        environment = setup.environment("overlay" if side == "overlay" else "stock", run, root)
+        # The workers inherit the replaced dummy loader only by a fork.
+        environment["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"
+        engine = setup.engine(
+            setup.model_folder(architecture),
+            architecture,
+            tensor_parallel_size=2,
+            max_num_seqs=64,
+            max_model_len=2048,
+            max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=4 << 30,
+            compilation_config={"cudagraph_capture_sizes": [1, 8, 64]},
+        )
+        worker = Worker(side, environment, setup.work / "logs" / f"{run}-{side}.log")
+        try:
+            limit = setup.remaining()
+            worker.call("start", engine=engine, weight_seed=SEED, timeout=limit)
+            outputs = [
+                worker.call("generate", lengths=lengths, seed=SEED, tokens=24, logprobs=True, timeout=limit)
+                for lengths in ([16], [16] * 8, [16] * 64, [300], [1500], [12, 20, 300, 7])
+            ]
+        except WorkerError as error:
+            results.problem(f"tensor parallel: {str(error)[-1500:]}")
+            continue
+        finally:
+            worker.close()
+        answers[side] = {key: [output[key] for output in outputs] for key in ("tokens", "logprobs")}
+        results.put("tensor_parallel", value=_compare_tensor_parallel(setup, answers, run))
+
+
+def _compare_tensor_parallel(setup: Setup, answers: dict[str, dict[str, Any]], run: str) -> dict[str, Any]:
+    stock = answers.get("stock", {})
+    tokens = [token for output in stock.get("tokens", []) for request in output for token in request]
+    found: dict[str, Any] = {"generated": len(tokens), "distinct": len(set(tokens))}
+    for side, name in (("overlay", "overlay"), ("control", "stock_again")):
+        if side in answers:
+            found[f"{name}_tokens_equal"] = answers[side]["tokens"] == stock.get("tokens")
+            found[f"{name}_logprobs_equal"] = answers[side]["logprobs"] == stock.get("logprobs")
+    found["journal"] = journal_summary(setup.journal_folder(run))
+    return found

@@ -162,6 +162,7 @@ def overlap_in_projections(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def register_op(record: PatchRecord) -> None:
     """Define ``vllm_overlay::gdn_in_proj`` for the platform's device."""
+
     def gdn_in_proj(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
         layer = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
         return getattr(layer, PAIR).project(layer, hidden_states)
@@ -251,7 +252,9 @@ def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> InProj
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
     """Intercept the class of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
     if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
-        return replace(verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}")
+        return replace(
+            verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}"
+        )
     assert verdict.class_name is not None
     target = getattr(module, verdict.class_name)
     originals = {name: target.__dict__[name] for name in verdict.methods}

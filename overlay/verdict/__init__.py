@@ -7,7 +7,18 @@ from collections.abc import Callable
 from overlay.verdict import gdn
 from overlay.verdict.model import ABSENT, APPLY, DRIFTED, INERT, LANDED, Source, SourceTree, Verdict
 
-__all__ = ["ABSENT", "APPLY", "DRIFTED", "INERT", "LANDED", "TARGET_MODULES", "Source", "SourceTree", "Verdict", "judge"]
+__all__ = [
+    "ABSENT",
+    "APPLY",
+    "DRIFTED",
+    "INERT",
+    "LANDED",
+    "TARGET_MODULES",
+    "Source",
+    "SourceTree",
+    "Verdict",
+    "judge",
+]
 
 _JUDGES: dict[str, Callable[[SourceTree], Verdict]] = {"gdn": gdn.judge}
 #: The modules of vLLM whose import each patch waits for.

@@ -40,7 +40,9 @@ def judge(tree: SourceTree) -> Verdict:
         try:
             return _judge_class(source.parse(), module, class_name, source.path)
         except SyntaxError as error:
-            return Verdict(DRIFTED, f"not readable as Python: {error.msg}", module, where=f"{source.path}:{error.lineno}")
+            return Verdict(
+                DRIFTED, f"not readable as Python: {error.msg}", module, where=f"{source.path}:{error.lineno}"
+            )
     return _without_target(tree)
 
 
@@ -177,7 +179,9 @@ def _single_call(method: Function, attribute: str) -> tuple[ast.Call, list[ast.s
     uses = [node for node in uses_of(method, attribute) if id(node) not in excused]
     if len(uses) != 1 or len(found) != 1:
         at = uses[1] if len(uses) > 1 else (uses[0] if uses else method)
-        raise Drift(at, f"{method.name} uses {attribute} {len(uses)} times; known is one plain call, assigned, under no loop")
+        raise Drift(
+            at, f"{method.name} uses {attribute} {len(uses)} times; known is one plain call, assigned, under no loop"
+        )
     return found[0]
 
 

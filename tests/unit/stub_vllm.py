@@ -50,7 +50,9 @@ FILES = {
 TRANSFORMERS = "PreTrainedModel = object\n"
 
 
-def write(folder: pathlib.Path, changes: dict[str, str | None] | None = None, transformers: str | None = TRANSFORMERS) -> None:
+def write(
+    folder: pathlib.Path, changes: dict[str, str | None] | None = None, transformers: str | None = TRANSFORMERS
+) -> None:
     """Write the stub into `folder` as `vllm` (and `transformers`); None removes a file."""
     for name, text in {**FILES, **(changes or {})}.items():
         if text is None:

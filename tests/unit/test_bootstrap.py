@@ -23,7 +23,9 @@ class World:
         self.folder = folder
         self.journals_folder = folder / "journal"
 
-    def build(self, changes: dict[str, str | None] | None = None, transformers: str | None = stub_vllm.TRANSFORMERS) -> World:
+    def build(
+        self, changes: dict[str, str | None] | None = None, transformers: str | None = stub_vllm.TRANSFORMERS
+    ) -> World:
         stub_vllm.write(self.folder / "site", changes, transformers)
         return self
 
@@ -167,7 +169,9 @@ def test_switched_off_means_not_there(world: World) -> None:
 
 def test_wrapt_missing_leaves_vllm_stock_with_one_line(world: World) -> None:
     world.build()
-    (world.folder / "site" / "wrapt.py").write_text("raise ModuleNotFoundError(\"No module named 'wrapt'\", name='wrapt')")
+    (world.folder / "site" / "wrapt.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'wrapt'\", name='wrapt')"
+    )
     result = succeeded(world.run(IMPORT_ALL, path=[str(REPOSITORY), str(world.folder / "site")]))
     (line,) = overlay_lines(result)
     assert "wrapt" in line and "stock" in line
@@ -232,7 +236,10 @@ class QwenGatedDeltaNetAttention:
 def test_a_vllm_of_unknown_structure_runs_stock_and_names_the_line(world: World) -> None:
     world.build({stub_vllm.GDN_MODULE: DRIFTED})
     code = f"{IMPORT_ALL}; assert m.QwenGatedDeltaNetAttention.forward_cuda.__code__.co_filename == m.QwenGatedDeltaNetAttention.forward_cuda.__globals__['__file__']"
-    code = code.replace("m.QwenGatedDeltaNetAttention", "__import__('sys').modules['vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn'].QwenGatedDeltaNetAttention")
+    code = code.replace(
+        "m.QwenGatedDeltaNetAttention",
+        "__import__('sys').modules['vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn'].QwenGatedDeltaNetAttention",
+    )
     result = succeeded(world.run(code))
     (line,) = overlay_lines(result)
     assert "qwen_gdn_linear_attn.py:5" in line and "stock" in line

@@ -56,7 +56,9 @@ def heads(key_heads: int, value_heads: int, size: int, tp: int, replicated: bool
     size=st.sampled_from([32, 64, 128]),
     replicated=st.booleans(),
 )
-def test_sizes_are_per_shard_and_agree_with_the_heads(tp: int, key_heads: int, group: int, size: int, replicated: bool) -> None:
+def test_sizes_are_per_shard_and_agree_with_the_heads(
+    tp: int, key_heads: int, group: int, size: int, replicated: bool
+) -> None:
     layer = heads(key_heads * tp, key_heads * tp * group, size, tp, replicated)
     qkvz, ba = gdn.shard_sizes(layer)
     assert qkvz == 2 * key_heads * size * (1 + group)

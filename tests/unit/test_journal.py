@@ -181,8 +181,12 @@ def test_a_forked_child_has_a_file_and_counters_of_its_own(journal_folder: pathl
         check=True,
     )
     child = int(result.stdout)
-    journals = {loaded["pid"]: loaded for loaded in (json.loads(path.read_text()) for path in journal_folder.glob("*.json"))}
+    journals = {
+        loaded["pid"]: loaded for loaded in (json.loads(path.read_text()) for path in journal_folder.glob("*.json"))
+    }
     assert len(journals) == 2
     assert journals[child]["patches"]["gdn"]["calls"]["dual_stream"] == 1
     assert journals[child]["patches"]["gdn"]["verdict"] == "apply"
-    assert next(loaded for pid, loaded in journals.items() if pid != child)["patches"]["gdn"]["calls"]["dual_stream"] == 7
+    assert (
+        next(loaded for pid, loaded in journals.items() if pid != child)["patches"]["gdn"]["calls"]["dual_stream"] == 7
+    )

@@ -14,7 +14,9 @@ from overlay.settings import Settings, SettingsError, load
 
 
 def test_nothing_set_gives_the_defaults() -> None:
-    assert load({"PATH": "/bin", "VLLM_LOGGING_LEVEL": "INFO"}) == Settings(journal_folder=settings.default_journal_folder())
+    assert load({"PATH": "/bin", "VLLM_LOGGING_LEVEL": "INFO"}) == Settings(
+        journal_folder=settings.default_journal_folder()
+    )
 
 
 def test_every_setting_can_be_set() -> None:

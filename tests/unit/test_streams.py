@@ -101,7 +101,9 @@ def test_every_launched_slot_is_joined_whatever_fails(pattern: list[str], defaul
         region = ParallelRegion(slots=len(pattern))
         region.prepare(torch.device("cuda:0"))
         del log[:]
-        auxiliary = [None if kind == "none" else work(log, f"slot{i}", kind == "fails") for i, kind in enumerate(pattern)]
+        auxiliary = [
+            None if kind == "none" else work(log, f"slot{i}", kind == "fails") for i, kind in enumerate(pattern)
+        ]
         fails = default_fails or "fails" in pattern
         if fails:
             with pytest.raises(RuntimeError):
@@ -114,7 +116,9 @@ def test_every_launched_slot_is_joined_whatever_fails(pattern: list[str], defaul
         joined = [entry[2] for entry in log if entry[0] == "wait" and entry[1] == "main"]
         done = [entry[2] for entry in log if entry[0] == "record" and entry[1] != "main"]
         # one start event if anything was launched, one done event for each launched slot, all waited for, none else
-        assert sum(1 for entry in log if entry[:2] == ("record", "main")) == (1 if pattern.count("none") < len(pattern) else 0)
+        assert sum(1 for entry in log if entry[:2] == ("record", "main")) == (
+            1 if pattern.count("none") < len(pattern) else 0
+        )
         assert joined == done and len(done) == len(launched)
         # an empty slot costs no stream switch and no event
         for index, kind in enumerate(pattern):

@@ -1,0 +1,51 @@
+# Everything a developer runs. `make demo` and `make test` need nothing but Python 3.11 to 3.13 and a package registry:
+# the first one that runs makes .venv from the lock files, the later ones find it there.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+PYTEST := $(VENV_PYTHON) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit contract engine gpu lint types format lock environment clean
+
+help: ## Show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: ## Stock vLLM against vLLM with the overlay, in real servers: are the tokens the same, what was patched
+	@python="$$($(PYTHON) devtools/environment.py --demo)" && exec "$$python" -m devtools.demo $(DEMO_OPTIONS)
+
+test: lint types ## Everything: style, types, unit, contract and engine tests
+	$(PYTEST) tests/unit tests/contract tests/engine tests/gpu $(TEST_OPTIONS)
+
+unit: environment ## The quick tests
+	$(PYTEST) tests/unit $(TEST_OPTIONS)
+
+contract: environment ## The verdicts against the sources of released vLLM versions
+	$(PYTEST) tests/contract $(TEST_OPTIONS)
+
+engine: environment ## The overlay in a real vLLM engine on the CPU
+	$(PYTEST) tests/engine $(TEST_OPTIONS)
+
+gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
+	$(PYTHON) -m pytest tests/gpu $(TEST_OPTIONS)
+
+lint: environment ## Style
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+types: environment ## Types, strictly
+	$(VENV_PYTHON) -m mypy
+
+format: environment ## Put the source files into the project's style
+	$(VENV_PYTHON) -m ruff format .
+	$(VENV_PYTHON) -m ruff check --fix .
+
+lock: ## Resolve pyproject.toml anew and write the lock files
+	$(PYTHON) devtools/environment.py --lock
+
+environment:
+	@$(PYTHON) devtools/environment.py > /dev/null
+
+clean: ## Remove .venv, .cache and every other thing that was made here
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist ./*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

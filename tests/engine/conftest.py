@@ -1,0 +1,124 @@
+"""Engine runs for the tests: each distinct run happens once in a session, and its result is shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from devtools import journals as journal_files
+from devtools import servers
+from tests.conftest import REPOSITORY
+
+MODELS = REPOSITORY / ".cache" / "models"
+RUN_SECONDS = 240.0
+PASS_THROUGH = {"VLLMOVERLAY_SERIAL_PASS_THROUGH": "1", "VLLMOVERLAY_STRICT": "1"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one offline engine answered, and what its processes wrote of themselves."""
+
+    answers: dict[str, Any]
+    journals: list[journal_files.Journal]
+    log: str
+    seconds: float
+
+    @property
+    def workers(self) -> list[journal_files.Journal]:
+        """The processes that hold layers."""
+        return [journal for journal in self.journals if journal.layers]
+
+    def calls(self) -> int:
+        return sum(journal.calls for journal in self.journals)
+
+    def fake_calls(self) -> int:
+        return sum(patch.fake_calls for journal in self.journals for patch in journal.patches)
+
+
+@pytest.fixture(scope="session")
+def model() -> Callable[[str], pathlib.Path]:
+    """The folder of a tiny model by name, made on first use in a process of its own."""
+
+    def build(name: str) -> pathlib.Path:
+        if not (MODELS / name / ("adapter_config.json" if name.endswith("-lora") else "made-from.json")).exists():
+            subprocess.run(
+                [sys.executable, "-m", "devtools.tiny_models", str(MODELS), name], cwd=REPOSITORY, check=True
+            )
+        return MODELS / name
+
+    return build
+
+
+def run_engine(
+    model: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    overlay: bool,
+    compiled: bool = False,
+    tensor_parallel_size: int = 1,
+    lora: pathlib.Path | None = None,
+    **settings: str,
+) -> Run:
+    """One offline engine in processes of its own, stock or with the overlay by PYTHONPATH alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    request = {
+        "model": str(model),
+        "compiled": compiled,
+        "tensor_parallel_size": tensor_parallel_size,
+        "lora": str(lora) if lora else None,
+    }
+    extra = dict(servers.cpu_environment())
+    if tensor_parallel_size > 1:
+        extra["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in range(tensor_parallel_size))
+    extra.update(settings)
+    environment = servers.environment(overlay, folder, os.environ, extra)
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tests" / "engine" / "offline.py"), json.dumps(request), "answers.json"],
+        env=environment,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    (folder / "engine.log").write_text(result.stdout)
+    assert result.returncode == 0, f"the engine failed, {folder}/engine.log ends:\n{result.stdout[-3000:]}"
+    answers = json.loads((folder / "answers.json").read_text())
+    return Run(answers, journal_files.read(folder / "journals"), result.stdout, time.monotonic() - started)
+
+
+@pytest.fixture(scope="session")
+def engine(model: Callable[[str], pathlib.Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """`engine(name, overlay=…, compiled=…, …)`: the run of a tiny model; the same arguments give the same run."""
+    runs: dict[tuple[Any, ...], Run] = {}
+
+    def get(
+        name: str, *, overlay: bool, compiled: bool = False, tensor_parallel_size: int = 1, lora: bool = False
+    ) -> Run:
+        key = (name, overlay, compiled, tensor_parallel_size, lora)
+        if key not in runs:
+            adapter = model(f"{name}-lora") if lora else None
+            runs[key] = run_engine(
+                model(name),
+                tmp_path_factory.mktemp("engine"),
+                overlay=overlay,
+                compiled=compiled,
+                tensor_parallel_size=tensor_parallel_size,
+                lora=adapter,
+                **(PASS_THROUGH if overlay else {}),
+            )
+        return runs[key]
+
+    return get

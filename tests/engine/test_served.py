@@ -1,0 +1,50 @@
+"""A real `vllm serve`, eager, with the overlay by PYTHONPATH alone, asked over HTTP with the openai client.
+
+The demo does the same compiled and for both models; `make test` must not depend on having seen it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from devtools import journals, servers, tiny_models
+from tests.engine.conftest import PASS_THROUGH
+
+pytestmark = pytest.mark.engine
+NAME = "qwen3_5"
+
+
+def ask(server: servers.Server) -> list[str]:
+    client = server.client()
+    completions = [
+        client.completions.create(model=servers.MODEL_NAME, prompt=prompt, max_tokens=12, temperature=0).choices[0].text
+        for prompt in ("Hello world", "The quick brown fox jumps over")
+    ]
+    chat = client.chat.completions.create(
+        model=servers.MODEL_NAME,
+        messages=[{"role": "user", "content": "what is a fork?"}],
+        max_tokens=12,
+        temperature=0,
+    )
+    return [*completions, chat.choices[0].message.content or ""]
+
+
+def test_served_tokens_are_those_of_stock(model: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
+    answers = {}
+    arguments = (*tiny_models.serve_arguments(NAME), "--enforce-eager")
+    for overlay in (False, True):
+        extra = {**servers.cpu_environment(), **(PASS_THROUGH if overlay else {})}
+        folder = tmp_path / ("overlay" if overlay else "stock")
+        with servers.serve(
+            sys.executable, model(NAME), overlay=overlay, folder=folder, env=extra, args=arguments
+        ) as server:
+            answers[overlay] = ask(server)
+            written = server.journals()
+    assert answers[True] == answers[False] and any(answers[True])
+    assert journals.why_without_effect(written, tiny_models.gdn_layers(NAME)) is None
+    roles = {journal.role for journal in written}
+    assert "APIServer" in roles and any(role.startswith("EngineCore") for role in roles)
