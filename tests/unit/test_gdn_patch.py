@@ -116,6 +116,76 @@ def test_everything_else_is_refused_by_name(method: Any, reason: str) -> None:
         gdn.gemm_of(linear(8, method))
 
 
+def configuration(layer: Any, micro_batching: bool = False) -> Any:
+    return namespace(
+        compilation_config=namespace(static_forward_context={layer.prefix: layer}),
+        parallel_config=namespace(use_ubatching=micro_batching),
+    )
+
+
+def complete_layer() -> Any:
+    layer = heads(16, 32, 128, 2)
+    layer.prefix = "model.layers.0.linear_attn"
+    layer.in_proj_qkvz.quant_method = layer.in_proj_ba.quant_method = unquantized()
+    return layer
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what vLLM's current configuration and environment module say."""
+
+    def set_current(config: Any, batch_invariant: bool = False) -> None:
+        monkeypatch.setattr(gdn, "get_current_vllm_config", lambda: config)
+        monkeypatch.setattr(gdn, "envs", namespace(VLLM_BATCH_INVARIANT=batch_invariant))
+
+    return set_current
+
+
+def test_a_layer_that_fits_gets_a_pair_with_its_shard_sizes(current: Any) -> None:
+    layer = complete_layer()
+    current(configuration(layer))
+    pair = gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
+    assert (pair.layer_name, pair.qkvz_size, pair.ba_size) == (layer.prefix, 6144, 32)
+
+
+def test_micro_batching_is_refused(current: Any) -> None:
+    layer = complete_layer()
+    current(configuration(layer, micro_batching=True))
+    with pytest.raises(gdn.Refused, match="DBO"):
+        gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
+
+
+def test_batch_invariant_mode_is_refused(current: Any) -> None:
+    layer = complete_layer()
+    current(configuration(layer), batch_invariant=True)
+    with pytest.raises(gdn.Refused, match="batch-invariant"):
+        gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
+
+
+def test_the_split_projections_of_lora_are_refused(current: Any) -> None:
+    layer = complete_layer()
+    del layer.in_proj_qkvz
+    current(configuration(layer))
+    with pytest.raises(gdn.Refused, match="split for LoRA"):
+        gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
+
+
+def test_a_layer_that_the_op_could_not_find_is_refused(current: Any) -> None:
+    layer = complete_layer()
+    current(configuration(complete_layer()))
+    with pytest.raises(gdn.Refused, match="not registered"):
+        gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
+
+
+@pytest.mark.parametrize("which", ["in_proj_qkvz", "in_proj_ba"])
+def test_one_quantized_projection_is_enough_to_refuse(current: Any, which: str) -> None:
+    layer = complete_layer()
+    getattr(layer, which).quant_method = method_named("Fp8LinearMethod")
+    current(configuration(layer))
+    with pytest.raises(gdn.Refused, match="Fp8LinearMethod"):
+        gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
+
+
 class Layer(torch.nn.Module):
     """A layer with the two projections and a forward of the known shape."""
 
