@@ -41,6 +41,8 @@ from overlay.verdict import INERT, Verdict
 
 NAME = "gdn"
 TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
+#: What a Marlin kernel that sets up its own workspace mentions while it does so.
+MARLIN_WORKSPACE = frozenset({"workspace", "marlin_make_workspace_new"})
 OP_LIBRARY, OP_NAME = "vllm_overlay", "gdn_in_proj"
 #: The attribute that holds a layer's `InProjPair`, or None where the layer stays stock.
 PAIR = "_overlay_in_proj_pair"
@@ -211,7 +213,7 @@ def gemm_of(projection: torch.nn.Module) -> str:
     """The name of a linear's GEMM if it may run next to another one, else raise Refused.
 
     Two quantized GEMMs at once can share scratch memory, so this is an allowlist: unquantized through torch's own GEMM,
-    and Marlin kernels that own their workspace (vLLM 0.33.0 shares one workspace between all Marlin layers).
+    and Marlin kernels that make a workspace of their own (from vLLM 0.31.0 on all Marlin layers share one).
     """
     method = projection.quant_method
     name = type(method).__name__
@@ -225,7 +227,7 @@ def gemm_of(projection: torch.nn.Module) -> str:
             return gemm
         raise Refused(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
     if type(kernel).__name__ == "MarlinLinearKernel":
-        if "workspace" in type(kernel).process_weights_after_loading.__code__.co_names:
+        if MARLIN_WORKSPACE.issubset(type(kernel).process_weights_after_loading.__code__.co_names):
             return f"{name} with {type(kernel).__name__}"
         raise Refused(f"{name}: its Marlin kernel shares one workspace between layers")
     detail = f" with {type(kernel).__name__}" if kernel is not None else ""

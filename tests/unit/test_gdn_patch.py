@@ -79,9 +79,18 @@ def test_a_repacked_weight_is_never_looked_at() -> None:
     assert gdn.shard_sizes(layer) == (12288, 64)
 
 
+def marlin_make_workspace_new() -> object:
+    return object()
+
+
 class OwnWorkspace:
     def process_weights_after_loading(self, layer: Any) -> None:
-        self.workspace = object()
+        self.workspace = marlin_make_workspace_new()
+
+
+class HandedWorkspace:
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.workspace = layer.shared_workspace
 
 
 class SharedWorkspace:
@@ -107,6 +116,7 @@ def cuda_flashinfer_bf16_gemm() -> None: ...
     [
         (method_named("Fp8LinearMethod"), "Fp8LinearMethod is not on the allowlist"),
         (method_named("AutoGPTQLinearMethod", kernel=marlin(SharedWorkspace)), "shares one workspace"),
+        (method_named("AutoGPTQLinearMethod", kernel=marlin(HandedWorkspace)), "shares one workspace"),
         (method_named("AutoGPTQLinearMethod", kernel=method_named("MacheteLinearKernel")), "with MacheteLinearKernel"),
         (method_named("UnquantizedLinearMethod", _gemm_impl=cuda_flashinfer_bf16_gemm), "cuda_flashinfer_bf16_gemm"),
     ],

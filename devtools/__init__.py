@@ -1,1 +1,0 @@
-"""What developers and the demo need. Nothing in overlay/ imports anything from here."""
