@@ -68,4 +68,7 @@ def _notice_execution(spec: "ModuleSpec") -> None:
         else:
             around_vllm(lambda: execute(module))
 
-    loader.exec_module = exec_module  # type: ignore[method-assign]
+    try:
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+    except AttributeError as error:  # somebody's loader with slots: an import hook must not fail for our sake
+        sys.stderr.write(f"vLLM overlay: vLLM runs stock: its loader cannot be watched: {error}\n")

@@ -12,7 +12,7 @@ of upstream is repeated here, and a changed signature (0.25 to 0.26) does not ma
 Upstream: vLLM #36795 did it and #38152 took it back (the op took the layer name as ``str``: every layer became a compile
 artifact of its own); #39748 closed, #42301 open; #41457 would fuse the two GEMMs instead.
 
-Remove when: the verdict of your vLLM is ``landed`` (``python -m overlay check``).
+Remove when: the verdict on your vLLM (in the log, and in the journal) is ``landed``.
 """
 
 from __future__ import annotations

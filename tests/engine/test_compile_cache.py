@@ -1,8 +1,12 @@
-"""vLLM's compile cache knows the overlay: neither side ever loads what the other one compiled.
+"""vLLM's compile cache knows the overlay: neither side ever takes what the other one compiled.
 
-One cache folder, separate processes: stock fills it, the overlay must not take that graph (the op would never run), and
+One cache folder, separate processes. Stock fills it; the overlay must not take that graph (the op would never run), and
 stock must not take the overlay's (it would call an op that does not exist there). With Inductor, because vLLM caches
-nothing for the eager backend that the other engine tests use; stock's second start shows that it does cache here.
+nothing for the eager backend that the other engine tests use.
+
+vLLM 0.32.0 saves its graph on a CPU, finds it again at the next start, and then cannot load it ('function' object has no
+attribute 'finalize_loading'). So the test watches which entry each start reaches for, and takes a load for granted where
+vLLM tries one.
 """
 
 from __future__ import annotations
@@ -20,23 +24,40 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ on a CPU, and there is none"),
 ]
-LOADED = "Directly load AOT compilation"
 
 
 def test_one_cache_folder_three_runs(model: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
-    shared = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    shared["VLLM_CPU_CI_ENV"] = "0"
+    cache = tmp_path / "cache"
+    shared = {
+        "VLLM_CACHE_ROOT": str(cache),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "VLLM_CPU_CI_ENV": "0",
+    }
 
     def run(name: str, overlay: bool) -> Run:
         settings = {**shared, **(PASS_THROUGH if overlay else {})}
         return run_engine(model("qwen3_5_text"), tmp_path / name, overlay=overlay, compiled=True, **settings)
 
-    stock, overlay, again = run("stock", False), run("overlay", True), run("again", False)
-    assert LOADED not in stock.log and LOADED in again.log, "nothing is cached here, so the test shows nothing"
-    assert LOADED not in overlay.log
+    def entries() -> set[str]:
+        return {path.name for path in (cache / "torch_compile_cache" / "torch_aot_compile").iterdir()}
+
+    def reached_for(result: Run) -> set[str]:
+        """The entries that a start tried to load, whether that worked or not."""
+        lines = [line for line in result.log.splitlines() if "Directly load AOT" in line or "load failure" in line]
+        return {entry for entry in entries() if any(entry in line for line in lines)}
+
+    stock = run("stock", False)
+    of_stock = entries()
+    assert len(of_stock) == 1
+    overlay = run("overlay", True)
+    of_overlay = entries() - of_stock
+    assert reached_for(overlay) == set(), "the overlay took the graph that stock had compiled"
+    assert len(of_overlay) == 1
+    again = run("again", False)
+    assert reached_for(again) == of_stock, "stock does not find its own graph again, so the test shows nothing"
+    assert entries() == of_stock | of_overlay
+
     assert stock.answers == overlay.answers == again.answers
-    assert overlay.fake_calls() > 0, "the overlay loaded the graph that stock had compiled"
-    assert overlay.calls() > 0
-    assert "gdn_in_proj" not in again.log
+    assert overlay.fake_calls() > 0 and overlay.calls() > 0
     (fingerprint,) = {journal.raw["fingerprint"] for journal in overlay.workers}
     assert fingerprint

@@ -306,3 +306,40 @@ def test_a_warning_of_a_process_that_never_configures_logging_reaches_stderr(wor
     )
     (line,) = overlay_lines(succeeded(world.run("import vllm")))
     assert line.startswith("WARNING")
+
+
+def test_a_loader_that_cannot_be_watched_costs_one_line(world: World) -> None:
+    world.build()
+    code = """
+import sys, importlib.machinery
+class Loader:
+    __slots__ = ("inner",)
+    def __init__(self, inner): self.inner = inner
+    def create_module(self, spec): return None
+    def exec_module(self, module): self.inner.exec_module(module)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "vllm": return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        spec.loader = Loader(spec.loader)
+        return spec
+sys.meta_path.insert(1, Finder())
+import vllm
+print(vllm.__version__)
+"""
+    result = succeeded(world.run(code))
+    assert result.stdout.strip() == "0.32.0+stub"
+    (line,) = overlay_lines(result)
+    assert "cannot be watched" in line
+
+
+def test_a_half_copied_folder_costs_one_line(world: World, tmp_path: pathlib.Path) -> None:
+    """sitecustomize and the finder are there, what they load at `import vllm` is not."""
+    world.build()
+    copy = tmp_path / "copy"
+    (copy / "overlay").mkdir(parents=True)
+    for name in ("sitecustomize.py", "overlay/__init__.py", "overlay/bootstrap.py", "overlay/chain.py"):
+        (copy / name).write_bytes((REPOSITORY / name).read_bytes())
+    result = succeeded(world.run("import vllm; print(vllm.__version__)", path=[str(copy)]))
+    (line,) = overlay_lines(result)
+    assert "stock" in line and "overlay.hooks" in line
