@@ -19,11 +19,25 @@ ENTRY = "VLLMOVERLAY_FINGERPRINT"
 _applied: dict[str, str] = {}
 
 
-def add(patch: str, detail: Iterable[str]) -> str:
+def add(patch: str, detail: Iterable[str]) -> str | None:
     """Enter an applied patch with what of it shapes the graph; gives the fingerprint of all patches so far."""
     _applied[patch] = " ".join(detail)
+    return _enter()
+
+
+def remove(patch: str) -> str | None:
+    """Take a patch out that was not applied after all; None when none is left."""
+    _applied.pop(patch, None)
+    return _enter()
+
+
+def _enter() -> str | None:
+    entries = sys.modules["vllm.envs"].environment_variables
+    if not _applied:
+        entries.pop(ENTRY, None)
+        return None
     current = _fingerprint()
-    sys.modules["vllm.envs"].environment_variables[ENTRY] = lambda: current
+    entries[ENTRY] = lambda: current
     return current
 
 

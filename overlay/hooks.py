@@ -24,12 +24,16 @@ ENVIRONMENT_MODULES = ("vllm.env_override", "vllm._environment")
 NOT_YET = "vllm has not been imported"
 
 
+class Drifted(RuntimeError):
+    """Under strict: vLLM's source is of a shape that is not known. Has been said already."""
+
+
 def around_vllm(execute: Callable[[], None]) -> None:
     """The first ``import vllm`` of this process: settings and hooks, vLLM itself, then what can be said of it."""
     settings = _prepare()
     execute()
     if settings is not None:
-        _guarded("sources", _after_vllm, settings)(sys.modules["vllm"])
+        _guarded("sources", lambda module: _after_vllm(module, settings), settings)(sys.modules["vllm"])
 
 
 def _prepare() -> Settings | None:
@@ -72,6 +76,8 @@ def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) 
     def guarded(module: ModuleType) -> None:
         try:
             hook(module)
+        except Drifted:
+            raise
         except Exception as error:
             journal.problem(f"{what}: vLLM runs stock here: {type(error).__name__}: {error}")
             if settings.strict:
@@ -103,7 +109,7 @@ def _import_transformers(_: ModuleType) -> None:
         journal.transformers = {"state": "imported first", "seconds": round(time.perf_counter() - start, 3)}
 
 
-def _after_vllm(module: ModuleType) -> None:
+def _after_vllm(module: ModuleType, settings: Settings) -> None:
     """vLLM's package is there: note its version, and what can be said of patches without reading a target."""
     journal.vllm_version = getattr(module, "__version__", None)
     if journal.transformers["state"] == NOT_YET:  # a vLLM without an environment module
@@ -113,10 +119,7 @@ def _after_vllm(module: ModuleType) -> None:
         record = journal.patch(patch)
         if record.verdict == "off" or any(tree.has(name) for name in module_names):
             continue
-        found = verdict.judge(patch, tree)
-        _record(patch, found)
-        level = log.logger.info if found.state in (verdict.ABSENT, verdict.LANDED) else log.logger.warning
-        level("overlay: %s is %s in vLLM %s: %s", patch, found.state, journal.vllm_version, found.reason)
+        _settle(patch, verdict.judge(patch, tree), settings)
     journal.write()
 
 
@@ -126,21 +129,22 @@ def _patch(patch: str, module: ModuleType, settings: Settings) -> None:
     if found.module != module.__name__:
         return
     if found.state == verdict.APPLY:
+        found = _install(patch, module, found, settings)
+    _settle(patch, found, settings)
+
+
+def _install(patch: str, module: ModuleType, found: Verdict, settings: Settings) -> Verdict:
+    """The compile cache's key first: a patch without it could be given a graph that was compiled without the patch."""
+    journal.fingerprint = cache_identity.add(patch, found.methods)
+    installed = False
+    try:
         installer = importlib.import_module(f"overlay.patches.{patch}")
         found = installer.install(module, found, settings)
-    if found.state == verdict.APPLY:
-        journal.fingerprint = cache_identity.add(patch, found.methods)
-    _record(patch, found)
-    journal.write()
-    if found.state == verdict.DRIFTED:
-        journal.problem(f"{patch}: vLLM runs stock here: {found.reason} ({found.where})")
-        if settings.strict:
-            raise RuntimeError(f"{patch} does not know this vLLM: {found.reason} ({found.where})")
-    else:
-        intercepted = (
-            f"; intercepts {found.class_name}.{', '.join(found.methods)}" if found.state == verdict.APPLY else ""
-        )
-        log.logger.info("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
+        installed = found.state == verdict.APPLY
+    finally:
+        if not installed:
+            journal.fingerprint = cache_identity.remove(patch)
+    return found
 
 
 def _sources() -> verdict.SourceTree:
@@ -149,7 +153,8 @@ def _sources() -> verdict.SourceTree:
     return verdict.SourceTree(os.path.dirname(os.path.dirname(package)))
 
 
-def _record(patch: str, found: Verdict) -> None:
+def _settle(patch: str, found: Verdict, settings: Settings) -> None:
+    """A patch's verdict in this process is final: keep it, say it. A shape that is not known is fatal under strict."""
     record = journal.patch(patch)
     record.verdict, record.reason, record.module, record.methods = (
         found.state,
@@ -157,3 +162,14 @@ def _record(patch: str, found: Verdict) -> None:
         found.module,
         found.methods,
     )
+    if found.state == verdict.DRIFTED:
+        text = f"{patch}: {found.state}, vLLM runs stock here: {found.reason} ({found.where})"
+        journal.problem(text)
+        if settings.strict:
+            raise Drifted(text)
+    else:
+        intercepted = (
+            f"; intercepts {found.class_name}.{', '.join(found.methods)}" if found.state == verdict.APPLY else ""
+        )
+        log.logger.info("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
+    journal.write()

@@ -219,8 +219,10 @@ def test_a_vllm_without_the_model_says_absent(world: World) -> None:
 def test_a_moved_class_is_drift_not_absence(world: World) -> None:
     world.build({stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": "import os\n"})
     (line,) = overlay_lines(succeeded(world.run("import vllm")))
-    assert "drifted" in line and "WARNING" not in line.split("overlay")[1]
+    assert "drifted" in line and "stock" in line
     assert world.journals()[0]["patches"]["gdn"]["verdict"] == "drifted"
+    strict = world.run("import vllm", VLLMOVERLAY_STRICT="1")
+    assert strict.returncode != 0 and "drifted" in strict.stderr
 
 
 DRIFTED = """
