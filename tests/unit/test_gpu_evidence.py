@@ -1,4 +1,4 @@
-"""What of the GPU evidence can be tested without a GPU: `pytest benchmarks/gpu/test_analysis.py`."""
+"""What of the GPU evidence (benchmarks/gpu_evidence.py) can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.conftest import REPOSITORY
 
-from gpu import intervals, models, results, starts, trace
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from gpu import intervals, models, results, starts, trace, weights
 from gpu.run_setup import Setup
 
 QKVZ, BA = "nvjet_tst_128x8_64x12_4x1_v_bz_TNT", "nvjet_tst_64x8_64x16_2x1_v_bz_splitK_TNT"
@@ -106,3 +108,28 @@ def test_compile_times_and_artifacts_are_compared() -> None:
     assert found["ratio"] == pytest.approx(1.01)
     assert found["artifacts_equal"]
     assert not starts.summarize_compile([start("stock", 40, 5), start("overlay", 40, 14)])["artifacts_equal"]
+
+
+def test_random_gptq_weights_have_mean_zero() -> None:
+    """The zero point is 8 and no value is 0: with a mean of -0.5 every token came out the same."""
+    torch = pytest.importorskip("torch")
+    packed = torch.empty(64, 128, dtype=torch.int32)
+    weights.fill(packed, "model.layers.0.mlp.up_proj.qweight", "MergedColumnParallelLinear", 1)
+    values = torch.stack([(packed >> shift) & 15 for shift in range(0, 32, 4)])
+    assert int(values.min()) == 1 and int(values.max()) == 15
+    assert abs(float(values.float().mean()) - 8) < 0.1
+
+
+def test_a_stock_that_does_not_repeat_itself_is_reported() -> None:
+    def answer(token: int) -> dict[str, Any]:
+        return {
+            "quantization": "fp8",
+            "kernels": [],
+            "checksum": "c",
+            "tokens": [[[token]]],
+            "logprobs": ["x"],
+            "journal": [],
+        }
+
+    row = starts._compare_quantized("fp8", {"stock": answer(1), "overlay": answer(1), "control": answer(2)})
+    assert row["tokens_equal"] is True and row["stock_repeats"] is False
