@@ -72,16 +72,18 @@ class InProjPair:
         reason = self._reason_for_serial(layer, hidden_states)
         if reason is None:
             self._record.calls.dual_stream += 1
-            (qkvz, _), ((ba, _),) = self.region.run(
-                lambda: layer.in_proj_qkvz(hidden_states), [lambda: layer.in_proj_ba(hidden_states)]
-            )
-            return qkvz, ba
-        self._record.calls.count_serial(reason)
-        if self._plain_linears is not None:
-            # Every eager step comes by here. The linears would do the same after some microseconds of Python each.
-            qkvz_linear, ba_linear = self._plain_linears
-            return linear(hidden_states, qkvz_linear.weight), linear(hidden_states, ba_linear.weight)
-        return layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0]
+            run = self.region.run
+        else:
+            self._record.calls.count_serial(reason)
+            if self._plain_linears is not None:
+                # Every eager step comes by here. The linears would do the same after some microseconds of Python each.
+                qkvz_linear, ba_linear = self._plain_linears
+                return linear(hidden_states, qkvz_linear.weight), linear(hidden_states, ba_linear.weight)
+            run = self.region.run_serially
+        (qkvz, _), ((ba, _),) = run(
+            lambda: layer.in_proj_qkvz(hidden_states), [lambda: layer.in_proj_ba(hidden_states)]
+        )
+        return qkvz, ba
 
     def _reason_for_serial(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> str | None:
         if self._prepared:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay import settings
+from overlay import settings, verdict
 from overlay.settings import Settings, SettingsError, load
 
 
@@ -92,6 +92,10 @@ def test_an_unknown_name_of_the_family_is_never_ignored(suffix: str, value: str)
         return
     with pytest.raises(SettingsError, match=name):
         load({name: value})
+
+
+def test_every_patch_that_can_be_named_has_a_verdict() -> None:
+    assert set(settings.PATCH_NAMES) == set(verdict.TARGET_MODULES)
 
 
 def test_the_family_is_not_one_that_vllm_takes_for_its_own() -> None:
