@@ -85,7 +85,7 @@ class Results:
 
 
 def read_journals(folder: Path) -> list[dict[str, Any]]:
-    """The overlay's journals of one run that mention a patched or refused layer, or a problem."""
+    """The overlay's journals of one run."""
     found = []
     for path in sorted(folder.glob("*.json")) if folder.exists() else []:
         try:

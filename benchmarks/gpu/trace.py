@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,12 +116,6 @@ def span(kernels: Sequence[Kernel]) -> float:
     return max(kernel.end for kernel in kernels) - kernels[0].start if kernels else 0.0
 
 
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
 def analyse(kernels: Sequence[Kernel], layers_per_step: int) -> dict[str, Any]:
     """What the trace shows: per layer of a step, the microseconds of `ba` that ran inside `qkvz`."""
     pairs = find_pairs(kernels)
@@ -142,23 +137,23 @@ def analyse(kernels: Sequence[Kernel], layers_per_step: int) -> dict[str, Any]:
         per_layer.append(
             {
                 "layer": layer,
-                "overlap_us": _median([pair.overlap for pair in mine]),
-                "qkvz_us": _median([pair.qkvz.duration for pair in mine]),
-                "ba_us": _median([pair.ba.duration for pair in mine]),
-                "span_us": _median([pair.span for pair in mine]),
-                "until_convolution_us": _median([pair.until_convolution for pair in mine]),
+                "overlap_us": statistics.median([pair.overlap for pair in mine]),
+                "qkvz_us": statistics.median([pair.qkvz.duration for pair in mine]),
+                "ba_us": statistics.median([pair.ba.duration for pair in mine]),
+                "span_us": statistics.median([pair.span for pair in mine]),
+                "until_convolution_us": statistics.median([pair.until_convolution for pair in mine]),
                 "streams": sorted({(pair.qkvz.stream, pair.ba.stream) for pair in mine}),
             }
         )
     result |= {
         "per_layer": per_layer,
-        "overlap_us": _median([pair.overlap for pair in pairs]),
+        "overlap_us": statistics.median([pair.overlap for pair in pairs]),
         "overlapping": sum(1 for pair in pairs if pair.overlap > 0),
         "on_two_streams": sum(1 for pair in pairs if pair.qkvz.stream != pair.ba.stream),
         "ba_inside_qkvz": sum(1 for pair in pairs if pair.qkvz.start <= pair.ba.start and pair.ba.end <= pair.qkvz.end),
-        "qkvz_us": _median([pair.qkvz.duration for pair in pairs]),
-        "ba_us": _median([pair.ba.duration for pair in pairs]),
-        "span_us": _median([pair.span for pair in pairs]),
+        "qkvz_us": statistics.median([pair.qkvz.duration for pair in pairs]),
+        "ba_us": statistics.median([pair.ba.duration for pair in pairs]),
+        "span_us": statistics.median([pair.span for pair in pairs]),
         "pair_kernels": sorted({(pair.qkvz.name[:160], pair.ba.name[:160]) for pair in pairs}),
     }
     return result

@@ -177,6 +177,7 @@ def register_op(record: PatchRecord) -> None:
         return hidden_states.new_empty((*leading, qkvz_size)), hidden_states.new_empty((*leading, ba_size))
 
     pair_of_tensors = tuple[torch.Tensor, torch.Tensor]
+    # The schema is made from real types; annotations in this file are text.
     gdn_in_proj.__annotations__ = {
         "hidden_states": torch.Tensor,
         "qkvz_size": int,

@@ -9,7 +9,9 @@ import ast
 import pathlib
 
 import pytest
+from packaging.version import Version
 
+from overlay.verdict.shapes import find_class, methods_of
 from tests.conftest import REPOSITORY
 from tests.contract import released
 
@@ -33,7 +35,9 @@ def parsed(version: str, module: str) -> ast.Module:
 
 
 def class_of(tree: ast.Module, name: str) -> ast.ClassDef:
-    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    found = find_class(tree, name)
+    assert found is not None, f"no class {name}"
+    return found
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -79,12 +83,7 @@ def test_the_attributes_that_the_patch_reads_are_there(version: str, module: str
 def test_the_layer_has_what_the_sizes_are_checked_against(version: str) -> None:
     verdict = released.verdict(version)
     assert verdict.module is not None and verdict.class_name is not None
-    initializer = next(
-        node
-        for node in class_of(parsed(version, verdict.module), verdict.class_name).body
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
-    )
-    bound = names_in(initializer)
+    bound = names_in(methods_of(class_of(parsed(version, verdict.module), verdict.class_name))["__init__"])
     base = released.tree(version).read("vllm.model_executor.layers.mamba.gdn.base")
     if base is not None:
         bound |= names_in(base.parse())
@@ -103,7 +102,7 @@ def test_the_op_can_be_registered_and_the_cache_salted(version: str) -> None:
     )
     arguments = {argument.arg for argument in (*register.args.args, *register.args.kwonlyargs)}
     assert {"op_name", "op_func", "mutates_args", "fake_impl", "target_lib"} <= arguments
-    with_layer_name = tuple(map(int, version.split("."))) >= (0, 20, 0)
+    with_layer_name = Version(version) >= Version("0.20.0")
     names = {"LayerNameType", "_encode_layer_name", "_resolve_layer_name"}
     assert (names <= names_in(utilities)) == with_layer_name
     environment = parsed(version, "vllm.envs")
@@ -118,13 +117,10 @@ def test_marlin_makes_a_workspace_per_layer_up_to_0_30_0(version: str) -> None:
     """DESIGN counted on it everywhere; vLLM 0.31.0 and later share one, and two Marlin GEMMs at once would race."""
     folder = pathlib.Path(released.tree(version).folder)
     (path,) = folder.rglob("mixed_precision/marlin.py")
-    method = next(
-        node
-        for node in class_of(ast.parse(path.read_text()), "MarlinLinearKernel").body
-        if isinstance(node, ast.FunctionDef) and node.name == "process_weights_after_loading"
-    )
+    kernel = class_of(ast.parse(path.read_text()), "MarlinLinearKernel")
+    method = methods_of(kernel)["process_weights_after_loading"]
     mentioned = {node.id for node in ast.walk(method) if isinstance(node, ast.Name)} | {
         node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)
     }
     own = {"workspace", "marlin_make_workspace_new"} <= mentioned
-    assert own == (tuple(map(int, version.split("."))) < (0, 31, 0))
+    assert own == (Version(version) < Version("0.31.0"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -14,11 +15,10 @@ from typing import Any
 
 import pytest
 
+from devtools import demo, servers
 from devtools import journals as journal_files
-from devtools import servers
 from tests.conftest import REPOSITORY
 
-MODELS = REPOSITORY / ".cache" / "models"
 RUN_SECONDS = 240.0
 PASS_THROUGH = {"VLLMOVERLAY_SERIAL_PASS_THROUGH": "1", "VLLMOVERLAY_STRICT": "1"}
 
@@ -46,14 +46,12 @@ class Run:
 
 @pytest.fixture(scope="session")
 def model() -> Callable[[str], pathlib.Path]:
-    """The folder of a tiny model by name, made on first use in a process of its own."""
+    """The folder of a tiny model by name; on first use it is made, or made anew where its recipe has changed."""
 
+    @functools.cache
     def build(name: str) -> pathlib.Path:
-        if not (MODELS / name / ("adapter_config.json" if name.endswith("-lora") else "made-from.json")).exists():
-            subprocess.run(
-                [sys.executable, "-m", "devtools.tiny_models", str(MODELS), name], cwd=REPOSITORY, check=True
-            )
-        return MODELS / name
+        demo.make_models([name])
+        return demo.MODELS_FOLDER / name
 
     return build
 
