@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 FAMILY = "VLLMOVERLAY"
 #: What people type by habit; naming it in an error beats ignoring it.
 HABITUAL = "VLLM_OVERLAY"
-PATCH_NAMES = ("gdn",)
+PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling")
 PLANS = ("dual", "serial")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON = ("1", "true", "on", "yes")
@@ -45,10 +45,14 @@ class Settings:
     patches: tuple[str, ...] = PATCH_NAMES
     strict: bool = False
     plan: str = "dual"
-    token_threshold: int = 256
+    token_threshold: int | None = None  #: None: each patch has its own
     serial_pass_through: bool = False
     log_level: str = "info"
     journal_folder: str = ""
+
+    def tokens_or(self, default: int) -> int:
+        """The largest number of tokens that is overlapped: what was set, else a patch's own."""
+        return default if self.token_threshold is None else self.token_threshold
 
 
 def _switch(variable: str, value: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from overlay.verdict import gdn
-from overlay.verdict.model import ABSENT, APPLY, DRIFTED, INERT, LANDED, Source, SourceTree, Verdict
+from overlay.verdict import deepseek_v4, gdn, lora_linear, pooling
+from overlay.verdict.model import ABSENT, APPLY, DRIFTED, INERT, LANDED, Source, SourceTree, Upstream, Verdict, class_at
 
 __all__ = [
     "ABSENT",
@@ -16,13 +16,25 @@ __all__ = [
     "TARGET_MODULES",
     "Source",
     "SourceTree",
+    "Upstream",
     "Verdict",
+    "class_at",
     "judge",
 ]
 
-_JUDGES: dict[str, Callable[[SourceTree], Verdict]] = {"gdn": gdn.judge}
+_JUDGES: dict[str, Callable[[SourceTree], Verdict]] = {
+    "gdn": gdn.judge,
+    "deepseek_v4": deepseek_v4.judge,
+    "lora_linear": lora_linear.judge,
+    "pooling": pooling.judge,
+}
 #: The modules of vLLM whose import each patch waits for.
-TARGET_MODULES: dict[str, tuple[str, ...]] = {"gdn": tuple(module for module, _ in gdn.TARGETS)}
+TARGET_MODULES: dict[str, tuple[str, ...]] = {
+    "gdn": gdn.MODULES,
+    "deepseek_v4": deepseek_v4.MODULES,
+    "lora_linear": lora_linear.MODULES,
+    "pooling": pooling.MODULES,
+}
 
 
 def judge(patch: str, tree: SourceTree) -> Verdict:

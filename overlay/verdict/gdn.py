@@ -24,6 +24,7 @@ TARGETS = (
     ("vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn", "QwenGatedDeltaNetAttention"),
     ("vllm.model_executor.layers.mamba.gdn_linear_attn", "GatedDeltaNetAttention"),
 )
+MODULES = tuple(module for module, _ in TARGETS)
 #: Where releases before 0.19.0 kept it; and, in all releases, a model that is built on it.
 MODEL = "vllm.model_executor.models.qwen3_next"
 METHODS = ("forward", "forward_cuda", "forward_hip", "forward_cpu")

@@ -14,11 +14,23 @@ INERT = "inert"  #: the shape is right, but there is nothing to gain here
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """What a vLLM does itself: since which pull request, whether by default, and what to set ("" for nothing)."""
+
+    pull_request: str
+    on_by_default: bool
+    setting: str = ""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a patch may do with one vLLM.
 
-    `where` is ``file:line`` of what differs or of what is patched, `methods` the names to intercept on `class_name` of
-    `module`; both are empty unless `state` is "apply" (or "inert").
+    `where` is ``file:line`` of what differs or of what is patched. `methods` are the names to intercept in `module`: of
+    `class_name`, or ``Class.method`` where there are several classes, with ``submodule.`` before it where `module` is a
+    package that does not have the class itself; empty unless `state` is "apply" (or "inert").
+    `upstream` is there where this vLLM has a way of its own, also one that is off, or that leaves something out.
+    `shapes_graph` is false for a patch that no compiled graph can show: it must not split vLLM's compile cache.
     """
 
     state: str
@@ -27,6 +39,21 @@ class Verdict:
     class_name: str | None = None
     methods: tuple[str, ...] = ()
     where: str | None = None
+    upstream: Upstream | None = None
+    shapes_graph: bool = True
+
+    def intercepted(self) -> tuple[tuple[str, str], ...]:
+        """The (class, method) pairs of `methods`."""
+        pairs = (name.rpartition(".") for name in self.methods)
+        return tuple((class_name or self.class_name or "", method) for class_name, _, method in pairs)
+
+
+def class_at(module: object, path: str) -> object:
+    """The class at a dotted path below a module; None where there is none."""
+    found = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 @dataclass(frozen=True)
