@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit contract engine gpu lint types format lock environment clean
+.PHONY: help demo test unit contract engine gpu matrix lint types format lock environment clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -28,6 +28,9 @@ engine: environment ## The overlay in a real vLLM engine on the CPU
 
 gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
 	$(PYTHON) -m pytest tests/gpu $(TEST_OPTIONS)
+
+matrix: environment ## Judge every release of vLLM and write docs/COMPATIBILITY.md
+	$(VENV_PYTHON) -m overlay matrix --write --cache .cache/releases
 
 lint: environment ## Style
 	$(VENV_PYTHON) -m ruff check .

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devtools import tiny_models
-from devtools.journals import Journal, Patch, why_without_effect
+from devtools.journals import why_without_effect
 from devtools.servers import (
     MODEL_NAME,
     ROOT,
@@ -34,6 +34,7 @@ from devtools.servers import (
     launch,
     wait_until_ready,
 )
+from overlay.cli.journals import Journal, Patch
 
 if TYPE_CHECKING:
     import openai

@@ -229,28 +229,31 @@ def _write_weights(name: str, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def build_lora(name: str, folder: Path) -> Path:
-    """Make a LoRA adapter for a dense model: the GDN projections of Qwen3.5, or attention and MLP of Qwen3."""
+def build_lora(name: str, folder: Path, rank: int = LORA_RANK) -> Path:
+    """Make a LoRA adapter for a dense model: the GDN projections of Qwen3.5, or attention and MLP of Qwen3.
+
+    Adapters of different ranks have different weights. Returns the adapter's own folder.
+    """
     import torch
     from safetensors.torch import save_file
 
-    target = folder / f"{name}-lora"
+    target = folder / (f"{name}-lora" if rank == LORA_RANK else f"{name}-lora-{rank}")
     target.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED + rank - LORA_RANK)
     tensors = {}
     projections = list(_LORA_PROJECTIONS[name](text_configuration(name)))
     for layer, module, inputs, outputs in projections:
         prefix = f"base_model.model.model.layers.{layer}.{module}"
-        first = torch.randn(LORA_RANK, inputs, generator=generator) * 0.5
-        second = torch.randn(outputs, LORA_RANK, generator=generator) * 0.5
+        first = torch.randn(rank, inputs, generator=generator) * 0.5
+        second = torch.randn(outputs, rank, generator=generator) * 0.5
         tensors[f"{prefix}.lora_A.weight"] = first.to(torch.bfloat16)
         tensors[f"{prefix}.lora_B.weight"] = second.to(torch.bfloat16)
     save_file(tensors, str(target / "adapter_model.safetensors"))
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": LORA_RANK,
-        "lora_alpha": 2 * LORA_RANK,
+        "r": rank,
+        "lora_alpha": 2 * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -296,15 +299,16 @@ _LORA_PROJECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Projection]]] =
 
 
 def main() -> None:
-    """`python -m devtools.tiny_models FOLDER [NAME …]`; a NAME ending in -lora makes the adapter for that model."""
+    """`python -m devtools.tiny_models FOLDER [NAME …]`; NAME-lora, or NAME-lora-RANK, makes an adapter for that model."""
     import typer
 
     def make(folder: Path, names: list[str] = typer.Argument(None)) -> None:  # noqa: B008 - typer's way
         for name in names or [*CONFIGURATIONS, *(f"{base}-lora" for base in _LORA_PROJECTIONS)]:
-            base = name.removesuffix("-lora")
-            if base not in (CONFIGURATIONS if base == name else _LORA_PROJECTIONS):
+            base, lora, rank = name.partition("-lora")
+            if base not in (_LORA_PROJECTIONS if lora else CONFIGURATIONS):
                 raise typer.BadParameter(f"no model {name!r}; there are {', '.join(CONFIGURATIONS)}")
-            print((build if base == name else build_lora)(base, folder), flush=True)
+            made = build_lora(base, folder, int(rank.lstrip("-") or LORA_RANK)) if lora else build(base, folder)
+            print(made, flush=True)
 
     typer.run(make)
 

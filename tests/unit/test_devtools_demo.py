@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("rich", reason="the demo's libraries are not installed")
 
-from devtools import demo, journals
+from devtools import demo
+from overlay.cli import journals
 
 ANSWER = demo.Answer("completion 'Hello'", (5, 6, 7, 8), (-0.5, -0.25, -1.0, -2.0))
 

@@ -1,4 +1,4 @@
-"""devtools.releases against a package index of its own: a real HTTP server on this machine and real wheels."""
+"""overlay.cli.releases against a package index of its own: a real HTTP server on this machine and real wheels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-releases = pytest.importorskip("devtools.releases", reason="devtools' libraries are not installed")
+releases = pytest.importorskip("overlay.cli.releases", reason="the command line's libraries are not installed")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BINARY = bytes(range(256)) * 8192  # 2 MB between the Python files, as compiled libraries lie between them in a wheel
@@ -49,12 +49,16 @@ class Index:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
         self.ranges: list[str] = []
+        self.yanked: set[str] = set()
         index = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if self.path == "/simple/vllm/":
-                    links = "".join(f'<a href="/files/{name}">{name}</a>\n' for name in index.files)
+                    links = "".join(
+                        f'<a href="/files/{name}"{" data-yanked" if name in index.yanked else ""}>{name}</a>\n'
+                        for name in index.files
+                    )
                     self._answer(200, links.encode(), {"Content-Type": "text/html"})
                     return
                 content = index.files.get(self.path.rpartition("/")[2])
@@ -132,18 +136,17 @@ def test_asks_nothing_once_the_files_are_there(index: Index, tmp_path: pathlib.P
     first = releases.sources("0.19.0", root=tmp_path)
     index.close()
     assert releases.sources("0.19.0", root=tmp_path) == first
-    assert releases.fetched(tmp_path) == ["0.19.0"]
+    assert releases.sources("v0.19", root=tmp_path) == first, "another way to write the same number"
 
 
-def test_damage_is_noticed_and_leaves_nothing_behind(index: Index, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("place", [0, 2], ids=["no compressed data", "other compressed data"])
+def test_damage_is_noticed_and_leaves_nothing_behind(index: Index, tmp_path: pathlib.Path, place: int) -> None:
     name = "vllm-0.19.0-cp38-abi3-manylinux_2_31_x86_64.whl"
     content = bytearray(index.files[name])
-    place = content.index(b"vllm/layers/gdn.py") + len("vllm/layers/gdn.py")
-    content[place + 2] ^= 0xFF
+    content[content.index(b"vllm/layers/gdn.py") + len("vllm/layers/gdn.py") + place] ^= 0xFF
     index.files[name] = bytes(content)
     with pytest.raises(releases.ReleaseError, match="damaged"):
         releases.sources("0.19.0", root=tmp_path)
-    assert releases.fetched(tmp_path) == []
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -178,13 +181,13 @@ def test_without_a_network_the_folder_is_named(index: Index, tmp_path: pathlib.P
     assert str(tmp_path / "0.19.0") in str(caught.value)
 
 
-def test_available_lists_the_registry_from_the_first_release_on(index: Index) -> None:
-    assert releases.available() == ["0.17.1", "0.19.0", "0.30.0"]
+def test_available_lists_the_registry_from_the_first_release_on(index: Index, tmp_path: pathlib.Path) -> None:
+    assert releases.available(tmp_path) == ["0.17.1", "0.19.0", "0.30.0"]
 
 
 def test_processes_at_the_same_time_fetch_once(index: Index, tmp_path: pathlib.Path) -> None:
     script = (
-        "import pathlib, sys; from devtools import releases; "
+        "import pathlib, sys; from overlay.cli import releases; "
         "print(len(list(releases.sources('0.19.0', root=pathlib.Path(sys.argv[1])).rglob('*.py'))))"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -197,16 +200,58 @@ def test_processes_at_the_same_time_fetch_once(index: Index, tmp_path: pathlib.P
     assert len([asked for asked in index.ranges if asked.startswith("bytes=-")]) == 1, "one of them read the archive"
 
 
-def test_the_command_line_fails_for_what_it_cannot_fetch(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    testing = pytest.importorskip("typer.testing")
-    monkeypatch.setattr(releases, "sources", lambda version, **_: (_ for _ in ()).throw(releases.ReleaseError("gone")))
-    result = testing.CliRunner().invoke(releases.app, ["fetch", "0.19.0"])
-    assert result.exit_code == 1
-    assert "0.19.0: gone" in result.output
+def test_what_was_taken_back_or_came_before_a_release_is_there_by_its_number(
+    index: Index, tmp_path: pathlib.Path
+) -> None:
+    content = next(iter(index.files.values()))
+    for version in ("0.31.0", "0.32.0rc1"):
+        index.files[f"vllm-{version}-cp38-abi3-manylinux1_x86_64.whl"] = content
+    index.yanked.add("vllm-0.31.0-cp38-abi3-manylinux1_x86_64.whl")
+    assert releases.available(tmp_path)[-1] == "0.30.0"
+    assert releases.sources("0.31.0", root=tmp_path).name == "0.31.0"
+    assert releases.sources("0.32.0.RC1", root=tmp_path).name == "0.32.0rc1"
 
 
-def test_the_list_marks_what_is_here(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    testing = pytest.importorskip("typer.testing")
-    monkeypatch.setattr(releases, "fetched", lambda: ["0.19.0"])
-    result = testing.CliRunner().invoke(releases.app, ["list"])
-    assert result.output.splitlines() == ["  0.17.1", "* 0.19.0", "  0.30.0"]
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        ("0.33.0", "0.33.0"),
+        ("v0.33", "0.33.0"),
+        ("1", "1.0.0"),
+        ("0.33rc1", "0.33.0rc1"),
+        ("0.9.2.post1", "0.9.2.post1"),
+    ],
+)
+def test_a_version_has_one_name(given: str, number: str) -> None:
+    assert releases.number(given) == number
+
+
+def test_a_cache_that_cannot_be_used_is_named_with_the_way_out(index: Index, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(releases.ReleaseError, match="--cache") as caught:
+        releases.sources("0.19.0", root=tmp_path / "file" / "cache")
+    assert str(tmp_path / "file" / "cache") in str(caught.value)
+
+
+def test_the_cache_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert releases.user_cache() == tmp_path / ".cache" / "vllm-overlay" / "releases"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert releases.user_cache() == tmp_path / "other" / "vllm-overlay" / "releases"
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(releases.ReleaseError, match="--cache"):
+        releases.user_cache()
+
+
+def test_progress_goes_to_stderr(index: Index, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        folders = releases.fetch(["0.17.1", "0.19.0"], tmp_path)
+    shown = capsys.readouterr()
+    assert [folder.name for folder in folders] == ["0.17.1", "0.19.0"]
+    assert shown.out == ""
+    assert [line.split(",")[0] for line in shown.err.splitlines()] == ["fetching vLLM 0.17.1", "fetching vLLM 0.19.0"]

@@ -1,0 +1,203 @@
+"""Reads what the overlay's processes wrote about themselves (overlay/journal.py).
+
+Whatever lies in the folder is taken as it is: half a file, another program's, or one of another age of the overlay. A
+field that is missing or of a wrong type counts as empty, and a file that is no journal is named with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+LARGEST_BYTES = 4 * 2**20
+#: Clocks are set while processes run, and a journal's time is taken a little after its process has started.
+CLOCK_SLACK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch in one process."""
+
+    name: str
+    verdict: str = "unknown"
+    reason: str = ""
+    module: str | None = None
+    methods: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    fake_calls: int = 0
+    dual_stream_calls: int = 0
+    serial_calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> int:
+        """How often the op has really run; what the compiler's fake tensors called does not count."""
+        return self.dual_stream_calls + sum(self.serial_calls.values())
+
+
+@dataclass(frozen=True)
+class Journal:
+    """One process. `started` is in seconds since the epoch; `raw` is the file's content."""
+
+    process_id: int
+    role: str
+    started: float
+    patches: tuple[Patch, ...]
+    problems: tuple[str, ...]
+    transformers: str
+    transformers_seconds: float | None
+    vllm: str | None
+    overlay: str | None
+    fingerprint: str | None
+    raw: dict[str, Any]
+
+    @property
+    def layers(self) -> int:
+        return sum(len(patch.layers) for patch in self.patches)
+
+    @property
+    def calls(self) -> int:
+        return sum(patch.calls for patch in self.patches)
+
+    def is_alive(self) -> bool:
+        """Whether this process runs now, and not a later one that was given the same number."""
+        return _runs_since(self.process_id, self.started)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was not taken for a journal, and why."""
+
+    file: str
+    reason: str
+
+
+def load(folder: Path) -> tuple[list[Journal], list[Skipped]]:
+    """All journals of a folder in the order in which the processes started. Raises OSError where it cannot be listed."""
+    found, skipped = [], []
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith(".json"):
+            continue
+        try:
+            found.append(_read_file(folder / name))
+        except FileNotFoundError:  # removed between the listing and the reading; the overlay cleans up
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            skipped.append(Skipped(name, str(error) or type(error).__name__))
+    return sorted(found, key=lambda journal: (journal.started, journal.process_id)), skipped
+
+
+def read(folder: Path) -> list[Journal]:
+    """All journals of a folder that may not be there yet."""
+    try:
+        return load(folder)[0]
+    except FileNotFoundError:
+        return []
+
+
+def _read_file(path: Path) -> Journal:
+    """Raises OSError or ValueError, with the reason, for what is no journal."""
+    information = path.stat()
+    if not stat.S_ISREG(information.st_mode):  # reading a pipe would wait for its other end
+        raise ValueError("is not a file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_BYTES + 1)
+    if len(content) > LARGEST_BYTES:
+        raise ValueError(f"is larger than {LARGEST_BYTES // 2**20} MiB")
+    try:
+        raw = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    if not isinstance(raw, dict) or "pid" not in raw:
+        raise ValueError("is not a journal")
+    if raw.get("schema") != SCHEMA:
+        raise ValueError(f"has schema {raw.get('schema')!r}; this overlay reads {SCHEMA}")
+    return parse(raw)
+
+
+def parse(raw: dict[str, Any]) -> Journal:
+    """One journal file's content."""
+    transformers = _table(raw, "transformers")
+    problems = raw.get("problems")
+    return Journal(
+        process_id=_count(raw.get("pid")),
+        role=_text(raw.get("role")) or "unknown",
+        started=_seconds(raw.get("started")) or 0.0,
+        patches=tuple(_parse_patch(name, patch) for name, patch in _table(raw, "patches").items()),
+        problems=tuple(str(problem) for problem in problems) if isinstance(problems, list) else (),
+        transformers=_text(transformers.get("state")) or "unknown",
+        transformers_seconds=_seconds(transformers.get("seconds")),
+        vllm=_text(raw.get("vllm")),
+        overlay=_text(raw.get("overlay")),
+        fingerprint=_text(raw.get("fingerprint")),
+        raw=raw,
+    )
+
+
+def _parse_patch(name: str, raw: Any) -> Patch:
+    raw = raw if isinstance(raw, dict) else {}
+    layers, calls, methods = _table(raw, "layers"), _table(raw, "calls"), raw.get("methods")
+    return Patch(
+        name=name,
+        verdict=_text(raw.get("verdict")) or "unknown",
+        reason=_text(raw.get("reason")) or "",
+        module=_text(raw.get("module")),
+        methods=tuple(str(method) for method in methods) if isinstance(methods, list) else (),
+        layers=tuple(_table(layers, "patched")),
+        refused={layer: str(reason) for layer, reason in _table(layers, "refused").items()},
+        fake_calls=_count(calls.get("fake")),
+        dual_stream_calls=_count(calls.get("dual_stream")),
+        serial_calls={reason: _count(count) for reason, count in _table(calls, "serial").items()},
+    )
+
+
+def _table(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else 0
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e12 or math.isnan(value):
+        return None
+    return float(value)
+
+
+def _runs_since(process_id: int, started: float) -> bool:
+    """Whether a process of this number runs, that was there at `started` (seconds since the epoch).
+
+    A zombie has ended. Numbers are given out again, so the process must not be younger than its journal; where /proc does
+    not tell, the number alone decides.
+    """
+    if not 0 < process_id < 2**31:
+        return False
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    try:
+        # The second field is the program's name in parentheses and may hold anything.
+        fields = (
+            Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+        state, start_ticks = fields[0], int(fields[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError, ValueError):
+        return True
+    return state not in "ZX" and age >= time.time() - started - CLOCK_SLACK_SECONDS

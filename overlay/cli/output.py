@@ -1,0 +1,40 @@
+"""Text for people: a console of a known width, and foreign text that may be shown on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+#: A pipe has no width of its own.
+PIPE_COLUMNS = 120
+
+COLOURS = {
+    "apply": "green",
+    "landed": "cyan",
+    "absent": "dim",
+    "off": "dim",
+    "not seen": "dim",
+    "inert": "yellow",
+    "drifted": "bold red",
+    "ineffective": "bold red",
+    "refused": "bold red",
+}
+
+
+def console() -> Console:
+    """The console on stdout."""
+    own_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if own_width else PIPE_COLUMNS, highlight=False, markup=False)
+
+
+def visible(text: str) -> str:
+    """`text` with whatever could move a cursor, ring a bell or fail to be encoded written as an escape."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def verdict_text(state: str) -> Text:
+    """A verdict in its colour."""
+    return Text(visible(state), style=COLOURS.get(state, ""))

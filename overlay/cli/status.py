@@ -1,0 +1,248 @@
+"""``status``: what the overlay does in the processes of this host, read from their journals.
+
+JSON (schema 1)::
+
+    {"schema": 1, "overlay": "0.1.0", "folder": "…", "ok": true,
+     "processes": [{"pid": 4711, "role": "EngineCore", "alive": true, "started": 1767225600.0, "vllm": "0.33.0" | null,
+                    "overlay": "0.1.0" | null, "fingerprint": "…" | null, "problems": ["…"],
+                    "patches": {"gdn": {"verdict": "apply", "reason": "…", "module": "vllm.…" | null, "methods": ["…"],
+                                        "layers": {"patched": ["…"], "refused": {"layer": "reason"}},
+                                        "calls": {"fake": 0, "dual_stream": 0, "serial": {"reason": 0}}}}}],
+     "skipped": [{"file": "…", "reason": "…"}]}
+
+A verdict is one of check's, or "off" (switched off), "not seen" (the process has not imported the target), "ineffective"
+(patched, and the op never ran) or "refused" (somebody else has patched the same place). `ok` is false where a live
+process has a problem, or a patch that is drifted, ineffective or refused. Processes that are gone are listed with --all.
+Run it in the container of the processes: elsewhere their numbers mean other processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overlay import __version__, settings
+from overlay.cli import journals
+from overlay.cli.failure import CommandError
+from overlay.cli.journals import Journal, Patch, Skipped
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+SCHEMA = 1
+WATCH_SECONDS = 1.0
+BAD_VERDICTS = ("drifted", "ineffective", "refused")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A journal, and whether its process runs."""
+
+    journal: Journal
+    alive: bool
+
+    def is_wrong(self) -> bool:
+        bad = any(patch.verdict in BAD_VERDICTS for patch in self.journal.patches)
+        return self.alive and (bad or bool(self.journal.problems))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the folder found."""
+
+    folder: Path
+    processes: tuple[Process, ...]
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(process.is_wrong() for process in self.processes)
+
+
+def run(given: Path | None, *, gone: bool, as_json: bool, watch: bool) -> int:
+    """Look, show, and give the exit status."""
+    if watch and as_json:
+        raise CommandError("--watch is for people; for machines, call status --json as often as you like")
+    folder = _folder(given)
+    if watch:
+        return _watch(folder, gone)
+    found = look(folder, gone)
+    if as_json:
+        print(json.dumps(as_dict(found), indent=1))
+    else:
+        from overlay.cli import output
+
+        console = output.console()
+        for part in rendered(found):
+            _print(console, part)
+    return int(not found.ok)
+
+
+def _folder(given: Path | None) -> Path:
+    """The journals' folder. One that was named has to be there; the default one may not have been made yet."""
+    if given is not None:
+        if not given.is_dir():
+            raise CommandError(
+                f"--journal-dir={str(given)!r} is not a folder; allowed is the folder that holds the journals"
+            )
+        return given
+    try:
+        return Path(settings.load(os.environ).journal_folder)
+    except settings.SettingsError as error:
+        raise CommandError(str(error)) from error
+
+
+def look(folder: Path, gone: bool) -> Look:
+    """The processes of a folder's journals; `gone`: also those that have ended."""
+    try:
+        found, skipped = journals.load(folder)
+    except FileNotFoundError:
+        found, skipped = [], []
+    except OSError as error:
+        raise CommandError(f"the journals in {folder} cannot be read: {error}") from error
+    processes = (Process(journal, journal.is_alive()) for journal in found)
+    return Look(folder, tuple(process for process in processes if process.alive or gone), tuple(skipped))
+
+
+def as_dict(found: Look) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    return {
+        "schema": SCHEMA,
+        "overlay": __version__,
+        "folder": str(found.folder),
+        "ok": found.ok,
+        "processes": [_process_as_dict(process) for process in found.processes],
+        "skipped": [{"file": one.file, "reason": one.reason} for one in found.skipped],
+    }
+
+
+def _process_as_dict(process: Process) -> dict[str, Any]:
+    journal = process.journal
+    return {
+        "pid": journal.process_id,
+        "role": journal.role,
+        "alive": process.alive,
+        "started": journal.started,
+        "vllm": journal.vllm,
+        "overlay": journal.overlay,
+        "fingerprint": journal.fingerprint,
+        "problems": list(journal.problems),
+        "patches": {patch.name: _patch_as_dict(patch) for patch in journal.patches},
+    }
+
+
+def _patch_as_dict(patch: Patch) -> dict[str, Any]:
+    return {
+        "verdict": patch.verdict,
+        "reason": patch.reason,
+        "module": patch.module,
+        "methods": list(patch.methods),
+        "layers": {"patched": list(patch.layers), "refused": patch.refused},
+        "calls": {"fake": patch.fake_calls, "dual_stream": patch.dual_stream_calls, "serial": patch.serial_calls},
+    }
+
+
+# ---------------------------------------------------------------- for people
+
+
+def _watch(folder: Path, gone: bool) -> int:
+    from rich.console import Group
+    from rich.live import Live
+
+    from overlay.cli import output
+
+    found = look(folder, gone)
+    try:
+        with Live(Group(*rendered(found)), console=output.console(), auto_refresh=False) as live:
+            while True:
+                time.sleep(WATCH_SECONDS)
+                found = look(folder, gone)
+                live.update(Group(*rendered(found)), refresh=True)
+    except KeyboardInterrupt:
+        return int(not found.ok)
+
+
+def _print(console: Console, part: RenderableType) -> None:
+    console.print(part, soft_wrap=isinstance(part, str) and not sys.stdout.isatty())
+
+
+def rendered(found: Look) -> Iterator[RenderableType]:
+    """A table, then everything that has to be said in words."""
+    from overlay.cli.output import visible
+
+    if found.processes:
+        yield _table(found)
+    else:
+        yield f"no process with the overlay runs here (journals: {visible(str(found.folder))})"
+    who_says: dict[str, list[str]] = {}
+    for process in found.processes:
+        for note in _notes(process.journal):
+            who_says.setdefault(note, []).append(str(process.journal.process_id))
+    for note, processes in who_says.items():
+        yield visible(f"{', '.join(processes)}: {note}")
+    for one in found.skipped:
+        yield visible(f"{one.file}: skipped: {one.reason}")
+
+
+def _table(found: Look) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from overlay.cli.output import verdict_text, visible
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("process", overflow="fold", min_width=16)
+    for name in ("patch", "verdict"):
+        table.add_column(name, no_wrap=True)
+    for name in ("layers", "dual", "serial", "traced"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for process in found.processes:
+        journal = process.journal
+        head = [f"{journal.process_id} {journal.role}", f"vLLM {journal.vllm or 'not imported'}"]
+        head += [] if process.alive else ["gone"]
+        head += [journal.fingerprint] if journal.fingerprint else []
+        rows = [
+            (
+                visible(patch.name),
+                verdict_text(patch.verdict),
+                _layers(patch),
+                str(patch.dual_stream_calls or ""),
+                str(sum(patch.serial_calls.values()) or ""),
+                str(patch.fake_calls or ""),
+            )
+            for patch in journal.patches
+        ]
+        columns = [
+            Text("\n").join(Text(cell) if isinstance(cell, str) else cell for cell in column)
+            for column in zip(*rows, strict=True)
+        ]
+        table.add_row("\n".join(visible(line) for line in head), *columns, end_section=True)
+    return table
+
+
+def _layers(patch: Patch) -> str:
+    if not patch.layers and not patch.refused:
+        return ""
+    return f"{len(patch.layers)} of {len(patch.layers) + len(patch.refused)}"
+
+
+def _notes(journal: Journal) -> Iterator[str]:
+    """What a table has no room for: problems, why a patch does not act, why layers stay stock, why calls were serial."""
+    for problem in journal.problems:
+        yield f"PROBLEM: {problem}"
+    for patch in journal.patches:
+        if patch.verdict not in ("apply", "off", "not seen"):
+            yield f"{patch.name}: {patch.verdict}: {patch.reason}"
+        for reason in sorted(set(patch.refused.values())):
+            count = sum(one == reason for one in patch.refused.values())
+            yield f"{patch.name}: {count} {'layer stays' if count == 1 else 'layers stay'} stock: {reason}"
+        for reason, count in patch.serial_calls.items():
+            yield f"{patch.name}: {count} calls serial: {reason}"

@@ -1,0 +1,168 @@
+"""overlay.cli.journals: a reader that takes whatever it finds, and knows whose process runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overlay import journal as writer
+from overlay.cli import journals
+
+KEYS = st.sampled_from([
+    "pid", "role", "started", "patches", "problems", "transformers", "vllm", "overlay", "fingerprint", "verdict", "reason",
+    "module", "methods", "layers", "patched", "refused", "calls", "fake", "dual_stream", "serial", "state", "seconds", "gdn",
+])  # fmt: skip
+#: Like a journal in its names, and in nothing else.
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(KEYS, children, max_size=6),
+    max_leaves=20,
+)
+GARBLED = st.dictionaries(KEYS, JSON, max_size=10)
+
+
+def entry(**fields: Any) -> str:
+    return json.dumps({"schema": journals.SCHEMA, "pid": 7, **fields})
+
+
+def test_a_full_journal() -> None:
+    raw = {
+        "pid": 7,
+        "role": "VllmWorker-0",
+        "started": 12.5,
+        "vllm": "0.33.0",
+        "overlay": "0.1.0",
+        "fingerprint": "abc",
+        "transformers": {"state": "imported first", "seconds": 0.8},
+        "problems": ["one"],
+        "patches": {
+            "gdn": {
+                "verdict": "apply",
+                "reason": "as known",
+                "module": "vllm.gdn",
+                "methods": ["forward_cuda"],
+                "layers": {"patched": {"a": {"qkvz": 1, "ba": 2}, "b": {}}, "refused": {"c": "quantized"}},
+                "calls": {"fake": 2, "dual_stream": 5, "serial": {"prefill": 3, "capture": 1}},
+            }
+        },
+    }
+    journal = journals.parse(raw)
+    (patch,) = journal.patches
+    assert (journal.process_id, journal.role, journal.layers, journal.calls) == (7, "VllmWorker-0", 2, 9)
+    assert (patch.verdict, patch.refused, patch.fake_calls) == ("apply", {"c": "quantized"}, 2)
+    assert (patch.module, patch.methods) == ("vllm.gdn", ("forward_cuda",))
+    assert (journal.transformers, journal.transformers_seconds, journal.problems) == ("imported first", 0.8, ("one",))
+    assert (journal.vllm, journal.overlay, journal.fingerprint) == ("0.33.0", "0.1.0", "abc")
+
+
+def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -> None:
+    """Reader and writer are apart on purpose; this is where they meet."""
+    journal = writer.Journal()
+    journal.open(str(journal_folder))
+    record = journal.patch("gdn")
+    record.verdict, record.methods = "apply", ("forward_cuda",)
+    record.patched["layers.0"] = {"qkvz": 1}
+    record.refuse("layers.1", "quantized")
+    record.calls.count_serial("prefill")
+    journal.problem("a problem")
+    ((found,), skipped) = journals.load(journal_folder)
+    (patch,) = found.patches
+    assert skipped == [] and found.is_alive() and found.process_id == os.getpid()
+    assert (patch.layers, patch.refused, patch.serial_calls) == (
+        ("layers.0",),
+        {"layers.1": "quantized"},
+        {"prefill": 1},
+    )
+    assert (patch.verdict, patch.methods, found.problems) == ("apply", ("forward_cuda",), ("a problem",))
+    assert writer.SCHEMA == journals.SCHEMA
+
+
+@settings(max_examples=200, deadline=None)
+@given(GARBLED)
+def test_nothing_in_a_file_makes_the_reader_fail(raw: dict[str, Any]) -> None:
+    journal = journals.parse(raw)
+    assert journal.calls >= 0 and journal.layers >= 0
+    assert journal.is_alive() in (True, False)
+    assert (journal.started, journal.process_id) <= (1e13, 2**63)
+
+
+def test_every_field_may_be_missing() -> None:
+    for raw in ({}, {"patches": None}, {"patches": {"gdn": {}}}, {"patches": {"gdn": {"calls": None}}}):
+        journal = journals.parse(raw)  # type: ignore[arg-type]
+        assert (journal.layers, journal.calls) == (0, 0)
+
+
+def test_a_folder_is_read_in_order_of_start(tmp_path: pathlib.Path) -> None:
+    for pid, started in ((3, 2.0), (2, 1.0), (1, 2.0)):
+        (tmp_path / f"{pid}.json").write_text(entry(pid=pid, started=started))
+    (tmp_path / ".journal-half").write_text('{"pid": 6}')
+    assert [journal.process_id for journal in journals.read(tmp_path)] == [2, 1, 3]
+
+
+def test_what_is_no_journal_is_named_with_the_reason(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.json").write_text('{"pid": ')
+    (tmp_path / "b.json").write_text("[]")
+    (tmp_path / "c.json").write_text(entry(schema=2))
+    (tmp_path / "d.json").write_text(entry(problems=["x" * journals.LARGEST_BYTES]))
+    (tmp_path / "e.json").mkdir()
+    os.mkfifo(tmp_path / "f.json")
+    (tmp_path / "g.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "h.json").write_text("[" * 100_000)
+    (tmp_path / "i.json").write_text(entry())
+    (tmp_path / "j.json").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "k.json").write_text('{"schema": 1}')
+    found, skipped = journals.load(tmp_path)
+    assert [journal.process_id for journal in found] == [7]
+    reasons = {one.file[0]: one.reason for one in skipped}
+    assert set(reasons) == set("abcdefghk"), "a link to nowhere is a file that has been removed"
+    assert all("is not JSON" in reasons[name] for name in "agh")
+    assert reasons["b"] == reasons["k"] == "is not a journal"
+    assert reasons["c"] == "has schema 2; this overlay reads 1"
+    assert reasons["d"] == "is larger than 4 MiB"
+    assert reasons["e"] == reasons["f"] == "is not a file"
+
+
+def test_a_missing_folder_has_no_journals(tmp_path: pathlib.Path) -> None:
+    assert journals.read(tmp_path / "nothing") == []
+
+
+# ---------------------------------------------------------------- is it alive
+
+
+def of(process_id: int, started: float) -> journals.Journal:
+    return journals.parse({"pid": process_id, "started": started})
+
+
+def test_a_process_that_runs_and_one_that_is_gone() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        now = time.time()
+        assert of(child.pid, now).is_alive()
+        child.kill()
+        time.sleep(0.2)
+        assert not of(child.pid, now).is_alive(), "a zombie, nobody has waited for it"
+    assert not of(child.pid, now).is_alive()
+
+
+def test_a_number_that_was_given_out_again() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert not of(child.pid, time.time() - 3600).is_alive()
+        child.kill()
+
+
+@pytest.mark.parametrize("process_id", [0, -1, 2**31, 2**62])
+def test_a_number_that_no_process_has(process_id: int) -> None:
+    assert not of(process_id, time.time()).is_alive()
+
+
+def test_where_proc_does_not_tell_the_number_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: "1 (a) b) S")
+    assert of(os.getpid(), 0.0).is_alive()
