@@ -44,5 +44,68 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     return answers
 
 
+def adapt(request: dict[str, Any]) -> dict[str, Any]:
+    """Adapters come and go in one engine: none, each alone, all in one batch with a base request, removed and loaded."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = LLM(
+        model=request["model"],
+        max_model_len=256,
+        max_num_seqs=4,
+        max_num_batched_tokens=256,
+        seed=0,
+        enforce_eager=not request["compiled"],
+        skip_tokenizer_init=True,
+        enable_lora=True,
+        # One more than there are adapters: vLLM 0.32.0 on a CPU gives a base request whatever is in the last slot.
+        max_loras=3,
+        max_lora_rank=16,
+    )
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+
+    def tokens(adapters: Any) -> list[list[int]]:
+        outputs = engine.generate(prompts, sampling, lora_request=adapters)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    first, second = (
+        LoRARequest(f"adapter {number}", number, path) for number, path in enumerate(request["adapters"], 1)
+    )
+    answers = {"base": tokens(None), "first": tokens(first), "second": tokens(second)}
+    answers["mixed"] = tokens([None, first, second])
+    for adapter in (first, second):
+        assert engine.llm_engine.remove_lora(adapter.lora_int_id)
+    answers["removed"] = tokens(None)
+    again = LoRARequest("again", 7, second.lora_path)
+    assert engine.llm_engine.add_lora(again)
+    answers["again"] = tokens(again)
+    return answers
+
+
+def embed(request: dict[str, Any]) -> dict[str, Any]:
+    """Embeddings of the prompts, in two batches of one engine; prompts are longer than a step, so some come in pieces."""
+    from vllm import LLM
+
+    engine = LLM(
+        model=request["model"],
+        runner="pooling",
+        max_model_len=256,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        enable_chunked_prefill=True,
+        seed=0,
+        enforce_eager=True,
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    return {
+        name: [output.outputs.embedding for output in engine.embed(batch, use_tqdm=False)]
+        for name, batch in (("together", prompts), ("first", prompts[:1]))
+    }
+
+
 if __name__ == "__main__":
-    pathlib.Path(sys.argv[2]).write_text(json.dumps(run(json.loads(sys.argv[1]))))
+    wanted = json.loads(sys.argv[1])
+    scenario = embed if wanted.get("embed") else adapt if wanted.get("adapters") else run
+    answers = scenario(wanted)
+    pathlib.Path(sys.argv[2]).write_text(json.dumps(answers))
