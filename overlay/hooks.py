@@ -7,13 +7,15 @@ stock and one WARNING says why; under strict the exception goes on and stops vLL
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
-from overlay import cache_identity, log, verdict
+from overlay import cache_identity, effect, log, verdict
 from overlay import settings as settings_module
 from overlay.journal import journal
 from overlay.settings import Settings
@@ -22,14 +24,25 @@ from overlay.verdict import Verdict
 #: vLLM's own environment module; torch's environment is in place once it has been executed.
 ENVIRONMENT_MODULES = ("vllm.env_override", "vllm._environment")
 NOT_YET = "vllm has not been imported"
+REFUSED = "refused"
+
+_came_by = False
 
 
 class Drifted(RuntimeError):
-    """Under strict: vLLM's source is of a shape that is not known. Has been said already."""
+    """Under strict: what runs is not of a shape that is known. Has been said already."""
 
 
 def around_vllm(execute: Callable[[], None]) -> None:
-    """The first ``import vllm`` of this process: settings and hooks, vLLM itself, then what can be said of it."""
+    """The first ``import vllm`` of this process: settings and hooks, vLLM itself, then what can be said of it.
+
+    A reload of vLLM comes by here again, and has its hooks already.
+    """
+    global _came_by
+    if _came_by:
+        execute()
+        return
+    _came_by = True
     settings = _prepare()
     execute()
     if settings is not None:
@@ -45,8 +58,9 @@ def _prepare() -> Settings | None:
         log.hold(settings.log_level)
         _set_hooks(settings)
     except Exception as error:
-        log.release()
+        log.hold("warning")
         log.logger.warning("overlay: vLLM runs stock: %s: %s", type(error).__name__, error)
+        log.give_up()
         if settings_module.strict_was_asked_for(os.environ):
             raise
         return None
@@ -56,7 +70,7 @@ def _prepare() -> Settings | None:
 def _set_hooks(settings: Settings) -> None:
     from wrapt import register_post_import_hook
 
-    register_post_import_hook(lambda _: log.release(), "vllm.logger")
+    register_post_import_hook(_guarded("logging", log.release_when_configured, settings), "vllm.logger")
     journal.open(settings.journal_folder)
     for name in ENVIRONMENT_MODULES:
         register_post_import_hook(_guarded("transformers first", _import_transformers, settings), name)
@@ -68,6 +82,9 @@ def _set_hooks(settings: Settings) -> None:
         for module_name in module_names:
             hook = _guarded(patch, lambda module, patch=patch: _patch(patch, module, settings), settings)  # type: ignore[misc]
             register_post_import_hook(hook, module_name)
+    for module_name in effect.WORKERS:
+        hook = _guarded("proof of effect", lambda module: effect.watch(module, settings, _sources), settings)
+        register_post_import_hook(hook, module_name)
 
 
 def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) -> Callable[[ModuleType], None]:
@@ -135,7 +152,12 @@ def _patch(patch: str, module: ModuleType, settings: Settings) -> None:
 
 def _install(patch: str, module: ModuleType, found: Verdict, settings: Settings) -> Verdict:
     """The compile cache's key first: a patch without it could be given a graph that was compiled without the patch."""
-    journal.fingerprint = cache_identity.add(patch, found.methods)
+    other = _somebody_elses(module, found)
+    if other is not None:
+        return replace(found, state=REFUSED, reason=other)
+    effect.remember(patch, module, found)
+    if found.shapes_graph:
+        journal.fingerprint = cache_identity.add(patch, found.methods)
     installed = False
     try:
         installer = importlib.import_module(f"overlay.patches.{patch}")
@@ -144,7 +166,30 @@ def _install(patch: str, module: ModuleType, found: Verdict, settings: Settings)
     finally:
         if not installed:
             journal.fingerprint = cache_identity.remove(patch)
+            effect.forget(patch)
     return found
+
+
+def _somebody_elses(module: ModuleType, found: Verdict) -> str | None:
+    """The verdict was read from vLLM's source; is that what runs, or has another overlay or plugin been here first?"""
+    for class_name, method_name in found.intercepted():
+        target = verdict.class_at(module, class_name)
+        if not isinstance(target, type) or not target.__module__.startswith("vllm."):
+            return f"{class_name} is {getattr(target, '__module__', None)}'s {getattr(target, '__qualname__', target)}"
+        function = target.__dict__.get(method_name)
+        owner = _owner_of(function)
+        if owner != target.__module__:
+            return f"{class_name}.{method_name} has been replaced by {owner}"
+    return None
+
+
+def _owner_of(function: object) -> str:
+    """The module whose code runs when `function` is called; functools.wraps copies `__module__`, so that is not it."""
+    wrapper = getattr(function, "_self_wrapper", None)  # wrapt's
+    if wrapper is not None:
+        function = wrapper
+    name = getattr(function, "__globals__", {}).get("__name__")
+    return str(name or type(function).__module__)
 
 
 def _sources() -> verdict.SourceTree:
@@ -162,14 +207,15 @@ def _settle(patch: str, found: Verdict, settings: Settings) -> None:
         found.module,
         found.methods,
     )
-    if found.state == verdict.DRIFTED:
+    if found.state in (verdict.DRIFTED, REFUSED):
         text = f"{patch}: {found.state}, vLLM runs stock here: {found.reason} ({found.where})"
         journal.problem(text)
         if settings.strict:
             raise Drifted(text)
     else:
         intercepted = (
-            f"; intercepts {found.class_name}.{', '.join(found.methods)}" if found.state == verdict.APPLY else ""
+            f"; intercepts {', '.join(map('.'.join, found.intercepted()))}" if found.state == verdict.APPLY else ""
         )
-        log.logger.info("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
+        level = logging.DEBUG if found.state == verdict.ABSENT else logging.INFO
+        log.logger.log(level, "overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
     journal.write()

@@ -54,6 +54,8 @@ class PatchRecord:
     patched: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
+    #: Whether vLLM's own warm-up has to have called the op; else the first step has to.
+    runs_in_warm_up: bool = True
 
     def refuse(self, layer_name: str, reason: str) -> None:
         """A layer stays stock. Each reason is said once, however many layers share it."""

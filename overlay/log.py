@@ -1,7 +1,8 @@
 """One logger under ``vllm.``, so that operators see the overlay's lines with vLLM's own, in vLLM's format.
 
-The overlay speaks before vLLM has configured logging. Until then records are held back; `release` hands them to
-vLLM's handlers. A process that ends before that still gets its warnings, on stderr.
+The overlay speaks before vLLM has configured logging: up to 0.30.0 that is done when ``vllm.logger`` is imported, from
+0.31.0 on when an entry point calls for it. Until then records are held back; then they go to vLLM's handlers. A process
+that ends before that still gets its warnings, on stderr.
 """
 
 from __future__ import annotations
@@ -10,6 +11,12 @@ import atexit
 import logging
 import logging.handlers
 import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+#: vLLM's function that sets its handlers, in every release; from 0.31.0 on it is not called at import.
+CONFIGURE = "_configure_vllm_root_logger"
 
 logger = logging.getLogger("vllm.overlay")
 
@@ -24,24 +31,48 @@ def hold(level: str) -> None:
         _held = logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         logger.addHandler(_held)
         logger.propagate = False
-        atexit.register(_release_to_stderr)
+        atexit.register(give_up)
+
+
+def release_when_configured(vllm_logger: ModuleType) -> None:
+    """``vllm.logger`` has just been imported: release now, or when it configures logging."""
+    configured_later = hasattr(vllm_logger, "configure_logging") and hasattr(vllm_logger, CONFIGURE)
+    if logging.getLogger("vllm").handlers or not configured_later:
+        release()
+        return
+    import wrapt
+
+    def configure(wrapped: Callable[..., Any], _: object, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        release()
+        return result
+
+    wrapt.wrap_function_wrapper(vllm_logger, CONFIGURE, configure)
 
 
 def release() -> None:
     """vLLM's handlers are there: hand over what was held, and everything from now on."""
-    global _held
-    if _held is None:
-        return
-    held, _held = _held, None
-    logger.removeHandler(held)
-    logger.propagate = True
-    for record in held.buffer:
+    for held in _let_go():
+        # Made anew: vLLM's formatter wants what vLLM's own factory puts into a record (0.31.0 and later).
+        record = logger.makeRecord(
+            held.name, held.levelno, held.pathname, held.lineno, held.msg, held.args or (), held.exc_info, held.funcName
+        )
+        record.created, record.msecs = held.created, held.msecs
         logger.handle(record)
 
 
-def _release_to_stderr() -> None:
-    if _held is None:
-        return
-    for record in _held.buffer:
+def give_up() -> None:
+    """Nobody will call `release`: what was held goes to stderr, warnings and worse."""
+    for record in _let_go():
         if record.levelno >= logging.WARNING:
             sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
+
+
+def _let_go() -> list[logging.LogRecord]:
+    global _held
+    if _held is None:
+        return []
+    held, _held = _held, None
+    logger.removeHandler(held)
+    logger.propagate = True
+    return held.buffer

@@ -9,11 +9,15 @@ Memory contract, for readers who change anything here:
 * Results of a slot are allocated on its auxiliary stream and read on the main stream after the join. When they are
   freed, the caching allocator may give the block to the next work on that auxiliary stream at once. That work waits for
   the next fork's start event, which the main stream records after the last read. So `Tensor.record_stream` is not needed.
-* This holds for one main stream per device. Where two of them share a device (DBO and other micro-batching), patches
-  run serially.
+  torch's own allocator keeps blocks per stream; cudaMallocAsync gives them to any stream, and no fork is made with it.
+* This holds for one main stream per auxiliary stream. So every main stream has auxiliary streams of its own (two engines
+  in one process), and a region keeps those of the stream on which it was prepared. Target and drafter model share a main
+  stream, and with it the auxiliary ones. Where the main streams take turns within a layer (DBO and other
+  micro-batching), patches run serially.
 
-Streams are made per device and slot, on first use, never at import (that would initialise CUDA before a fork of the
-process) and never during capture. Events belong to one region (one layer), because a captured graph refers to them.
+Streams are made per device, main stream and slot, on first use, never at import (that would initialise CUDA before a
+fork of the process) and never during capture. Events belong to one region (one layer), because a captured graph refers
+to them.
 """
 
 from __future__ import annotations
@@ -25,16 +29,26 @@ import torch
 
 Work = Callable[[], Any]
 
-_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+#: torch has so many streams per device, and hands them out in turn.
+STREAMS_OF_TORCH = 32
+
+_streams: dict[tuple[torch.device, torch.cuda.Stream, int], torch.cuda.Stream] = {}
 
 
 def auxiliary_stream(device: torch.device, slot: int) -> torch.cuda.Stream:
-    """The auxiliary stream of a device for a slot, made on first use and shared by all regions of the process."""
-    key = (device, slot)
-    stream = _streams.get(key)
-    if stream is None:
-        stream = _streams[key] = torch.cuda.Stream(device=device)
-    return stream
+    """The auxiliary stream next to the current stream for a slot; made on first use, shared by the regions of a process.
+
+    Never one that is a main stream, or belongs to another slot or main stream. Where torch has no such stream left, and
+    with an allocator that is not torch's own, it is the current stream itself: right, and serial.
+    """
+    main_stream = torch.cuda.current_stream()
+    key = (device, main_stream, slot)
+    if key not in _streams:
+        taken = {main_stream, *_streams.values(), *(main for _, main, _ in _streams)}
+        attempts = STREAMS_OF_TORCH if torch.cuda.get_allocator_backend() == "native" else 0
+        made = (torch.cuda.Stream(device=device) for _ in range(attempts))
+        _streams[key] = next((stream for stream in made if stream not in taken), main_stream)
+    return _streams[key]
 
 
 class ParallelRegion:

@@ -29,28 +29,23 @@ from torch.nn.functional import linear
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
 from vllm.platforms import current_platform
-from vllm.utils import torch_utils
 
+from overlay import ops
+from overlay.gemms import gemm_of, is_plain
 from overlay.journal import PatchRecord, journal
+from overlay.layers import Refused, adopt
 from overlay.plan import NOT_CAPTURING, Plan
 from overlay.settings import Settings
 from overlay.streams import ParallelRegion
 from overlay.verdict import INERT, Verdict
 
 NAME = "gdn"
-TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
-#: What a Marlin kernel that sets up its own workspace mentions while it does so.
-MARLIN_WORKSPACE = frozenset({"workspace", "marlin_make_workspace_new"})
-OP_LIBRARY, OP_NAME = "vllm_overlay", "gdn_in_proj"
+OP_NAME = "gdn_in_proj"
+#: Tokens; measured on an H200 (overlay.plan has the table). 512 already loses.
+TOKEN_THRESHOLD = 256
 #: The attribute that holds a layer's `InProjPair`, or None where the layer stays stock.
 PAIR = "_overlay_in_proj_pair"
-
-# vLLM 0.20.0 and later with torch 2.11 and later: an opaque type, so that layers share compile artifacts. Before: str.
-LayerNameType = getattr(torch_utils, "LayerNameType", str)
-encode_layer_name = getattr(torch_utils, "_encode_layer_name", str)
-resolve_layer_name = getattr(torch_utils, "_resolve_layer_name", str)
 
 
 class InProjPair:
@@ -108,16 +103,6 @@ class InProjPair:
                 self._plain_linears = linears
 
 
-def is_plain(projection: torch.nn.Module) -> bool:
-    """Whether calling a linear is torch's own GEMM of its weight and nothing else."""
-    return (
-        gemm_of(projection) == TORCH_GEMM
-        and getattr(projection, "bias", None) is None
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-    )
-
-
 class InProjView:
     """Stand-in for `self` in upstream's forward: the real layer, but for the two projections.
 
@@ -137,7 +122,7 @@ class InProjView:
         if self._results is None:
             pair = self._pair
             self._results = torch.ops.vllm_overlay.gdn_in_proj(
-                hidden_states, pair.qkvz_size, pair.ba_size, encode_layer_name(pair.layer_name)
+                hidden_states, pair.qkvz_size, pair.ba_size, ops.encode_layer_name(pair.layer_name)
             )
         return self._results
 
@@ -168,7 +153,7 @@ def register_op(record: PatchRecord) -> None:
     """Define ``vllm_overlay::gdn_in_proj`` for the platform's device."""
 
     def gdn_in_proj(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
-        layer = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
+        layer = get_forward_context().no_compile_layers[ops.resolve_layer_name(layer_name)]
         return getattr(layer, PAIR).project(layer, hidden_states)
 
     def fake(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
@@ -176,21 +161,14 @@ def register_op(record: PatchRecord) -> None:
         leading = hidden_states.shape[:-1]
         return hidden_states.new_empty((*leading, qkvz_size)), hidden_states.new_empty((*leading, ba_size))
 
-    pair_of_tensors = tuple[torch.Tensor, torch.Tensor]
-    # The schema is made from real types; annotations in this file are text.
-    gdn_in_proj.__annotations__ = {
+    schema = {
         "hidden_states": torch.Tensor,
         "qkvz_size": int,
         "ba_size": int,
-        "layer_name": LayerNameType,
-        "return": pair_of_tensors,
+        "layer_name": ops.LayerNameType,
+        "return": tuple[torch.Tensor, torch.Tensor],
     }
-    library = torch.library.Library(OP_LIBRARY, "FRAGMENT")
-    torch_utils.direct_register_custom_op(OP_NAME, gdn_in_proj, mutates_args=[], fake_impl=fake, target_lib=library)
-    _LIBRARIES.append(library)
-
-
-_LIBRARIES: list[torch.library.Library] = []  # an op lives as long as its library object
+    ops.register(OP_NAME, gdn_in_proj, fake, schema)
 
 
 def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
@@ -208,37 +186,8 @@ def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
     return qkvz, ba
 
 
-class Refused(Exception):
-    """Why a layer stays stock."""
-
-
-def gemm_of(projection: torch.nn.Module) -> str:
-    """The name of a linear's GEMM if it may run next to another one, else raise Refused.
-
-    Two quantized GEMMs at once can share scratch memory, so this is an allowlist: unquantized through torch's own GEMM,
-    and Marlin kernels that make a workspace of their own (from vLLM 0.31.0 on all Marlin layers share one).
-    """
-    method = projection.quant_method
-    name = type(method).__name__
-    kernel: Any = getattr(method, "kernel", None) or getattr(getattr(projection, "scheme", None), "kernel", None)
-    if name == "UnquantizedLinearMethod":
-        implementation = getattr(method, "_gemm_impl", None)
-        if implementation is None:
-            implementation = dispatch_unquantized_gemm()
-        gemm = getattr(implementation, "__name__", type(implementation).__name__)
-        if gemm in (TORCH_GEMM, "cpu_unquantized_gemm"):
-            return gemm
-        raise Refused(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
-    if type(kernel).__name__ == "MarlinLinearKernel":
-        if MARLIN_WORKSPACE.issubset(type(kernel).process_weights_after_loading.__code__.co_names):
-            return f"{name} with {type(kernel).__name__}"
-        raise Refused(f"{name}: its Marlin kernel shares one workspace between layers")
-    detail = f" with {type(kernel).__name__}" if kernel is not None else ""
-    raise Refused(f"quantization method {name}{detail} is not on the allowlist")
-
-
-def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> InProjPair:
-    """The record of a freshly made layer. Raises Refused with the reason where the layer must stay stock."""
+def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> tuple[InProjPair, dict[str, int]]:
+    """The pair of a freshly made layer, and its sizes for the journal. Raises Refused with the reason where the layer must stay stock."""
     config = get_current_vllm_config()
     if not hasattr(layer, "in_proj_qkvz"):
         raise Refused("the projections are split for LoRA")
@@ -251,7 +200,7 @@ def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> InProj
     qkvz_size, ba_size = shard_sizes(layer)
     for projection in (layer.in_proj_qkvz, layer.in_proj_ba):
         gemm_of(projection)
-    return InProjPair(layer.prefix, qkvz_size, ba_size, plan, record)
+    return InProjPair(layer.prefix, qkvz_size, ba_size, plan, record), {"qkvz": qkvz_size, "ba": ba_size}
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
@@ -264,25 +213,12 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     target = getattr(module, verdict.class_name)
     originals = {name: target.__dict__[name] for name in verdict.methods}
     record = journal.patch(NAME)
-    plan = Plan(settings.plan, settings.token_threshold)
+    plan = Plan(settings.plan, settings.tokens_or(TOKEN_THRESHOLD))
 
     def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
         setattr(layer, PAIR, None)
-        try:
-            pair = make_pair(layer, plan, record)
-        except Refused as refused:
-            record.refuse(layer.prefix, str(refused))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            record.refuse(layer.prefix, reason)
-            journal.problem(f"{NAME}: layer {layer.prefix} stays stock: {reason}")
-            if settings.strict:
-                raise
-        else:
-            setattr(layer, PAIR, pair)
-            record.patched[layer.prefix] = {"qkvz": pair.qkvz_size, "ba": pair.ba_size}
-            journal.keep_current()
+        setattr(layer, PAIR, adopt(NAME, record, layer.prefix, lambda: make_pair(layer, plan, record), settings))
 
     register_op(record)
     for name, original in originals.items():

@@ -328,17 +328,18 @@ def overlay_patch() -> Iterator[types.ModuleType]:
         patch = importlib.import_module("overlay.patches.gdn")
         from overlay.journal import PatchRecord
 
-        kept = len(patch._LIBRARIES)
+        libraries = patch.ops._libraries
+        kept = len(libraries)
         if not hasattr(torch.ops.vllm_overlay, OVERLAY_OP):
             patch.register_op(PatchRecord())
         yield patch
-        for library in patch._LIBRARIES[kept:]:
+        for library in libraries[kept:]:
             library._destroy()
-        del patch._LIBRARIES[kept:]
+        del libraries[kept:]
     finally:
         forget_modules()
         if stand_ins:
-            for name in [*stand_ins, "overlay.patches.gdn"]:
+            for name in [*stand_ins, "overlay.patches.gdn", "overlay.ops", "overlay.gemms"]:
                 sys.modules.pop(name, None)
 
 

@@ -1,31 +1,47 @@
-"""Everything else that the GDN patch takes from vLLM is there in every release: imports, attributes, signatures.
+"""Everything else that the overlay takes from vLLM is there in every release: imports, attributes, signatures.
 
-A name that is gone would not break vLLM (the hook is guarded), but it would switch the patch off.
+A name that is gone would not break vLLM (the hooks are guarded), but it would switch a patch off.
 """
 
 from __future__ import annotations
 
 import ast
 import pathlib
+import re
 
 import pytest
 from packaging.version import Version
 
+from overlay import log
+from overlay.effect import WARM_UP, WORKERS
+from overlay.verdict import APPLY, judge
 from overlay.verdict.shapes import find_class, methods_of
 from tests.conftest import REPOSITORY
 from tests.contract import released
 
 pytestmark = pytest.mark.contract
-PATCH = REPOSITORY / "overlay" / "patches" / "gdn.py"
+PATCHES = sorted(path.stem for path in (REPOSITORY / "overlay" / "patches").glob("[a-z]*.py"))
+#: What every patch is built on.
+SHARED = ("effect", "gemms", "ops")
 
 
-def imports_of_vllm() -> list[tuple[str, str]]:
-    """(module, name) of every import from vLLM in the patch."""
-    found = []
-    for node in ast.parse(PATCH.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-            found += [(str(node.module), alias.name) for alias in node.names]
-    return found
+def imports_of_vllm(path: pathlib.Path) -> list[tuple[str, str]]:
+    """(module, name) of every import from vLLM in a file of the overlay."""
+    return [
+        (str(node.module), alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm"
+        for alias in node.names
+    ]
+
+
+def missing_imports(version: str, path: pathlib.Path) -> list[tuple[str, str]]:
+    tree = released.tree(version)
+    return [
+        (module, name)
+        for module, name in imports_of_vllm(path)
+        if not tree.has(f"{module}.{name}") and name not in names_in(parsed(version, module))
+    ]
 
 
 def parsed(version: str, module: str) -> ast.Module:
@@ -58,10 +74,54 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
-@pytest.mark.parametrize(("module", "name"), imports_of_vllm())
-def test_what_the_patch_imports_is_there(version: str, module: str, name: str) -> None:
-    tree = released.tree(version)
-    assert tree.has(f"{module}.{name}") or name in names_in(parsed(version, module))
+@pytest.mark.parametrize("patch", PATCHES)
+def test_what_a_patch_imports_is_there_where_it_applies(version: str, patch: str) -> None:
+    path = REPOSITORY / "overlay" / "patches" / f"{patch}.py"
+    assert imports_of_vllm(path)
+    if judge(patch, released.tree(version)).state == APPLY:
+        assert missing_imports(version, path) == []
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+@pytest.mark.parametrize("name", SHARED)
+def test_what_all_patches_are_built_on_is_there(version: str, name: str) -> None:
+    path = REPOSITORY / "overlay" / f"{name}.py"
+    assert imports_of_vllm(path)
+    assert missing_imports(version, path) == []
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+@pytest.mark.parametrize(("module", "worker"), WORKERS.items())
+def test_warm_up_ends_and_steps_run_where_the_proof_of_effect_looks(version: str, module: str, worker: str) -> None:
+    own = methods_of(class_of(parsed(version, module), worker))
+    assert WARM_UP in own
+    inherited = methods_of(class_of(parsed(version, "vllm.v1.worker.gpu_worker"), "Worker"))
+    step = {**inherited, **own}["execute_model"]
+    assert [argument.arg for argument in step.args.args][:2] == ["self", "scheduler_output"]
+    output = class_of(parsed(version, "vllm.v1.core.sched.output"), "SchedulerOutput")
+    assert "total_num_scheduled_tokens" in names_in(output)
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+def test_vllms_logging_is_configured_at_import_or_by_the_function_that_is_waited_for(version: str) -> None:
+    module = parsed(version, "vllm.logger")
+    functions = {node.name for node in module.body if isinstance(node, ast.FunctionDef)}
+    at_import = {
+        getattr(node.value.func, "id", "")
+        for node in module.body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    }
+    assert log.CONFIGURE in functions
+    assert log.CONFIGURE in at_import or "configure_logging" in functions
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+@pytest.mark.parametrize("module", ["vllm.compilation.backends", "vllm.compilation.caching"], ids=["JIT", "AOT"])
+def test_the_cache_key_is_made_of_the_table_that_the_fingerprint_is_in(version: str, module: str) -> None:
+    source = released.tree(version).read(module)
+    assert source is not None
+    assert re.search(r"^from vllm import .*\benvs\b|^import vllm\.envs as envs", source.text, re.MULTILINE)
+    assert "envs.compile_factors()" in source.text
 
 
 @pytest.mark.parametrize("version", released.SUPPORTED)

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 vllm = pytest.importorskip("vllm")
 
+from overlay import ops  # noqa: E402
+from overlay.gemms import gemm_of  # noqa: E402
 from overlay.journal import PatchRecord  # noqa: E402
+from overlay.layers import Refused  # noqa: E402
 from overlay.patches import gdn  # noqa: E402
 from overlay.plan import Plan  # noqa: E402
 
@@ -103,9 +106,9 @@ def marlin(base: type) -> Any:
 
 
 def test_the_allowlist_has_torchs_gemm_and_marlin_with_its_own_workspace() -> None:
-    assert gdn.gemm_of(linear(8, unquantized())) == "default_unquantized_gemm"
+    assert gemm_of(linear(8, unquantized())) == "default_unquantized_gemm"
     own = method_named("GPTQMarlinLinearMethod", kernel=marlin(OwnWorkspace))
-    assert gdn.gemm_of(linear(8, own)) == "GPTQMarlinLinearMethod with MarlinLinearKernel"
+    assert gemm_of(linear(8, own)) == "GPTQMarlinLinearMethod with MarlinLinearKernel"
 
 
 def cuda_flashinfer_bf16_gemm() -> None: ...
@@ -122,8 +125,8 @@ def cuda_flashinfer_bf16_gemm() -> None: ...
     ],
 )
 def test_everything_else_is_refused_by_name(method: Any, reason: str) -> None:
-    with pytest.raises(gdn.Refused, match=reason):
-        gdn.gemm_of(linear(8, method))
+    with pytest.raises(Refused, match=reason):
+        gemm_of(linear(8, method))
 
 
 def configuration(layer: Any, micro_batching: bool = False) -> Any:
@@ -154,21 +157,22 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_layer_that_fits_gets_a_pair_with_its_shard_sizes(current: Any) -> None:
     layer = complete_layer()
     current(configuration(layer))
-    pair = gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
+    pair, shown = gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
     assert (pair.layer_name, pair.qkvz_size, pair.ba_size) == (layer.prefix, 6144, 32)
+    assert shown == {"qkvz": 6144, "ba": 32}
 
 
 def test_micro_batching_is_refused(current: Any) -> None:
     layer = complete_layer()
     current(configuration(layer, micro_batching=True))
-    with pytest.raises(gdn.Refused, match="DBO"):
+    with pytest.raises(Refused, match="DBO"):
         gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
 
 
 def test_batch_invariant_mode_is_refused(current: Any) -> None:
     layer = complete_layer()
     current(configuration(layer), batch_invariant=True)
-    with pytest.raises(gdn.Refused, match="batch-invariant"):
+    with pytest.raises(Refused, match="batch-invariant"):
         gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
 
 
@@ -176,14 +180,14 @@ def test_the_split_projections_of_lora_are_refused(current: Any) -> None:
     layer = complete_layer()
     del layer.in_proj_qkvz
     current(configuration(layer))
-    with pytest.raises(gdn.Refused, match="split for LoRA"):
+    with pytest.raises(Refused, match="split for LoRA"):
         gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
 
 
 def test_a_layer_that_the_op_could_not_find_is_refused(current: Any) -> None:
     layer = complete_layer()
     current(configuration(complete_layer()))
-    with pytest.raises(gdn.Refused, match="not registered"):
+    with pytest.raises(Refused, match="not registered"):
         gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
 
 
@@ -192,7 +196,7 @@ def test_one_quantized_projection_is_enough_to_refuse(current: Any, which: str) 
     layer = complete_layer()
     getattr(layer, which).quant_method = method_named("Fp8LinearMethod")
     current(configuration(layer))
-    with pytest.raises(gdn.Refused, match="Fp8LinearMethod"):
+    with pytest.raises(Refused, match="Fp8LinearMethod"):
         gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
 
 
@@ -293,7 +297,7 @@ def test_it_compiles_into_one_graph_with_one_op(layer: Layer, record: PatchRecor
 def test_the_fake_gives_the_shapes_of_the_real_op(layer: Layer) -> None:
     pair = getattr(layer, gdn.PAIR)
     x = torch.randn(5, 16)
-    name = gdn.encode_layer_name(layer.prefix)
+    name = ops.encode_layer_name(layer.prefix)
     real = torch.ops.vllm_overlay.gdn_in_proj(x, pair.qkvz_size, pair.ba_size, name)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = torch.ops.vllm_overlay.gdn_in_proj(mode.from_tensor(x), pair.qkvz_size, pair.ba_size, name)
@@ -304,5 +308,5 @@ def test_the_fake_gives_the_shapes_of_the_real_op(layer: Layer) -> None:
 def test_the_layer_name_is_vllms_opaque_type_where_there_is_one() -> None:
     from vllm.utils import torch_utils
 
-    assert gdn.LayerNameType is torch_utils.LayerNameType
+    assert ops.LayerNameType is torch_utils.LayerNameType
     assert "str layer_name" not in str(torch.ops.vllm_overlay.gdn_in_proj.default._schema)

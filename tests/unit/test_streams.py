@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from overlay import streams
 from overlay.streams import ParallelRegion
+from tests.conftest import REPOSITORY
 
 Log = list[tuple[Any, ...]]
 
@@ -36,53 +40,65 @@ class FakeEvent:
         self.log.append(("record", stream.name, self.name))
 
 
-@contextlib.contextmanager
-def fake_cuda() -> Iterator[Log]:
-    """torch.cuda as far as the module uses it, writing every operation into one log."""
-    log: Log = []
-    current = [FakeStream("main", log)]
-    made: list[FakeStream] = []
+class FakeCuda:
+    """torch.cuda as far as the module uses it; every operation goes into one log."""
 
-    def make_stream(device: torch.device) -> FakeStream:
-        made.append(FakeStream(f"aux{len(made)}", log))
-        return made[-1]
+    def __init__(self) -> None:
+        self.log: Log = []
+        self.main = FakeStream("main", self.log)
+        self._entered = [self.main]
+        self._made = 0
+
+    def current(self) -> FakeStream:
+        return self._entered[-1]
+
+    def make_stream(self, device: torch.device) -> FakeStream:
+        self._made += 1
+        return FakeStream(f"aux{self._made - 1}", self.log)
 
     @contextlib.contextmanager
-    def switch(stream: FakeStream) -> Iterator[None]:
-        current.append(stream)
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        self._entered.append(stream)
         try:
             yield
         finally:
-            current.pop()
+            self._entered.pop()
 
+    def work(self, name: str, fails: bool = False) -> Any:
+        def run() -> str:
+            self.log.append(("work", name, self.current().name))
+            if fails:
+                raise RuntimeError(name)
+            return name
+
+        return run
+
+    def prepared(self, slots: int) -> ParallelRegion:
+        region = ParallelRegion(slots)
+        region.prepare(torch.device("cuda:0"))
+        del self.log[:]
+        return region
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[FakeCuda]:
+    cuda = FakeCuda()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "_streams", {})
-        patch.setattr(torch.cuda, "Stream", make_stream)
-        patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(log, enable_timing))
-        patch.setattr(torch.cuda, "current_stream", lambda: current[-1])
-        patch.setattr(torch.cuda, "stream", switch)
+        patch.setattr(torch.cuda, "Stream", cuda.make_stream)
+        patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(cuda.log, enable_timing))
+        patch.setattr(torch.cuda, "current_stream", cuda.current)
+        patch.setattr(torch.cuda, "stream", cuda.stream)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(streams, "_current_for_test", lambda: current[-1].name, raising=False)
-        yield log
-
-
-def work(log: Log, name: str, fails: bool = False) -> Any:
-    def run() -> str:
-        log.append(("work", name, streams._current_for_test()))  # type: ignore[attr-defined]
-        if fails:
-            raise RuntimeError(name)
-        return name
-
-    return run
+        patch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+        yield cuda
 
 
 def test_two_way_order() -> None:
-    with fake_cuda() as log:
-        region = ParallelRegion(slots=1)
-        region.prepare(torch.device("cuda:0"))
-        del log[:]
-        assert region.run(work(log, "big"), [work(log, "small")]) == ("big", ("small",))
-    assert log == [
+    with fake_cuda() as cuda:
+        region = cuda.prepared(slots=1)
+        assert region.run(cuda.work("big"), [cuda.work("small")]) == ("big", ("small",))
+    assert cuda.log == [
         ("record", "main", "event1"),
         ("wait", "aux0", "event1"),
         ("work", "small", "aux0"),
@@ -92,74 +108,163 @@ def test_two_way_order() -> None:
     ]
 
 
-@given(
-    pattern=st.lists(st.sampled_from(["none", "ok", "fails"]), min_size=1, max_size=5),
-    default_fails=st.booleans(),
-)
-def test_every_launched_slot_is_joined_whatever_fails(pattern: list[str], default_fails: bool) -> None:
-    with fake_cuda() as log:
-        region = ParallelRegion(slots=len(pattern))
-        region.prepare(torch.device("cuda:0"))
-        del log[:]
-        auxiliary = [
-            None if kind == "none" else work(log, f"slot{i}", kind == "fails") for i, kind in enumerate(pattern)
-        ]
-        fails = default_fails or "fails" in pattern
-        if fails:
-            with pytest.raises(RuntimeError):
-                region.run(work(log, "default", default_fails), auxiliary)
+def test_all_slots_empty_is_the_default_and_nothing_else() -> None:
+    with fake_cuda() as cuda:
+        assert cuda.prepared(slots=3).run(cuda.work("default"), [None, None, None]) == ("default", (None,) * 3)
+    assert cuda.log == [("work", "default", "main")]
+
+
+NONE, RETURNS, FAILS = "none", "returns", "fails"
+patterns = st.lists(st.sampled_from([NONE, RETURNS, FAILS]), min_size=1, max_size=6)
+
+
+def right_order(pattern: list[str]) -> tuple[Log, str | None]:
+    """Every operation of a fork and join, in order, and the name of the callable that fails first."""
+    start = f"event{len(pattern)}"
+    log: Log = [] if set(pattern) == {NONE} else [("record", "main", start)]
+    join: Log = []
+    for slot, kind in enumerate(pattern):
+        if kind == NONE:
+            continue
+        log += [("wait", f"aux{slot}", start), ("work", f"slot{slot}", f"aux{slot}")]
+        join += [("record", f"aux{slot}", f"event{slot}"), ("wait", "main", f"event{slot}")]
+        if kind == FAILS:
+            return log + join, f"slot{slot}"
+    return [*log, ("work", "default", "main"), *join], None
+
+
+def callables(cuda: FakeCuda, pattern: list[str]) -> list[Any]:
+    return [None if kind == NONE else cuda.work(f"slot{i}", kind == FAILS) for i, kind in enumerate(pattern)]
+
+
+@given(pattern=patterns, default_fails=st.booleans())
+@example(pattern=[RETURNS, FAILS, RETURNS], default_fails=False)
+@example(pattern=[RETURNS, NONE, RETURNS], default_fails=True)
+def test_exact_order_for_any_slots_and_failures(pattern: list[str], default_fails: bool) -> None:
+    """One start event, one done event for each launched slot, each waited for, whatever fails; empty slots cost nothing."""
+    with fake_cuda() as cuda:
+        region = cuda.prepared(len(pattern))
+        expected, failing = right_order(pattern)
+        failing = failing or ("default" if default_fails else None)
+        for _ in range(2):  # and the region can be used again
+            del cuda.log[:]
+            if failing:
+                with pytest.raises(RuntimeError, match=f"^{failing}$"):
+                    region.run(cuda.work("default", default_fails), callables(cuda, pattern))
+            else:
+                result, results = region.run(cuda.work("default"), callables(cuda, pattern))
+                assert result == "default"
+                assert results == tuple(None if kind == NONE else f"slot{i}" for i, kind in enumerate(pattern))
+            assert cuda.log == expected
+            assert cuda.current() is cuda.main
+
+
+@given(pattern=patterns, default_fails=st.booleans())
+def test_disabled_it_is_the_same_work_on_the_current_stream(pattern: list[str], default_fails: bool) -> None:
+    with fake_cuda() as cuda:
+        region = ParallelRegion(len(pattern))  # needs no preparation
+        order = [("default", default_fails)]
+        order += [(f"slot{i}", kind == FAILS) for i, kind in enumerate(pattern) if kind != NONE]
+        ran = next((i + 1 for i, (_, fails) in enumerate(order) if fails), len(order))
+        if any(fails for _, fails in order):
+            with pytest.raises(RuntimeError, match=f"^{order[ran - 1][0]}$"):
+                region.run_serially(cuda.work("default", default_fails), callables(cuda, pattern))
         else:
-            result, results = region.run(work(log, "default"), auxiliary)
-            assert result == "default"
-            assert results == tuple(None if kind == "none" else f"slot{i}" for i, kind in enumerate(pattern))
-        launched = [entry[1] for entry in log if entry[0] == "wait" and entry[1] != "main"]
-        joined = [entry[2] for entry in log if entry[0] == "wait" and entry[1] == "main"]
-        done = [entry[2] for entry in log if entry[0] == "record" and entry[1] != "main"]
-        # one start event if anything was launched, one done event for each launched slot, all waited for, none else
-        assert sum(1 for entry in log if entry[:2] == ("record", "main")) == (
-            1 if pattern.count("none") < len(pattern) else 0
-        )
-        assert joined == done and len(done) == len(launched)
-        # an empty slot costs no stream switch and no event
-        for index, kind in enumerate(pattern):
-            if kind == "none":
-                assert not any(f"aux{index}" in entry for entry in log)
-        # no auxiliary work before its stream waits for the start
-        for entry in log:
-            if entry[0] == "work" and entry[2] != "main":
-                assert log.index(("wait", entry[2], f"event{len(pattern)}")) < log.index(entry)
-        assert streams._current_for_test() == "main"  # type: ignore[attr-defined]
+            names = tuple(None if kind == NONE else f"slot{i}" for i, kind in enumerate(pattern))
+            assert region.run_serially(cuda.work("default"), callables(cuda, pattern)) == ("default", names)
+        assert cuda.log == [("work", name, "main") for name, _ in order[:ran]]
 
 
-def test_serial_runs_default_first_on_the_current_stream() -> None:
-    with fake_cuda() as log:
-        result = ParallelRegion(slots=3).run_serially(work(log, "a"), [work(log, "b"), None, work(log, "c")])
-        assert result == ("a", ("b", None, "c"))
-        assert log == [("work", "a", "main"), ("work", "b", "main"), ("work", "c", "main")]
+@given(slots=st.integers(1, 5), given_slots=st.integers(0, 7), method=st.sampled_from(["run", "run_serially"]))
+def test_a_wrong_number_of_callables_is_named_and_nothing_runs(slots: int, given_slots: int, method: str) -> None:
+    assume(slots != given_slots)
+    with fake_cuda() as cuda:
+        region = cuda.prepared(slots)
+        with pytest.raises(ValueError, match=f"{slots} auxiliary slots, got {given_slots}"):
+            getattr(region, method)(cuda.work("default"), [cuda.work("aux")] * given_slots)
+    assert cuda.log == []
 
 
-@pytest.mark.parametrize("method", ["run", "run_serially"])
-def test_a_wrong_number_of_callables_is_named(method: str) -> None:
-    with fake_cuda() as log, pytest.raises(ValueError, match="2 auxiliary slots, got 1"):
-        getattr(ParallelRegion(slots=2), method)(work(log, "a"), [work(log, "b")])
+def test_a_region_within_a_region_forks_from_the_auxiliary_stream() -> None:
+    """The start event of the inner one is recorded on the stream that it runs on, and it is joined there."""
+    with fake_cuda() as cuda:
+        outer = cuda.prepared(slots=1)
+        with cuda.stream(outer._auxiliary_streams[0]):
+            inner = cuda.prepared(slots=1)
+        assert inner._auxiliary_streams[0] is not outer._auxiliary_streams[0]
+        outer.run(cuda.work("a"), [lambda: inner.run(cuda.work("b"), [cuda.work("c")])])
+    assert [entry[1:] for entry in cuda.log if entry[0] == "work"] == [("c", "aux1"), ("b", "aux0"), ("a", "main")]
+    joins = [entry for entry in cuda.log if entry[0] == "wait" and entry[1] in ("aux0", "main")]
+    assert [entry[1] for entry in joins] == ["aux0", "aux0", "main"]
 
 
 def test_streams_are_shared_per_device_and_slot_and_events_are_not() -> None:
-    with fake_cuda() as log:
+    with fake_cuda() as cuda:
         one, two = ParallelRegion(slots=2), ParallelRegion(slots=2)
         for region in (one, two):
             region.prepare(torch.device("cuda:0"))
         assert one._auxiliary_streams == two._auxiliary_streams
         assert one._auxiliary_streams[0] is not one._auxiliary_streams[1]
-        assert sum(1 for entry in log if entry[0] == "event") == 6
+        assert sum(1 for entry in cuda.log if entry[0] == "event") == 6
         three = ParallelRegion(slots=1)
         three.prepare(torch.device("cuda:1"))
         assert three._auxiliary_streams[0] is not one._auxiliary_streams[0]
 
 
+def test_two_main_streams_share_no_auxiliary_stream() -> None:
+    """Two engines in one process: what one main stream has not read yet, work next to the other could overwrite."""
+    with fake_cuda() as cuda:
+        one, two, again = (ParallelRegion(slots=2) for _ in range(3))
+        one.prepare(torch.device("cuda:0"))
+        with cuda.stream(FakeStream("other main", cuda.log)):
+            two.prepare(torch.device("cuda:0"))
+        again.prepare(torch.device("cuda:0"))
+        assert not set(one._auxiliary_streams) & set(two._auxiliary_streams)
+        assert one._auxiliary_streams == again._auxiliary_streams
+
+
+@pytest.mark.parametrize("handed_out", [1, 2, 4, 5, 7])
+def test_torch_hands_out_the_same_streams_again(handed_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new stream may be the main stream or another slot's; then the next one is taken, and at last the main stream."""
+    with fake_cuda() as cuda:
+        pool = [cuda.main, *(FakeStream(f"pool{index}", cuda.log) for index in range(handed_out - 1))]
+        turn = itertools.cycle(pool)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(turn))
+        region = ParallelRegion(slots=4)
+        region.prepare(torch.device("cuda:0"))
+        own = [stream for stream in region._auxiliary_streams if stream is not cuda.main]
+        assert len(set(own)) == len(own) == min(4, handed_out - 1)
+        assert region.run(cuda.work("default"), callables(cuda, [RETURNS] * 4))[1] == (
+            "slot0",
+            "slot1",
+            "slot2",
+            "slot3",
+        )
+
+
+def test_an_allocator_that_shares_blocks_between_streams_means_serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cudaMallocAsync may give a block that the main stream still reads to any stream."""
+    with fake_cuda() as cuda:
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+        cuda.prepared(slots=2).run(cuda.work("default"), callables(cuda, [RETURNS, NONE]))
+    assert [entry for entry in cuda.log if entry[0] == "work"] == [
+        ("work", "slot0", "main"),
+        ("work", "default", "main"),
+    ]
+
+
+def test_preparing_again_changes_nothing() -> None:
+    with fake_cuda() as cuda:
+        region = cuda.prepared(slots=2)
+        before = region._auxiliary_streams
+        region.prepare(torch.device("cuda:0"))
+        assert region.prepared and region._auxiliary_streams is before and cuda.log == []
+
+
 def test_not_prepared_and_no_slots_are_errors() -> None:
-    with fake_cuda() as log, pytest.raises(RuntimeError, match="not been prepared"):
-        ParallelRegion(slots=1).run(work(log, "a"), [work(log, "b")])
+    with fake_cuda() as cuda, pytest.raises(RuntimeError, match="not been prepared"):
+        ParallelRegion(slots=1).run(cuda.work("a"), [cuda.work("b")])
+    assert cuda.log == []
     with pytest.raises(ValueError, match="at least one"):
         ParallelRegion(slots=0)
 
@@ -167,5 +272,20 @@ def test_not_prepared_and_no_slots_are_errors() -> None:
 def test_preparing_during_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_cuda():
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        region = ParallelRegion(slots=1)
         with pytest.raises(RuntimeError, match="before a CUDA graph is captured"):
-            ParallelRegion(slots=1).prepare(torch.device("cuda:0"))
+            region.prepare(torch.device("cuda:0"))
+        assert not region.prepared
+
+
+def test_importing_the_module_makes_nothing() -> None:
+    """A stream that is made at import would initialise CUDA before vLLM forks its workers."""
+    code = (
+        "import torch\n"
+        "def refuse(*args, **kwargs): raise AssertionError('made at import')\n"
+        "torch.cuda.Stream.__new__ = torch.cuda.Event.__new__ = torch.cuda._lazy_init = refuse\n"
+        "import overlay.streams\n"
+        "overlay.streams.ParallelRegion(slots=3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

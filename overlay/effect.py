@@ -1,0 +1,151 @@
+"""Proof of effect: did what was patched really run?
+
+A patch can be installed and do nothing: a compiled graph from elsewhere, a class that a plugin put in the place of the
+patched one, a model whose layers take another way. So the counters are looked at once, when vLLM's warm-up is over (the
+model has run, the graphs are captured): a patch with patched layers whose op was never called turns ``ineffective``.
+
+What warm-up does not run is looked at after the first step instead: pooling, and everything on a CPU, where warm-up may
+be skipped. The hot path is as before once that has been said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from overlay import verdict
+from overlay.journal import PatchRecord, journal
+from overlay.log import logger
+from overlay.settings import Settings
+
+INEFFECTIVE = "ineffective"
+NO_LAYER = "; this model has no such layer"
+#: Where vLLM's workers finish their warm-up.
+WORKERS = {"vllm.v1.worker.gpu_worker": "Worker", "vllm.v1.worker.cpu_worker": "CPUWorker"}
+WARM_UP = "compile_or_warm_up_model"
+
+_installed: dict[str, tuple[ModuleType, dict[str, Any]]] = {}
+
+
+class Ineffective(RuntimeError):
+    """Under strict: a patch was applied and has no effect. Has been said already."""
+
+
+def remember(patch: str, module: ModuleType, found: verdict.Verdict) -> None:
+    """The classes that a patch was installed on, to notice when others take their place."""
+    names = {class_name for class_name, _ in found.intercepted()}
+    _installed[patch] = (module, {name: verdict.class_at(module, name) for name in names})
+
+
+def forget(patch: str) -> None:
+    """The patch was not installed after all."""
+    _installed.pop(patch, None)
+
+
+def watch(module: ModuleType, settings: Settings, sources: Callable[[], verdict.SourceTree]) -> None:
+    """Look at the counters when the worker of this module has warmed up."""
+    import wrapt
+
+    def after_warm_up(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        _guard(settings, lambda: _after_warm_up(worker, settings, sources()))
+        return result
+
+    wrapt.wrap_function_wrapper(module, f"{WORKERS[module.__name__]}.{WARM_UP}", after_warm_up)
+
+
+def _guard(settings: Settings, look: Callable[[], None]) -> None:
+    try:
+        look()
+    except Ineffective:
+        raise
+    except Exception as error:
+        journal.problem(f"proof of effect: cannot tell: {type(error).__name__}: {error}")
+        if settings.strict:
+            raise
+
+
+def _after_warm_up(worker: Any, settings: Settings, tree: verdict.SourceTree) -> None:
+    from vllm.platforms import current_platform
+
+    problems = [text for patch, record in journal.patches.items() for text in _replaced(patch, record)]
+    later = {}
+    for patch, record in journal.patches.items():
+        if record.verdict != verdict.APPLY or record.calls.total():
+            continue
+        if not record.patched:
+            if not record.refused and not record.reason.endswith(NO_LAYER):
+                record.reason += NO_LAYER
+        elif record.runs_in_warm_up and current_platform.is_cuda_alike():
+            problems.append(_never_ran(patch, record, "warm-up"))
+        else:
+            later[patch] = record
+    if later:
+        _look_after_first_step(worker, later, settings)
+    _say_if_removable(worker, tree)
+    journal.write()
+    _report(problems, settings)
+
+
+def _look_after_first_step(worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
+    execute = worker.execute_model
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = execute(scheduler_output, *args, **kwargs)
+        if scheduler_output.total_num_scheduled_tokens:
+            del worker.execute_model  # the class's own method again
+            silent = [
+                _never_ran(patch, record, "a step") for patch, record in waiting.items() if not record.calls.total()
+            ]
+            _guard(settings, lambda: _report(silent, settings))
+        return result
+
+    worker.execute_model = execute_model
+
+
+def _never_ran(patch: str, record: PatchRecord, when: str) -> str:
+    record.verdict = INEFFECTIVE
+    record.reason = f"{len(record.patched)} layers are patched, and after {when} their op has never run"
+    return f"{patch}: {INEFFECTIVE}: {record.reason}"
+
+
+def _replaced(patch: str, record: PatchRecord) -> list[str]:
+    """One line for each class that is no longer the one that was patched: a plugin's own, or a reload."""
+    module, classes = _installed.get(patch, (None, {}))
+    found = []
+    for name, patched in classes.items():
+        current = verdict.class_at(module, name)
+        if current is not patched:
+            owner = getattr(current, "__module__", None)
+            by = f"one of {owner}" if owner != patched.__module__ else "another one of the same module (a reload?)"
+            found.append(f"{patch}: {patched.__module__}.{name} is {by} since it was patched; its layers are stock")
+    if found and not record.patched:
+        record.verdict, record.reason = INEFFECTIVE, found[0].removeprefix(f"{patch}: ")
+    return found
+
+
+def _report(problems: list[str], settings: Settings) -> None:
+    for text in problems:
+        journal.problem(text)
+    if problems and settings.strict:
+        raise Ineffective("; ".join(problems))
+
+
+def _say_if_removable(worker: Any, tree: verdict.SourceTree) -> None:
+    """One INFO line where no patch has anything to do in this vLLM."""
+    states = []
+    for patch, record in journal.patches.items():
+        if record.verdict == "off":
+            continue
+        state = record.verdict
+        if state == "not seen":
+            found = verdict.judge(patch, tree)
+            state = found.state
+            record.reason = f"its target has not been imported; on this vLLM: {found.state}: {found.reason}"
+        states.append(state)
+    if states and set(states) <= {verdict.LANDED, verdict.ABSENT} and not getattr(worker, "rank", 0):
+        logger.info(
+            "overlay: nothing to do in vLLM %s, every patch is landed or absent: it can be removed",
+            journal.vllm_version,
+        )

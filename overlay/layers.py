@@ -1,0 +1,43 @@
+"""One layer at a time: a patch takes a layer, or leaves it stock and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from overlay.journal import PatchRecord, journal
+from overlay.settings import Settings
+
+Adopted = TypeVar("Adopted")
+
+
+class Refused(Exception):
+    """Why a layer stays stock: known, expected, and no problem."""
+
+
+def adopt(
+    patch: str,
+    record: PatchRecord,
+    layer_name: str,
+    make: Callable[[], tuple[Adopted, dict[str, Any]]],
+    settings: Settings,
+) -> Adopted | None:
+    """What `make` gives for a layer, beside what the journal shows of it; None where the layer stays stock.
+
+    Runs in upstream's `__init__`: nothing but strict lets an exception out.
+    """
+    try:
+        adopted, shown = make()
+    except Refused as refused:
+        record.refuse(layer_name, str(refused))
+        return None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        record.refuse(layer_name, reason)
+        journal.problem(f"{patch}: layer {layer_name} stays stock: {reason}")
+        if settings.strict:
+            raise
+        return None
+    record.patched[layer_name] = shown
+    journal.keep_current()
+    return adopted
