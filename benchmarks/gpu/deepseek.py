@@ -63,6 +63,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--passes", type=int, default=3)
     run.add_argument("--rounds", type=int, default=4)
     run.add_argument("--steps", type=int, default=48)
+    run.add_argument(
+        "--eager", action="store_true", help="enforce_eager: without the compiler's fusions, which round otherwise"
+    )
     run.add_argument("--tensor-parallel", type=int, default=1)
     run.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for all sides")
     run.add_argument("--load-cache", type=Path, help="deepseek-cache.tar.xz of an earlier run")
@@ -131,6 +134,7 @@ class Engines:
         setup = self.setups[side]
         model = deepseek_model.write(setup.work / "models" / "flash", self.options.layers)
         engine = deepseek_model.engine(model, self.options.capture, mtp, self.options.tensor_parallel)
+        engine["enforce_eager"] = self.options.eager
         log = setup.work / "logs" / f"{run}-{side}.log"
         worker = Worker(side, self.environment(side, run), log, Path(__file__).resolve())
         self.workers[side] = worker
@@ -213,6 +217,9 @@ def tokens(engines: Engines, run: str, batches: tuple[int, ...], prompts: tuple[
                 pairs = zip(stock["tokens"], found[side]["tokens"], strict=True)
                 row[f"{side}: different requests"] = sum(old != new for old, new in pairs)
                 row[f"{side}: logprobs equal"] = found[side]["logprobs"] == stock["logprobs"]
+        if {"overlay", "next"} <= set(found):
+            row["overlay equals next"] = found["overlay"]["tokens"] == found["next"]["tokens"]
+            row["overlay's logprobs equal next's"] = found["overlay"]["logprobs"] == found["next"]["logprobs"]
         rows.append(row)
         engines.results.put(run, "tokens", value=rows)
         print(f"[{engines.setups['stock'].elapsed():5.0f} s] {row}", flush=True)

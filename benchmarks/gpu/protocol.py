@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 REPLY_DESCRIPTOR = "EVIDENCE_REPLY_DESCRIPTOR"
+#: What runs a worker when its first argument is `worker`.
+SCRIPT = Path(__file__).resolve().parent.parent / "gpu_evidence.py"
 
 
 class WorkerError(RuntimeError):
@@ -27,12 +29,11 @@ class WorkerError(RuntimeError):
 class Worker:
     """The controller's side of one worker process."""
 
-    def __init__(self, side: str, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, side: str, environment: Mapping[str, str], log: Path, script: Path = SCRIPT) -> None:
         self.side = side
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         read_end, write_end = os.pipe()
-        script = Path(__file__).resolve().parent.parent / "gpu_evidence.py"
         self._log_file = log.open("ab")
         self._process = subprocess.Popen(
             [sys.executable, str(script), "worker"],

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -264,10 +265,10 @@ def _micro(found: dict[str, Any]) -> Table:
     return table
 
 
-def show(data: dict[str, Any], path: Path | None = None) -> None:
-    """Print the tables, and write them to a file."""
+def show(data: dict[str, Any], path: Path | None = None, make: Callable[[dict[str, Any]], list[Any]] = tables) -> None:
+    """Print what `make` gives for a results file, and write it to a file."""
     console = Console(width=170, record=path is not None, soft_wrap=False, highlight=False, markup=False)
-    for item in tables(data):
+    for item in make(data):
         console.print(item)
         console.print()
     if path is not None:

@@ -41,6 +41,7 @@ class EngineWorker:
         self._vocabulary = 0
         self._count = 0
         self._decoding: list[str] = []
+        self._adapters: dict[str, Any] = {}
 
     # ---- start and describe
 
@@ -103,11 +104,27 @@ class EngineWorker:
 
         return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
 
-    def _add(self, length: int, seed: int, tokens: int, logprobs: int | None = None) -> str:
+    def do_add_adapter(self, name: str, number: int, path: str) -> bool:
+        """Load a LoRA adapter; requests ask for it by its name. False where vLLM has it already."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapters[name] = LoRARequest(name, number, path)
+        return bool(self._llm.llm_engine.add_lora(self._adapters[name]))
+
+    def do_remove_adapter(self, name: str) -> bool:
+        """Remove a loaded adapter that no request is using. False where vLLM does not have it."""
+        return bool(self._llm.llm_engine.remove_lora(self._adapters.pop(name).lora_int_id))
+
+    def _adapter_of(self, name: str | None) -> dict[str, Any]:
+        """The argument of `add_request` for an adapter's name; none for a base request."""
+        return {} if name is None else {"lora_request": self._adapters[name]}
+
+    def _add(self, length: int, seed: int, tokens: int, logprobs: int | None = None, adapter: str | None = None) -> str:
         self._count += 1
         identifier = f"evidence-{self._count}"
         prompt = {"prompt_token_ids": make_prompt(length, seed, self._vocabulary)}
-        self._llm.llm_engine.add_request(identifier, prompt, self._parameters(tokens, logprobs))
+        parameters = self._parameters(tokens, logprobs)
+        self._llm.llm_engine.add_request(identifier, prompt, parameters, **self._adapter_of(adapter))
         return identifier  # vLLM has a name of its own inside; outputs and aborts go by this one
 
     def _drain(self) -> None:
@@ -122,30 +139,38 @@ class EngineWorker:
             engine.step()
         self._synchronize()
 
-    def do_generate(self, lengths: list[int], seed: int, tokens: int, logprobs: bool) -> dict[str, Any]:
-        """All prompts at once, greedy. Gives tokens per request, and the chosen tokens' log probabilities exactly."""
+    def do_generate(
+        self, lengths: list[int], seed: int, tokens: int, logprobs: bool, adapters: list[str | None] | None = None
+    ) -> dict[str, Any]:
+        """All prompts at once, greedy. Gives tokens per request, and the chosen tokens' log probabilities exactly.
+
+        `adapters` has a loaded adapter's name, or None for the base model, per prompt.
+        """
         engine = self._llm.llm_engine
         begin = time.perf_counter()
         order = {}
-        for index, length in enumerate(lengths):
-            order[self._add(length, seed + index, tokens, 0 if logprobs else None)] = index
+        for index, (length, adapter) in enumerate(zip(lengths, adapters or [None] * len(lengths), strict=True)):
+            order[self._add(length, seed + index, tokens, 0 if logprobs else None, adapter)] = index
         finished: list[Any] = [None] * len(lengths)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
                     finished[order[output.request_id]] = output.outputs[0]
         self._drain()
-        chosen = [list(output.token_ids) for output in finished]
+        return {**self._answer(finished, logprobs), "seconds": time.perf_counter() - begin}
+
+    @staticmethod
+    def _answer(finished: list[Any], logprobs: bool) -> dict[str, Any]:
+        """The tokens of finished requests, and a digest of their log probabilities' bits."""
         values: list[list[str]] = []
         if logprobs:
             for output in finished:
                 pairs = zip(output.token_ids, output.logprobs, strict=True)
                 values.append([float(entry[token].logprob).hex() for token, entry in pairs])
         return {
-            "tokens": chosen,
+            "tokens": [list(output.token_ids) for output in finished],
             "logprobs": hashlib.sha256(json.dumps(values).encode()).hexdigest() if logprobs else None,
             "logprobs_of_first": values[0][:8] if logprobs else None,
-            "seconds": time.perf_counter() - begin,
         }
 
     # ---- timing
@@ -156,9 +181,20 @@ class EngineWorker:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def do_decode_begin(self, requests: int, prompt: int, tokens: int, warm: int, seed: int) -> dict[str, Any]:
-        """Start `requests` requests and step until all of them decode together."""
-        self._decoding = [self._add(prompt, seed + index, tokens) for index in range(requests)]
+    def do_decode_begin(
+        self,
+        requests: int,
+        prompt: int,
+        tokens: int,
+        warm: int,
+        seed: int,
+        adapters: tuple[str | None, ...] | list[str | None] = (None,),
+    ) -> dict[str, Any]:
+        """Start `requests` requests and step until all of them decode together. They take turns in using `adapters`."""
+        self._decoding = [
+            self._add(prompt, seed + index, tokens, adapter=adapters[index % len(adapters)])
+            for index in range(requests)
+        ]
         together, steps = 0, 0
         while together < warm:
             outputs = self._llm.llm_engine.step()
@@ -205,7 +241,7 @@ class EngineWorker:
         self._drain()
         return {}
 
-    def do_first_token(self, length: int, repetitions: int, seed: int) -> list[float]:
+    def do_first_token(self, length: int, repetitions: int, seed: int, adapter: str | None = None) -> list[float]:
         """Seconds from adding one request to its first and only token, `repetitions` times."""
         engine, times = self._llm.llm_engine, []
         prompts = [make_prompt(length, seed + index, self._vocabulary) for index in range(repetitions)]
@@ -217,7 +253,9 @@ class EngineWorker:
                 parameters = self._parameters(1)
                 self._synchronize()
                 begin = time.perf_counter()
-                engine.add_request(f"evidence-{self._count}", {"prompt_token_ids": prompt}, parameters)
+                engine.add_request(
+                    f"evidence-{self._count}", {"prompt_token_ids": prompt}, parameters, **self._adapter_of(adapter)
+                )
                 while not engine.step():
                     pass
                 times.append(time.perf_counter() - begin)
@@ -226,11 +264,13 @@ class EngineWorker:
             gc.enable()
         return times
 
-    def do_trace(self, requests: int, steps: int, path: str, seed: int) -> dict[str, Any]:
+    def do_trace(
+        self, requests: int, steps: int, path: str, seed: int, adapters: list[str | None] | None = None
+    ) -> dict[str, Any]:
         """A profiler trace of a few decode steps, as gzipped Chrome trace."""
         import torch
 
-        self.do_decode_begin(requests, 16, 400, 8, seed)
+        self.do_decode_begin(requests, 16, 400, 8, seed, adapters or (None,))
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -243,10 +283,10 @@ class EngineWorker:
         return {**timing, "bytes": Path(path).stat().st_size}
 
 
-def main() -> None:
-    """Answer commands until `quit` or the end of standard input."""
+def main(worker: EngineWorker | None = None) -> None:
+    """Answer commands until `quit` or the end of standard input. `worker` may know more commands than this module's."""
     replies = protocol.reply_stream()
-    worker = EngineWorker()
+    worker = worker or EngineWorker()
     for line in sys.stdin:
         message = json.loads(line)
         command = message.pop("command")

@@ -1,0 +1,203 @@
+"""One LoRA linear alone, in CUDA graphs: up to how many tokens does the auxiliary stream pay?
+
+vLLM's own punica wrapper and kernels, the overlay's own `LinearOverlap`, and torch's linear as the base layer. Two ways are
+compared: `serial`, the order of stock (GEMM, shrink, expand in place), and `dual`, the overlay's. `gemm` is the base
+layer alone: what would be left if everything were hidden. Every graph runs over several layers with weights of their
+own, together larger than the L2 cache. Results are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as functional
+
+from gpu import lora_model
+from gpu.micro import capture
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+#: Per tensor-parallel size: linear, input features, columns of each slice (per shard), in the shape of Qwen3-8B.
+SHAPES: dict[int, tuple[tuple[str, int, tuple[int, ...]], ...]] = {
+    1: (
+        ("qkv", 4096, (4096, 1024, 1024)),
+        ("o", 4096, (4096,)),
+        ("gate_up", 4096, (12288, 12288)),
+        ("down", 12288, (4096,)),
+    ),
+    4: (
+        ("qkv", 4096, (1024, 256, 256)),
+        ("o", 1024, (4096,)),
+        ("gate_up", 4096, (3072, 3072)),
+        ("down", 3072, (4096,)),
+    ),
+}
+#: What is measured, most wanted first: tensor-parallel size and rank.
+ORDER = ((1, 16), (1, 64), (4, 16), (1, 8), (4, 64), (4, 8))
+SLOTS = 4
+#: Bytes of base weights per graph, well above the L2 cache of an H200 (50 MB).
+WEIGHTS = 160 << 20
+REPETITIONS = 15
+#: A way counts as not slower up to this ratio: the spread of these medians.
+SLACK = 1.01
+
+
+class LoraLinear(torch.nn.Module):
+    """What upstream's `apply` and the overlay use of a LoRA linear."""
+
+    def __init__(self, inputs: int, slices: tuple[int, ...], rank: int, punica: Any, device: torch.device) -> None:
+        super().__init__()
+        outputs, dtype = sum(slices), torch.bfloat16
+        self.weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
+        generator = torch.Generator().manual_seed(inputs + rank)
+        first = lora_model.lora_a(rank, inputs, False, generator).to(device, dtype)
+        self.lora_a_stacked = tuple(first.expand(SLOTS, 1, rank, inputs).contiguous() for _ in slices)
+        self.lora_b_stacked = tuple(
+            torch.randn(SLOTS, 1, columns, rank, device=device, dtype=dtype) * (0.5 * rank**-0.5) for columns in slices
+        )
+        self.output_slices = slices
+        self.punica_wrapper = punica
+
+
+def serial(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """In stock's order: the base layer, then the adapters added to its output in place."""
+    output = functional.linear(x, layer.weight, bias)
+    layer.punica_wrapper.add_lora_linear(
+        output, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
+    )
+    return output
+
+
+def overlap_of(layer: LoraLinear, name: str) -> tuple[Any, Any]:
+    """The overlay's own object for a layer, which runs `serial` as upstream's `apply`; and where it counts its calls."""
+    from overlay.journal import PatchRecord
+    from overlay.patches.lora_linear import LinearOverlap
+    from overlay.plan import Plan
+
+    record = PatchRecord()
+    plan = Plan("dual", 1 << 20)
+    return LinearOverlap(layer, name, sum(layer.output_slices), serial, {}, plan, record), record
+
+
+def punica_wrapper(rank: int, device: torch.device) -> Any:
+    """vLLM's wrapper of the LoRA kernels, as the engine makes it."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    config = LoRAConfig(max_lora_rank=rank, max_loras=SLOTS, lora_dtype=torch.bfloat16)  # type: ignore[arg-type]
+    return PunicaWrapperGPU(max(TOKENS), 256, device, lora_config=config)
+
+
+def forget_pointers() -> None:
+    """vLLM keeps tables of weight pointers by address. New weights may get an old address with another shape."""
+    from vllm.lora.ops.triton_ops import utils
+
+    utils._LORA_A_PTR_DICT.clear()
+    utils._LORA_B_PTR_DICT.clear()
+
+
+def _per_layer(graph: torch.cuda.CUDAGraph, layers: int) -> float:
+    """Microseconds per layer: the median over repetitions of one replay."""
+    graph.replay()
+    events = []
+    for _ in range(REPETITIONS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    return sorted(begin.elapsed_time(end) for begin, end in events)[REPETITIONS // 2] * 1000.0 / layers
+
+
+def _row(
+    stack: list[LoraLinear], overlaps: list[tuple[Any, Any]], tokens: int, punica: Any, device: torch.device
+) -> dict[str, Any]:
+    """All ways at one number of tokens."""
+    x = torch.randn(tokens, stack[0].weight.shape[1], device=device, dtype=torch.bfloat16)
+    punica.token_mapping_meta.prepare_tensors(torch.zeros(tokens, dtype=torch.long, device=device))
+    for overlap, _ in overlaps:
+        overlap.apply(x, None)  # on the stream of the engine's first steps, where the region is prepared
+    before = sum(record.calls.dual_stream for _, record in overlaps)
+    ways: dict[str, Callable[[], Any]] = {
+        "gemm": lambda: [functional.linear(x, layer.weight) for layer in stack],
+        "serial": lambda: [serial(layer, x, None) for layer in stack],
+        "dual": lambda: [overlap.apply(x, None) for overlap, _ in overlaps],
+    }
+    graphs = {name: capture(work) for name, work in ways.items()}
+    calls = sum(record.calls.dual_stream for _, record in overlaps) - before
+    first = {name: _per_layer(graph, len(stack)) for name, (graph, _) in graphs.items()}
+    second = {name: _per_layer(graph, len(stack)) for name, (graph, _) in reversed(graphs.items())}
+    pairs = zip(graphs["serial"][1], graphs["dual"][1], strict=True)
+    different = sum(not torch.equal(old.view(torch.int16), new.view(torch.int16)) for old, new in pairs)
+    times = {name: round(min(first[name], second[name]), 2) for name in graphs}
+    return {**times, "layers": len(stack), "different": different, "on_two_streams": calls == len(stack)}
+
+
+def run(target: Path, seconds: float, tokens: Sequence[int] = TOKENS) -> None:
+    """Measure in the order of `ORDER` until the time is over; the file is written after every linear."""
+    device, begin = torch.device("cuda"), time.monotonic()
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"torch": torch.__version__, "rows": rows, "complete": False}
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for shards, rank in ORDER:
+            for linear, inputs, slices in SHAPES[shards]:
+                if time.monotonic() - begin > seconds:
+                    return
+                forget_pointers()
+                punica = punica_wrapper(rank, device)
+                layers = max(2, -(-WEIGHTS // (2 * inputs * sum(slices))))
+                stack = [LoraLinear(inputs, slices, rank, punica, device) for _ in range(layers)]
+                overlaps = [overlap_of(layer, f"{linear}.{index}") for index, layer in enumerate(stack)]
+                for count in tokens:
+                    row = _row(stack, overlaps, count, punica, device)
+                    rows.append({"shards": shards, "rank": rank, "linear": linear, "tokens": count, **row})
+                found["threshold"] = thresholds(rows)
+                target.write_text(json.dumps(found))
+                del stack, overlaps
+                torch.cuda.empty_cache()
+    target.write_text(json.dumps({**found, "complete": True}))
+
+
+def thresholds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Up to how many tokens `dual` is not slower: for each linear, and for a whole layer (the sum of its linears).
+
+    The largest measured number of tokens such that it and all smaller ones are not slower; 0 where the smallest is.
+    """
+    found = []
+    groups = sorted({(row["shards"], row["rank"]) for row in rows})
+    for shards, rank in groups:
+        mine = [row for row in rows if (row["shards"], row["rank"]) == (shards, rank)]
+        linears = sorted({row["linear"] for row in mine})
+        sums: dict[int, tuple[float, float, int]] = {}
+        for row in mine:
+            old, new, count = sums.get(row["tokens"], (0.0, 0.0, 0))
+            sums[row["tokens"]] = (old + row["serial"], new + row["dual"], count + 1)
+        whole = {tokens: new / old for tokens, (old, new, count) in sums.items() if count == len(linears)}
+        each = {
+            linear: not_slower_up_to(
+                {row["tokens"]: row["dual"] / row["serial"] for row in mine if row["linear"] == linear}
+            )
+            for linear in linears
+        }
+        found.append(
+            {"shards": shards, "rank": rank, "linears": each, "layer": not_slower_up_to(whole), "ratio": whole}
+        )
+    return found
+
+
+def not_slower_up_to(ratio: Mapping[int, float]) -> int:
+    """The largest number of tokens such that its ratio and those of all smaller numbers are at most `SLACK`."""
+    largest = 0
+    for tokens in sorted(ratio):
+        if ratio[tokens] > SLACK:
+            break
+        largest = tokens
+    return largest
