@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit contract engine gpu matrix lint types format lock environment clean
+.PHONY: help demo test unit contract engine gpu matrix bundle lint types format lock environment clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,9 @@ gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
 
 matrix: environment ## Judge every release of vLLM and write docs/COMPATIBILITY.md
 	$(VENV_PYTHON) -m overlay matrix --write --cache .cache/releases
+
+bundle: environment ## The folder for PYTHONPATH and a .tar.gz of it, in dist/
+	$(VENV_PYTHON) -m devtools.bundle $(BUNDLE_OPTIONS)
 
 lint: environment ## Style
 	$(VENV_PYTHON) -m ruff check .

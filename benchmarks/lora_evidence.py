@@ -69,6 +69,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--trace-rank", type=int, default=16)
     run.add_argument("--trace-steps", type=int, default=6)
     run.add_argument("--micro-seconds", type=float, default=60.0)
+    run.add_argument("--control", action="store_true", help="a second stock in the place of upstream's switch")
+    run.add_argument("--uncompiled", action="store_true", help="no Inductor, CUDA graphs of decode steps only")
     run.add_argument("--one-by-one", action="store_true", help="start the engines one after the other")
     run.add_argument("--overlay-env", action="append", default=[], metavar="NAME=VALUE")
     run.add_argument("--cpu", action="store_true", help="a tiny model on the CPU engine: a test of this script")
@@ -193,7 +195,15 @@ def run(options: argparse.Namespace) -> int:
                     run_micro(setup, results, min(options.micro_seconds, setup.remaining() - 5.0))
                     continue
                 if engines is None:
-                    engines = LoraEngines(setup, results, options.ranks, options.max_lora_rank, requests)
+                    engines = LoraEngines(
+                        setup,
+                        results,
+                        options.ranks,
+                        options.max_lora_rank,
+                        requests,
+                        options.control,
+                        options.uncompiled,
+                    )
                     engines.start(options.one_by_one)
                 run_phase(engines, phase, phases, options)
             except Exception as error:

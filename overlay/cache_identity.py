@@ -53,6 +53,8 @@ def _source_hash() -> str:
     """Over every .py file of the overlay but its command line's: a changed op body or shape is another graph."""
     digest = hashlib.sha256()
     folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.isdir(folder):  # in a zip: the hash of nothing would be the same for every version
+        raise OSError(f"{folder} is not a folder")
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name != "cli")
         for name in sorted(names):

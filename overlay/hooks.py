@@ -7,6 +7,7 @@ stock and one WARNING says why; under strict the exception goes on and stops vLL
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
-from overlay import cache_identity, effect, log, verdict
+from overlay import cache_identity, effect, log, safety, verdict
 from overlay import settings as settings_module
 from overlay.journal import journal
 from overlay.settings import Settings
@@ -23,6 +24,8 @@ from overlay.verdict import Verdict
 
 #: vLLM's own environment module; torch's environment is in place once it has been executed.
 ENVIRONMENT_MODULES = ("vllm.env_override", "vllm._environment")
+#: The module from which vLLM's /metrics gets its registry.
+METRICS_MODULE = "vllm.v1.metrics.prometheus"
 NOT_YET = "vllm has not been imported"
 REFUSED = "refused"
 
@@ -56,6 +59,7 @@ def _prepare() -> Settings | None:
         if not settings.enabled:
             return None
         log.hold(settings.log_level)
+        safety.check_code(os.path.dirname(__file__))
         _set_hooks(settings)
     except Exception as error:
         log.hold("warning")
@@ -68,6 +72,7 @@ def _prepare() -> Settings | None:
 
 
 def _set_hooks(settings: Settings) -> None:
+    _fall_back_on_our_wrapt()
     from wrapt import register_post_import_hook
 
     register_post_import_hook(_guarded("logging", log.release_when_configured, settings), "vllm.logger")
@@ -82,9 +87,17 @@ def _set_hooks(settings: Settings) -> None:
         for module_name in module_names:
             hook = _guarded(patch, lambda module, patch=patch: _patch(patch, module, settings), settings)  # type: ignore[misc]
             register_post_import_hook(hook, module_name)
+    register_post_import_hook(_guarded("metrics", _publish_metrics, settings), METRICS_MODULE)
     for module_name in effect.WORKERS:
         hook = _guarded("proof of effect", lambda module: effect.watch(module, settings, _sources), settings)
         register_post_import_hook(hook, module_name)
+
+
+def _fall_back_on_our_wrapt() -> None:
+    """The bundle brings wrapt in a folder of its own, for an environment that has none; one that is there stays."""
+    fallback = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "fallback")
+    if importlib.util.find_spec("wrapt") is None and os.path.isdir(fallback):
+        sys.path.append(fallback)
 
 
 def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) -> Callable[[ModuleType], None]:
@@ -101,6 +114,12 @@ def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) 
                 raise
 
     return guarded
+
+
+def _publish_metrics(module: ModuleType) -> None:
+    from overlay import metrics
+
+    metrics.publish(module)
 
 
 def _import_transformers(_: ModuleType) -> None:

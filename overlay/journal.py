@@ -20,10 +20,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from overlay import __version__
+from overlay import __version__, safety
 from overlay.log import logger
 
 SCHEMA = 1
+#: Roles of processes that nobody's multiprocessing has started.
+API_SERVER = "APIServer"
+MAIN = "Main"
 _WRITE_INTERVAL_SECONDS = 1.0
 _STALE_SECONDS = 3600.0
 
@@ -86,10 +89,10 @@ def role() -> str:
     arguments = sys.argv
     program = os.path.basename(arguments[0]) if arguments else ""
     if (program == "vllm" and arguments[1:2] == ["serve"]) or "api_server" in (arguments[0] if arguments else ""):
-        return "APIServer"
+        return API_SERVER
     if arguments and arguments[0].endswith(os.path.join("models", "registry.py")):
         return "ModelRegistryProbe"
-    return "Main"
+    return MAIN
 
 
 class Journal:
@@ -111,15 +114,21 @@ class Journal:
         """Name the file and clean up after processes that are gone. A folder that cannot be used costs a WARNING."""
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
+            safety.check_journal_folder(folder)
             _remove_stale(folder)
             self._path = os.path.join(folder, f"{os.getpid()}-{int(self._started)}.json")
             self.write()
         except OSError as error:
             self._path = None
-            logger.warning("overlay: no journal, %s cannot be written: %s", folder, error)
+            logger.warning("overlay: no journal, %s cannot be used: %s", folder, error)
             return
         atexit.register(self.write)
         os.register_at_fork(after_in_child=self._after_fork)
+
+    @property
+    def folder(self) -> str | None:
+        """Where this process's journal is, beside those of the others; None while it has none."""
+        return os.path.dirname(self._path) if self._path is not None else None
 
     def patch(self, name: str) -> PatchRecord:
         return self.patches.setdefault(name, PatchRecord())

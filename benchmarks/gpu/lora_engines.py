@@ -1,6 +1,7 @@
 """Phases that need the engines of all sides alive on one GPU: tokens, time to first token, decode step, trace.
 
-Sides: `stock`; `upstream`, which is stock with vLLM's own switch set; `overlay`, with the switch unset.
+Sides: `stock`; `upstream`, which is stock with vLLM's own switch set; `overlay`, with the switch unset; and `control`, a
+second stock with caches of its own, which shows what two starts of stock differ in.
 """
 
 from __future__ import annotations
@@ -48,13 +49,19 @@ class LoraEngines:
     ranks: tuple[int, ...]
     max_rank: int
     requests: int
+    #: A second stock instead of upstream's switch.
+    control: bool = False
+    #: Without Dynamo and Inductor, but with CUDA graphs of decode steps: what is captured is what the Python says.
+    uncompiled: bool = False
     workers: dict[str, Worker] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
 
     @property
     def sides(self) -> tuple[str, ...]:
         """Upstream's switch is refused by vLLM on anything that is not like CUDA."""
-        return ("stock", "overlay") if self.setup.cpu else ("stock", "upstream", "overlay")
+        if self.setup.cpu:
+            return ("stock", "overlay")
+        return ("stock", "control" if self.control else "upstream", "overlay")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -94,6 +101,8 @@ class LoraEngines:
             changes |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True, "max_loras": len(self.ranks) + 2}
         arguments = setup.engine(model, "qwen3", **changes)
         arguments.pop("additional_config", None)  # of GDN
+        if self.uncompiled:
+            arguments["compilation_config"] |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
         return arguments
 
     def start(self, one_by_one: bool = False) -> None:
@@ -384,9 +393,11 @@ def token_row(name: str, found: Mapping[str, Any], again: Sequence[Any]) -> dict
 
 
 def token_faults(row: Mapping[str, Any]) -> list[str]:
-    """What in a row is a fault of the overlay: another result than stock's, where stock repeats its own."""
-    overlay = row["sides"].get("overlay")
+    """What in a row is a fault of the overlay: another result than stock's, where stock repeats its own, also started anew."""
+    overlay, control = row["sides"].get("overlay"), row["sides"].get("control")
     if overlay is None or row["stock_repeats_logprobs"] < row["stock_repetitions"]:
+        return []
+    if control is not None and not control["logprobs_equal"]:
         return []
     if overlay["different_requests"]:
         return [f"the overlay's tokens differ in {overlay['different_requests']} of {row['requests']} requests"]

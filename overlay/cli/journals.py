@@ -1,7 +1,10 @@
 """Reads what the overlay's processes wrote about themselves (overlay/journal.py).
 
 Whatever lies in the folder is taken as it is: half a file, another program's, or one of another age of the overlay. A
-field that is missing or of a wrong type counts as empty, and a file that is no journal is named with the reason.
+field that is missing or of a wrong type counts as empty, and a file that is no journal is named with the reason. JSON, and
+a bounded number of bytes: nothing of a file is ever evaluated.
+
+The one module here that a server imports, too (overlay/metrics.py): the standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,7 @@ class Journal:
     """One process. `started` is in seconds since the epoch; `raw` is the file's content."""
 
     process_id: int
+    parent: int
     role: str
     started: float
     patches: tuple[Patch, ...]
@@ -79,11 +84,14 @@ class Skipped:
     reason: str
 
 
-def load(folder: Path) -> tuple[list[Journal], list[Skipped]]:
-    """All journals of a folder in the order in which the processes started. Raises OSError where it cannot be listed."""
+def load(folder: Path, wanted: Callable[[str], bool] | None = None) -> tuple[list[Journal], list[Skipped]]:
+    """All journals of a folder in the order in which the processes started, or those whose file name is `wanted`.
+
+    Raises OSError where the folder cannot be listed.
+    """
     found, skipped = [], []
     for name in sorted(os.listdir(folder)):
-        if not name.endswith(".json"):
+        if not name.endswith(".json") or (wanted is not None and not wanted(name)):
             continue
         try:
             found.append(_read_file(folder / name))
@@ -128,6 +136,7 @@ def parse(raw: dict[str, Any]) -> Journal:
     problems = raw.get("problems")
     return Journal(
         process_id=_count(raw.get("pid")),
+        parent=_count(raw.get("parent")),
         role=_text(raw.get("role")) or "unknown",
         started=_seconds(raw.get("started")) or 0.0,
         patches=tuple(_parse_patch(name, patch) for name, patch in _table(raw, "patches").items()),

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -93,6 +94,49 @@ def test_nothing_in_a_file_makes_the_reader_fail(raw: dict[str, Any]) -> None:
     assert journal.calls >= 0 and journal.layers >= 0
     assert journal.is_alive() in (True, False)
     assert (journal.started, journal.process_id) <= (1e13, 2**63)
+
+
+WHOLE = json.dumps(
+    {
+        "schema": journals.SCHEMA,
+        "pid": 7,
+        "role": "VllmWorker-0",
+        "started": 12.5,
+        "transformers": {"state": "imported first", "seconds": 0.8},
+        "problems": ["one"],
+        "patches": {
+            "gdn": {
+                "verdict": "apply",
+                "methods": ["forward_cuda"],
+                "layers": {"patched": {"a": {"qkvz": 1}}, "refused": {"c": "quantized"}},
+                "calls": {"fake": 2, "dual_stream": 5, "serial": {"prefill": 3}},
+            }
+        },
+    }
+).encode()
+#: A good file of which a piece has been replaced, or cut off: what a full disk or another program leaves.
+DAMAGED = st.tuples(
+    st.integers(0, len(WHOLE)), st.integers(0, 40), st.binary(max_size=12) | st.sampled_from([b"9" * 5000, b"[" * 3000])
+).map(lambda cut: WHOLE[: cut[0]] + cut[2] + WHOLE[cut[0] + cut[1] :])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=200) | DAMAGED | JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_file_makes_the_reader_fail(content: bytes) -> None:
+    """What it gives out is of the types that it promises, whatever the bytes are; else the file is named."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "7-1.json")
+        path.write_bytes(content)
+        found, skipped = journals.load(path.parent)
+    assert [len(found), len(skipped)] in ([1, 0], [0, 1])
+    for one in skipped:
+        assert one.file == path.name and one.reason
+    for journal in found:
+        assert isinstance(journal.role, str) and 0 <= journal.process_id < 2**63
+        for patch in journal.patches:
+            assert all(isinstance(text, str) for text in (patch.name, patch.verdict, patch.reason))
+            assert all(isinstance(name, str) for name in (*patch.layers, *patch.methods, *patch.refused))
+            assert all(0 <= count < 2**63 for count in (*patch.serial_calls.values(), patch.dual_stream_calls))
 
 
 def test_every_field_may_be_missing() -> None:

@@ -1,0 +1,256 @@
+"""What a scrape shows: the journals of this server's living processes, and never an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overlay import hooks, metrics
+from overlay.cli import journals as reader
+from overlay.journal import Journal
+
+prometheus_client = pytest.importorskip("prometheus_client")
+multiprocess = pytest.importorskip("prometheus_client.multiprocess")
+
+GDN = {
+    "verdict": "apply",
+    "layers": {"patched": {"a": {}, "b": {}}, "refused": {"c": "quantized"}},
+    "calls": {"fake": 9, "dual_stream": 5, "serial": {"above the token threshold": 3}},
+}
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[[], int]]:
+    """Starts processes that live as long as the test, for journals to belong to."""
+    started = []
+
+    def start() -> int:
+        started.append(subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE))
+        return started[-1].pid
+
+    yield start
+    for child in started:
+        child.kill()
+        child.wait()
+        if child.stdin:
+            child.stdin.close()
+
+
+@pytest.fixture
+def own(journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
+    """This process's journal, in a folder of the test's own."""
+    fresh = Journal()
+    fresh.open(str(journal_folder))
+    monkeypatch.setattr(metrics, "journal", fresh)
+    return fresh
+
+
+def write(folder: pathlib.Path, pid: int, parent: int, role: str, **fields: Any) -> None:
+    content = {"schema": 1, "pid": pid, "parent": parent, "role": role, "started": time.time(), **fields}
+    (folder / f"{pid}-{int(time.time())}.json").write_text(json.dumps(content))
+
+
+def page(registry: Any = None) -> str:
+    if registry is None:
+        registry = prometheus_client.CollectorRegistry(auto_describe=True)
+        registry.register(metrics.Collector())
+    text: str = prometheus_client.generate_latest(registry).decode()
+    return text
+
+
+def samples(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_numbers_of_a_server(
+    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, worker, other, gone = process(), process(), process(), 2**22 + 7
+    build = {"overlay": "0.1.0", "vllm": "0.33.0"}
+    write(journal_folder, engine, os.getpid(), "EngineCore", patches={"gdn": {"verdict": "not seen"}}, **build)
+    write(journal_folder, worker, engine, "VllmWorker-0", patches={"gdn": GDN}, fingerprint="abc", **build)
+    write(journal_folder, other, 1, "VllmWorker-9", patches={"gdn": GDN}, fingerprint="another server's", **build)
+    write(journal_folder, gone, os.getpid(), "ModelRegistryProbe", patches={"gdn": GDN}, fingerprint="old", **build)
+    assert samples(page()) == [
+        'vllm_overlay_info{fingerprint="abc",version="0.1.0",vllm="0.33.0"} 1.0',
+        'vllm_overlay_patch_state{patch="gdn",process="EngineCore",state="not seen"} 1.0',
+        'vllm_overlay_patch_state{patch="gdn",process="VllmWorker-0",state="apply"} 1.0',
+        'vllm_overlay_layers{patch="gdn",process="VllmWorker-0",state="patched"} 2.0',
+        'vllm_overlay_layers{patch="gdn",process="VllmWorker-0",state="refused"} 1.0',
+        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="dual_stream"} 5.0',
+        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="serial: above the token threshold"} 3.0',
+    ]
+
+
+def test_one_of_several_api_servers_speaks_for_all(
+    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
+) -> None:
+    """It is a worker itself; the engine is its sibling. Whoever started the server is not part of it."""
+    harness, served, engine = process(), os.getppid(), process()
+    for path in journal_folder.glob("*.json"):
+        path.unlink()
+    write(journal_folder, os.getpid(), served, "ApiServer_0")
+    write(journal_folder, served, harness, "APIServer")
+    write(journal_folder, engine, served, "EngineCore_DP0")
+    write(journal_folder, harness, 1, "Main")
+    found = metrics.of_this_server(str(journal_folder))
+    assert {one.role for one in found} == {"ApiServer_0", "APIServer", "EngineCore_DP0"}
+
+
+def test_processes_of_one_name_are_added_up(
+    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
+) -> None:
+    for _ in range(2):
+        write(journal_folder, process(), os.getpid(), "EngineCore", patches={"gdn": GDN})
+    text = page()
+    assert 'vllm_overlay_calls_total{patch="gdn",process="EngineCore",strategy="dual_stream"} 10.0' in text
+    assert text.count("vllm_overlay_patch_state{") == 1
+
+
+def test_parents_in_a_circle_end(journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]) -> None:
+    first, second = process(), process()
+    write(journal_folder, first, second, "a")
+    write(journal_folder, second, first, "b")
+    assert [one.process_id for one in metrics.of_this_server(str(journal_folder))] == [os.getpid()]
+
+
+def test_a_process_without_a_journal_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "journal", Journal())
+    assert samples(page()) == []
+
+
+def test_a_failure_costs_one_warning_and_no_scrape(
+    own: Journal, journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = prometheus_client.CollectorRegistry(auto_describe=True)
+    registry.register(metrics.Collector())
+    prometheus_client.Gauge("vllms_own", "", registry=registry).set(7)
+    (path,) = journal_folder.iterdir()
+    path.unlink()
+    journal_folder.rmdir()
+    assert samples(page(registry)) == ["vllms_own 7.0"] == samples(page(registry))
+    assert len([record for record in caplog.records if "/metrics" in record.getMessage()]) == 1
+
+
+VALUES = st.none() | st.integers() | st.text(st.characters(), max_size=5) | st.just("\ud800") | st.just('a"\n\\')
+JOURNALS = st.lists(
+    st.fixed_dictionaries({
+        "role": VALUES, "vllm": VALUES, "overlay": VALUES, "fingerprint": VALUES,
+        "patches": st.dictionaries(st.text(max_size=3), st.fixed_dictionaries({
+            "verdict": VALUES,
+            "layers": st.fixed_dictionaries({"patched": st.dictionaries(st.text(max_size=3), VALUES, max_size=2)}),
+            "calls": st.fixed_dictionaries({"dual_stream": VALUES, "serial": st.dictionaries(st.text(max_size=200), VALUES, max_size=3)}),
+        }), max_size=3),
+    }),
+    max_size=4,
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(JOURNALS)
+def test_whatever_a_journal_holds_the_page_can_be_parsed(raws: list[dict[str, Any]]) -> None:
+    """No sample twice, nothing that cannot be encoded, no label without an end."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    journals = [reader.parse(raw) for raw in raws]
+
+    class Given:
+        def collect(self) -> list[Any]:
+            return metrics._families(journals)
+
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(Given())
+    text = page(registry)
+    found = [
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+    ]
+    assert len(found) == len(set(found))
+    assert all(len(value) <= 120 for _, labels in found for _, value in labels)
+
+
+# ---------------------------------------------------------------- the way into vLLM's registry
+
+
+def vllm_module(registry: Callable[[], Any]) -> types.ModuleType:
+    module = types.ModuleType(hooks.METRICS_MODULE)
+    module.get_prometheus_registry = registry  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.fixture(autouse=True)
+def restore_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = multiprocess.MultiProcessCollector
+    monkeypatch.setattr(collector, "__init__", collector.__init__)
+
+
+def test_one_registry_gets_it_once_and_a_new_one_each_time(
+    own: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    single = prometheus_client.CollectorRegistry(auto_describe=True)
+    module = vllm_module(lambda: single)
+    metrics.publish(module)
+    assert module.get_prometheus_registry() is single and module.get_prometheus_registry() is single
+    assert page(single).count("# TYPE vllm_overlay_info gauge") == 1
+
+    # Both wrappers at once: vLLM's function in multiprocess mode.
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+
+    def make() -> Any:
+        registry = prometheus_client.CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        return registry
+
+    module = vllm_module(make)
+    metrics.publish(module)
+    first, second = module.get_prometheus_registry(), module.get_prometheus_registry()
+    assert first is not second
+    assert all(page(one).count("# TYPE vllm_overlay_info gauge") == 1 for one in (first, second))
+
+
+def test_the_registry_that_the_route_makes_for_one_scrape(
+    own: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Through the real library, as vLLM uses it: its route does not show the registry that it was given."""
+    fastapi, client = pytest.importorskip("fastapi"), pytest.importorskip("fastapi.testclient")
+    instrumentator = pytest.importorskip("prometheus_fastapi_instrumentator")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    metrics.publish(vllm_module(lambda: None))
+    app = fastapi.FastAPI()
+    instrumentator.Instrumentator(registry=prometheus_client.CollectorRegistry()).expose(app)
+    for _ in range(2):
+        answer = client.TestClient(app).get("/metrics")
+        assert answer.status_code == 200 and answer.text.count("# TYPE vllm_overlay_info gauge") == 1
+
+
+def test_a_scrape_of_chosen_names(own: Journal) -> None:
+    registry = prometheus_client.CollectorRegistry(auto_describe=True)
+    metrics.publish(module := vllm_module(lambda: registry))
+    module.get_prometheus_registry()
+    assert "vllm_overlay_info{" in page(registry.restricted_registry(["vllm_overlay_info"]))
+
+
+def test_a_registry_that_will_not_have_it_stays_vllms(own: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    registry = prometheus_client.CollectorRegistry(auto_describe=True)
+    prometheus_client.Gauge("vllm_overlay_layers", "somebody else's", registry=registry).set(3)
+    metrics.publish(module := vllm_module(lambda: registry))
+    for _ in range(2):
+        assert module.get_prometheus_registry() is registry
+    assert samples(page(registry)) == ["vllm_overlay_layers 3.0"]
+    assert len([record for record in caplog.records if "not on /metrics" in record.getMessage()]) == 1
+
+
+def test_a_vllm_without_the_function_says_so(own: Journal) -> None:
+    metrics.publish(types.ModuleType(hooks.METRICS_MODULE))
+    assert len(own.problems) == 1 and hooks.METRICS_MODULE in own.problems[0]

@@ -1,0 +1,248 @@
+"""Nothing is armed from a folder that others can write, no journal goes into one, and the message says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from devtools import plugin_metadata
+from overlay import safety
+from overlay.cli import journals as reader
+from overlay.journal import Journal
+from tests.conftest import REPOSITORY, overlay_environment, run_python
+from tests.unit import stub_vllm
+
+SOMEBODY_ELSE = 12345
+Opened = Callable[[], tuple[list[str], bool]]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder as a server mounts it: both doors, the package, wrapt, bytecode; nobody but the owner can write."""
+    place = tmp_path / "a place" / "mounted"
+    shutil.copytree(REPOSITORY / "overlay", place / "overlay", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "sitecustomize.py", place)
+    plugin_metadata.write(REPOSITORY, place)
+    (place / "wrapt").mkdir()
+    (place / "wrapt" / "decorators.py").write_text("")
+    (place / "somebody_elses").mkdir()
+    (place / "overlay" / "__pycache__").mkdir()
+    (place / "overlay" / "__pycache__" / "hooks.cpython-311.pyc").write_bytes(b"")
+    for path in (place.parent, place, *place.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (place / "somebody_elses").chmod(0o777)  # as in a folder of installed packages: not the overlay's, not its business
+    return place
+
+
+def check(folder: pathlib.Path) -> None:
+    safety.check_code(str(folder / "overlay"))
+
+
+@pytest.mark.parametrize("bit", [stat.S_IWGRP, stat.S_IWOTH])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "overlay/hooks.py",
+        "overlay/patches/gdn.py",
+        "overlay/__pycache__/hooks.cpython-311.pyc",
+        "overlay/__pycache__",
+        "overlay/verdict",
+        "overlay",
+        "sitecustomize.py",
+        "wrapt/decorators.py",
+        "vllm_auxstream_overlay-0.1.0.dist-info/entry_points.txt",
+        ".",
+        "..",
+    ],
+)
+def test_what_others_can_write_is_named_with_the_command_that_changes_it(
+    folder: pathlib.Path, name: str, bit: int
+) -> None:
+    check(folder)
+    path = pathlib.Path(os.path.normpath(folder / name))
+    path.chmod(stat.S_IMODE(path.stat().st_mode) | bit)
+    with pytest.raises(safety.Writable) as refusal:
+        check(folder)
+    text = str(refusal.value)
+    assert f"{path} (mode {stat.S_IMODE(path.stat().st_mode):04o})" in text
+    command = text.partition("to change that: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    check(folder)
+
+
+def test_a_checkout_under_umask_002_takes_one_command(folder: pathlib.Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IWGRP)
+    with pytest.raises(safety.Writable, match=r"\(mode 0664\).* and \d+ more") as refusal:
+        check(folder)
+    text = str(refusal.value)
+    assert len(text) < 1000
+    subprocess.run(text.partition("to change that: ")[2], shell=True, check=True)
+    check(folder)
+
+
+def test_a_sticky_folder_further_up_is_fine_and_right_above_is_not(folder: pathlib.Path) -> None:
+    folder.parent.chmod(0o1777)
+    check(folder)
+    folder.chmod(0o1777)  # a random.py in it would be imported before Python's own
+    with pytest.raises(safety.Writable, match="mode 1777"):
+        check(folder)
+
+
+def test_links_are_followed_to_what_others_can_write(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    check(link)
+    folder.parent.chmod(0o777)
+    with pytest.raises(safety.Writable, match="a place"):
+        check(link)
+    folder.parent.chmod(0o755)
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(folder / "overlay" / "plan.py", elsewhere)
+    (folder / "overlay" / "plan.py").symlink_to(elsewhere / "plan.py")
+    check(folder)
+    elsewhere.chmod(0o775)
+    with pytest.raises(safety.Writable, match="elsewhere"):
+        check(folder)
+
+
+def test_a_link_to_nowhere_or_in_a_circle_ends(folder: pathlib.Path) -> None:
+    (folder / "overlay" / ".#hooks.py").symlink_to("somebody@machine.1234")  # an editor's lock
+    (folder / "overlay" / "circle").symlink_to(folder / "overlay")
+    check(folder)
+
+
+@needs_root
+def test_an_owner_of_any_name_is_trusted(folder: pathlib.Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, SOMEBODY_ELSE, SOMEBODY_ELSE)
+    check(folder)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_vllm_runs_stock_with_one_warning_and_strict_stops_it(folder: pathlib.Path, strict: bool) -> None:
+    shutil.rmtree(folder / "wrapt")  # the environment's own, then
+    stub_vllm.write(folder.parent / "site")
+    journals = folder.parent / "journals"
+    environment = overlay_environment(
+        VLLMOVERLAY_JOURNAL_DIR=str(journals), VLLMOVERLAY_STRICT=str(int(strict)), VLLMOVERLAY_PATCHES="none"
+    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parent / "site")])
+
+    def start() -> subprocess.CompletedProcess[str]:
+        return run_python("-c", "import vllm; print(vllm.__version__)", environment=environment)
+
+    (folder / "overlay" / "streams.py").chmod(0o664)
+    refused = start()
+    lines = [line for line in refused.stderr.splitlines() if line.startswith("WARNING") and "overlay" in line]
+    assert len(lines) == 1 and "streams.py (mode 0664)" in lines[0] and "chmod -R go-w" in lines[0]
+    assert not journals.exists()
+    assert (refused.returncode != 0) == strict
+    assert refused.stdout.strip() == ("" if strict else "0.32.0+stub")
+
+    (folder / "overlay" / "streams.py").chmod(0o644)
+    armed = start()
+    assert armed.returncode == 0 and armed.stderr == ""
+    assert len(list(journals.glob("*.json"))) == 1
+
+
+def test_other_processes_of_python_do_not_pay(folder: pathlib.Path) -> None:
+    """The check comes with vLLM: a folder that it would refuse says nothing in a process without vLLM."""
+    (folder / "overlay").chmod(0o777)
+    environment = overlay_environment()
+    environment["PYTHONPATH"] = str(folder)
+    result = run_python("-c", "import sys; print('overlay.safety' in sys.modules)", environment=environment)
+    assert (result.stdout.strip(), result.stderr) == ("False", "")
+
+
+# ---------------------------------------------------------------- journals
+
+
+@pytest.fixture
+def opened(journal_folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> Opened:
+    """Opens a journal in the folder; what was warned, and whether a journal is there."""
+
+    def open_and_look() -> tuple[list[str], bool]:
+        journal = Journal()
+        journal.open(str(journal_folder))
+        journal.keep_current()
+        journal.problem("something to write")
+        warned = [record.getMessage() for record in caplog.records if "no journal" in record.getMessage()]
+        return warned, any(journal_folder.glob("*.json"))
+
+    return open_and_look
+
+
+def test_a_new_folder_is_private_whatever_the_umask(journal_folder: pathlib.Path, opened: Opened) -> None:
+    before = os.umask(0)
+    try:
+        warned, written = opened()
+    finally:
+        os.umask(before)
+    (path,) = journal_folder.iterdir()
+    assert not warned and written
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (journal_folder, path)] == [0o700, 0o600]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o720, 0o702, 0o777, 0o1777])
+def test_a_folder_that_others_can_write_gets_no_journal(
+    journal_folder: pathlib.Path, opened: Opened, mode: int
+) -> None:
+    journal_folder.mkdir()
+    journal_folder.chmod(mode)
+    warned, written = opened()
+    assert not written and len(warned) == 1
+    assert f"mode {mode:04o}" in warned[0] and f"chmod go-w {journal_folder}" in warned[0]
+
+
+@needs_root
+def test_a_folder_that_somebody_else_made_first_gets_no_journal(journal_folder: pathlib.Path, opened: Opened) -> None:
+    journal_folder.mkdir(mode=0o700)
+    os.chown(journal_folder, SOMEBODY_ELSE, SOMEBODY_ELSE)
+    warned, written = opened()
+    assert not written and len(warned) == 1 and f"belongs to user {SOMEBODY_ELSE}" in warned[0]
+
+
+@needs_root
+def test_a_link_that_somebody_else_made_gets_no_journal(
+    journal_folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    opened: Opened,
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o700)
+    (mine / "1-1.json").write_text("{}")
+    os.utime(mine / "1-1.json", (0, 0))
+    journal_folder.symlink_to(mine)
+    os.lchown(journal_folder, SOMEBODY_ELSE, SOMEBODY_ELSE)
+    warned, _ = opened()
+    assert len(warned) == 1 and f"link made by user {SOMEBODY_ELSE}" in warned[0]
+    assert [path.name for path in mine.iterdir()] == ["1-1.json"]
+
+
+def test_a_link_of_ones_own_is_followed(journal_folder: pathlib.Path, tmp_path: pathlib.Path, opened: Opened) -> None:
+    (tmp_path / "mine").mkdir(mode=0o700)
+    journal_folder.symlink_to(tmp_path / "mine")
+    assert opened() == ([], True)
+
+
+def test_a_journal_is_data_and_is_never_evaluated(journal_folder: pathlib.Path) -> None:
+    journal_folder.mkdir(mode=0o700)
+    marker = journal_folder / "marker"
+    code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+    hostile = {"schema": 1, "pid": code, "role": code, "patches": {code: {"verdict": code, "reason": {"a": code}}}}
+    (journal_folder / "1-1.json").write_text(json.dumps(hostile))
+    (journal_folder / "2-1.json").write_text(code)
+    (found,), (skipped,) = reader.load(journal_folder)
+    assert found.role == code and found.process_id == 0 and skipped.file == "2-1.json"
+    assert not marker.exists()
