@@ -331,7 +331,7 @@ def test_with_others_on_the_python_path(
 def test_as_a_zip_itself_it_leaves_vllm_stock_with_one_line(place: Place, bare_python: Callable[[str], str]) -> None:
     """Whether others can write to it, and what its source is (for the compile cache's key), is asked of a folder."""
     packed = pathlib.Path(shutil.make_archive(str(place.folder / "overlay"), "zip", place.overlay))
-    result = place.run(bare_python("3.11"), packed)
+    result = place.run(bare_python("3.11"), packed, code="import vllm, vllm.logger")
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stderr.splitlines() if "overlay" in line)
     assert "vLLM runs stock" in line and str(packed) in line
