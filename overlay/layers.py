@@ -15,6 +15,14 @@ class Refused(Exception):
     """Why a layer stays stock: known, expected, and no problem."""
 
 
+def refuse_modes(config: Any, batch_invariant: bool) -> None:
+    """Raise Refused where vLLM runs in a mode that no fork is safe or wanted in. `config` is a VllmConfig."""
+    if config.parallel_config.use_ubatching:
+        raise Refused("micro-batching (DBO): two main streams would share the auxiliary streams")
+    if batch_invariant:
+        raise Refused("batch-invariant mode")
+
+
 def adopt(
     patch: str,
     record: PatchRecord,

@@ -33,7 +33,7 @@ from vllm.platforms import current_platform
 
 from overlay.gemms import gemm_of
 from overlay.journal import PatchRecord, journal
-from overlay.layers import Refused, adopt
+from overlay.layers import Refused, adopt, refuse_modes
 from overlay.plan import Plan
 from overlay.settings import Settings
 from overlay.streams import ParallelRegion
@@ -256,10 +256,7 @@ def make_stage(
         raise Refused("no compressor: fused_wqa_wkv is the only input GEMM")
     if config.compilation_config.static_forward_context.get(layer.layer_name) is not layer:
         raise Refused("the layer is not registered under its name in the static forward context")
-    if config.parallel_config.use_ubatching:
-        raise Refused("micro-batching (DBO): two main streams would share the auxiliary streams")
-    if envs.VLLM_BATCH_INVARIANT:
-        raise Refused("batch-invariant mode")
+    refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     compressors = [compressor] if indexer is None else [compressor, indexer.compressor]
     if indexer is not None and type(indexer) is not module.DeepseekV4Indexer:
         raise Refused(f"its indexer is a {type(indexer).__qualname__} of {type(indexer).__module__}")

@@ -34,7 +34,7 @@ from vllm.platforms import current_platform
 from overlay import ops
 from overlay.gemms import gemm_of, is_plain
 from overlay.journal import PatchRecord, journal
-from overlay.layers import Refused, adopt
+from overlay.layers import Refused, adopt, refuse_modes
 from overlay.plan import NOT_CAPTURING, Plan
 from overlay.settings import Settings
 from overlay.streams import ParallelRegion
@@ -193,10 +193,7 @@ def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> tuple[
         raise Refused("the projections are split for LoRA")
     if config.compilation_config.static_forward_context.get(layer.prefix) is not layer:
         raise Refused("the layer is not registered under its name in the static forward context")
-    if config.parallel_config.use_ubatching:
-        raise Refused("micro-batching (DBO): two main streams would share one auxiliary stream")
-    if envs.VLLM_BATCH_INVARIANT:
-        raise Refused("batch-invariant mode")
+    refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     qkvz_size, ba_size = shard_sizes(layer)
     for projection in (layer.in_proj_qkvz, layer.in_proj_ba):
         gemm_of(projection)

@@ -50,7 +50,7 @@ from vllm.platforms import current_platform
 
 from overlay import ops
 from overlay.journal import PatchRecord, journal
-from overlay.layers import Refused, adopt
+from overlay.layers import Refused, adopt, refuse_modes
 from overlay.plan import Plan
 from overlay.settings import Settings
 from overlay.streams import ParallelRegion
@@ -305,10 +305,7 @@ def make_overlap(
     config = get_current_vllm_config()
     if layer.lora_config.fully_sharded_loras:
         raise Refused(FULLY_SHARDED)
-    if config.parallel_config.use_ubatching:
-        raise Refused("micro-batching (DBO): two main streams would share one auxiliary stream")
-    if envs.VLLM_BATCH_INVARIANT:
-        raise Refused("batch-invariant mode")
+    refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     original = apply_of(type(layer), originals)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:

@@ -57,6 +57,23 @@ def model() -> Callable[[str], pathlib.Path]:
     return build
 
 
+def run_offline(
+    python: str, request: dict[str, Any], environment: dict[str, str], folder: pathlib.Path
+) -> subprocess.CompletedProcess[str]:
+    """offline.py in a process of its own; its answers are in `folder`/answers.json."""
+    return subprocess.run(
+        [python, str(REPOSITORY / "tests" / "engine" / "offline.py"), json.dumps(request), "answers.json"],
+        env=environment,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+
+
 def run_engine(
     model: pathlib.Path,
     folder: pathlib.Path,
@@ -89,17 +106,7 @@ def run_engine(
     base = {**os.environ, "PYTHONPATH": str(behind)} if behind else os.environ
     environment = servers.environment(overlay, folder, base, extra)
     started = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "engine" / "offline.py"), json.dumps(request), "answers.json"],
-        env=environment,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=RUN_SECONDS,
-        check=False,
-    )
+    result = run_offline(sys.executable, request, environment, folder)
     (folder / "engine.log").write_text(result.stdout)
     if not may_fail:
         assert result.returncode == 0, f"the engine failed, {folder}/engine.log ends:\n{result.stdout[-3000:]}"

@@ -15,7 +15,7 @@ import pytest
 from devtools import bundle, servers, tiny_models
 from overlay.cli import journals as journal_files
 from tests.conftest import REPOSITORY
-from tests.engine.conftest import PASS_THROUGH, RUN_SECONDS, Run
+from tests.engine.conftest import PASS_THROUGH, Run, run_offline
 
 pytestmark = pytest.mark.engine
 NAME = "qwen3_5_text"
@@ -58,18 +58,7 @@ def test_a_mounted_bundle_gives_the_tokens_of_stock(
     environment = servers.environment(False, tmp_path, os.environ, extra)
     environment["PYTHONPATH"] = os.pathsep.join([str(theirs), str(overlay)])
     request = {"model": str(model(NAME)), "compiled": False, "tensor_parallel_size": 1, "lora": None}
-    script = REPOSITORY / "tests" / "engine" / "offline.py"
-    result = subprocess.run(
-        [python, script, json.dumps(request), "answers.json"],
-        env=environment,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=RUN_SECONDS,
-        check=False,
-    )
+    result = run_offline(python, request, environment, tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert json.loads((tmp_path / "answers.json").read_text()) == stock.answers
     journals = journal_files.read(tmp_path / "journals")
