@@ -369,7 +369,7 @@ def process_rows(journals: Sequence[Journal]) -> list[tuple[str, str, str, str, 
     helpers = [one for one in journals if one not in named]
     rows = []
     for journal in named:
-        ran = "\n".join(_calls(patch) for patch in journal.patches) or "0"
+        ran = "\n".join(_calls(patch) for patch in _met(journal)) or "0"
         traced = sum(patch.fake_calls for patch in journal.patches)
         rows.append((f"{journal.role} {journal.process_id}", _what(journal), str(journal.layers), str(traced), ran))
     if helpers:
@@ -380,7 +380,12 @@ def process_rows(journals: Sequence[Journal]) -> list[tuple[str, str, str, str, 
 
 
 def _what(journal: Journal) -> str:
-    return "\n".join(f"{patch.name}: {patch.verdict}" for patch in journal.patches) or "nothing"
+    return "\n".join(f"{patch.name}: {patch.verdict}" for patch in _met(journal)) or "nothing"
+
+
+def _met(journal: Journal) -> list[Patch]:
+    """The patches that this process has something to say of: it has imported their target."""
+    return [patch for patch in journal.patches if patch.verdict != "not seen"]
 
 
 def _calls(patch: Patch) -> str:
