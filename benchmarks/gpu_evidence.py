@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from gpu.pair import EnginePair
 from gpu.protocol import tail
 from gpu.results import Results
-from gpu.run_setup import Setup
+from gpu.run_setup import Setup, numbers
 from gpu.starts import QUANTIZED, compile_cold, quantized, tensor_parallel
 
 if TYPE_CHECKING:
@@ -36,11 +36,6 @@ if TYPE_CHECKING:
 PHASES = ("tokens", "ttft", "decode", "trace", "compile", "quant", "replay", "micro", "tp")
 PAIR_PHASES = ("tokens", "ttft", "decode", "trace")
 PIECE_BYTES = 15 << 20
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """`1,2,4` as numbers."""
-    return tuple(int(part) for part in text.split(",") if part)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

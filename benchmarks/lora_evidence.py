@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu.protocol import tail
 from gpu.results import Results
-from gpu.run_setup import Setup
+from gpu.run_setup import Setup, numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 
 PHASES = ("tokens", "prefill", "decode", "trace", "micro")
 ENGINE_PHASES = PHASES[:-1]
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """`1,2,4` as numbers."""
-    return tuple(int(part) for part in text.split(",") if part)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from overlay import verdict
-from overlay.journal import PatchRecord, journal
+from overlay.journal import NOT_SEEN, OFF, PatchRecord, journal
 from overlay.log import logger
 from overlay.settings import Settings
 
@@ -136,10 +136,10 @@ def _say_if_removable(worker: Any, tree: verdict.SourceTree) -> None:
     """One INFO line where no patch has anything to do in this vLLM."""
     states = []
     for patch, record in journal.patches.items():
-        if record.verdict == "off":
+        if record.verdict == OFF:
             continue
         state = record.verdict
-        if state == "not seen":
+        if state == NOT_SEEN:
             found = verdict.judge(patch, tree)
             state = found.state
             record.reason = f"its target has not been imported; on this vLLM: {found.state}: {found.reason}"

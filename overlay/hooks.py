@@ -18,7 +18,7 @@ from types import ModuleType
 
 from overlay import cache_identity, effect, log, safety, verdict
 from overlay import settings as settings_module
-from overlay.journal import journal
+from overlay.journal import OFF, journal
 from overlay.settings import Settings
 from overlay.verdict import Verdict
 
@@ -82,7 +82,7 @@ def _set_hooks(settings: Settings) -> None:
     for patch, module_names in verdict.TARGET_MODULES.items():
         record = journal.patch(patch)
         if patch not in settings.patches:
-            record.verdict, record.reason = "off", "switched off"
+            record.verdict, record.reason = OFF, "switched off"
             continue
         for module_name in module_names:
             hook = _guarded(patch, lambda module, patch=patch: _patch(patch, module, settings), settings)  # type: ignore[misc]
@@ -153,7 +153,7 @@ def _after_vllm(module: ModuleType, settings: Settings) -> None:
     tree = _sources()
     for patch, module_names in verdict.TARGET_MODULES.items():
         record = journal.patch(patch)
-        if record.verdict == "off" or any(tree.has(name) for name in module_names):
+        if record.verdict == OFF or any(tree.has(name) for name in module_names):
             continue
         _settle(patch, verdict.judge(patch, tree), settings)
     journal.write()

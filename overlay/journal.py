@@ -24,6 +24,8 @@ from overlay import __version__, safety
 from overlay.log import logger
 
 SCHEMA = 1
+NOT_SEEN = "not seen"  #: the state of a patch whose target this process has not imported
+OFF = "off"  #: the state of a patch that is switched off
 #: Roles of processes that nobody's multiprocessing has started.
 API_SERVER = "APIServer"
 MAIN = "Main"
@@ -50,7 +52,7 @@ class Calls:
 class PatchRecord:
     """One patch in this process."""
 
-    verdict: str = "not seen"
+    verdict: str = NOT_SEEN
     reason: str = "this process has not imported the target"
     module: str | None = None
     methods: tuple[str, ...] = ()

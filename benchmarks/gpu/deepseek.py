@@ -29,16 +29,11 @@ from gpu import deepseek_model, weights
 from gpu.intervals import compare
 from gpu.protocol import Worker, WorkerError, tail
 from gpu.results import Results, read_journals
-from gpu.run_setup import Setup
+from gpu.run_setup import Setup, numbers
 
 PHASES = ("micro", "tokens", "decode", "ttft", "mtp")
 SIDES = ("stock", "overlay", "next")
 SEED = 20251121
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """`1,2,4` as numbers."""
-    return tuple(int(part) for part in text.split(",") if part)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

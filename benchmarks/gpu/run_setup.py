@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 SIDES = ("stock", "overlay")
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,2,4` as numbers."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
 @dataclass
 class Setup:
     """The choices of one run."""
