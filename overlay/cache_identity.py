@@ -43,13 +43,13 @@ def _enter() -> str | None:
 
 def _fingerprint() -> str:
     """A hash of the patches that are applied in this process and of the overlay's own source."""
-    digest = hashlib.sha256(_source_hash().encode())
+    digest = hashlib.sha256(source_hash().encode())
     for patch, detail in sorted(_applied.items()):
         digest.update(f"\0{patch}\0{detail}".encode())
     return digest.hexdigest()[:16]
 
 
-def _source_hash() -> str:
+def source_hash() -> str:
     """Over every .py file of the overlay but its command line's: a changed op body or shape is another graph."""
     digest = hashlib.sha256()
     folder = os.path.dirname(os.path.abspath(__file__))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from overlay import agreement
 from overlay.journal import PatchRecord, journal
 from overlay.settings import Settings
 
@@ -34,6 +35,10 @@ def adopt(
 
     Runs in upstream's `__init__`: nothing but strict lets an exception out.
     """
+    for_all = agreement.reason_for_stock(settings)
+    if for_all is not None:
+        record.refuse(layer_name, for_all)
+        return None
     try:
         adopted, shown = make()
     except Refused as refused:
@@ -41,8 +46,9 @@ def adopt(
         return None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+        if reason not in record.refused.values():  # one problem, however many layers have it
+            journal.problem(f"{patch}: layer {layer_name} stays stock: {reason}")
         record.refuse(layer_name, reason)
-        journal.problem(f"{patch}: layer {layer_name} stays stock: {reason}")
         if settings.strict:
             raise
         return None

@@ -29,6 +29,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     )
     if request["lora"]:
         options.update(enable_lora=True, max_lora_rank=8)
+    options.update(request.get("options", {}))
     engine = LLM(**options)
     sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
