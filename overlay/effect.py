@@ -6,6 +6,8 @@ model has run, the graphs are captured): a patch with patched layers whose op wa
 
 What warm-up does not run is looked at after the first step instead: pooling, and everything on a CPU, where warm-up may
 be skipped. The hot path is as before once that has been said.
+
+The worker's one INFO line (overlay/summary.py) comes at the end of warm-up, too.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from overlay import verdict
-from overlay.journal import NOT_SEEN, OFF, PatchRecord, journal
-from overlay.log import logger
+from overlay import summary, verdict
+from overlay.journal import PatchRecord, journal
 from overlay.settings import Settings
 
 INEFFECTIVE = "ineffective"
@@ -83,9 +84,11 @@ def _after_warm_up(worker: Any, settings: Settings, tree: verdict.SourceTree) ->
             later[patch] = record
     if later:
         _look_after_first_step(worker, later, settings)
-    _say_if_removable(worker, tree)
-    journal.write()
-    _report(problems, settings)
+    try:
+        _report(problems, settings)
+    finally:
+        summary.say(journal, tree, removable_is_said_here=not getattr(worker, "rank", 0))
+        journal.write()
 
 
 def _look_after_first_step(worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
@@ -130,22 +133,3 @@ def _report(problems: list[str], settings: Settings) -> None:
         journal.problem(text)
     if problems and settings.strict:
         raise Ineffective("; ".join(problems))
-
-
-def _say_if_removable(worker: Any, tree: verdict.SourceTree) -> None:
-    """One INFO line where no patch has anything to do in this vLLM."""
-    states = []
-    for patch, record in journal.patches.items():
-        if record.verdict == OFF:
-            continue
-        state = record.verdict
-        if state == NOT_SEEN:
-            found = verdict.judge(patch, tree)
-            state = found.state
-            record.reason = f"its target has not been imported; on this vLLM: {found.state}: {found.reason}"
-        states.append(state)
-    if states and set(states) <= {verdict.LANDED, verdict.ABSENT} and not getattr(worker, "rank", 0):
-        logger.info(
-            "overlay: nothing to do in vLLM %s, every patch is landed or absent: it can be removed",
-            journal.vllm_version,
-        )

@@ -3,6 +3,9 @@
 The overlay speaks before vLLM has configured logging: up to 0.30.0 that is done when ``vllm.logger`` is imported, from
 0.31.0 on when an entry point calls for it. Until then records are held back; then they go to vLLM's handlers. A process
 that ends before that still gets its warnings, on stderr.
+
+Where vLLM logs JSON (``--logging-config.formatter json``, or a formatter in ``VLLM_LOGGING_CONFIG_PATH``), what a record
+has in `FIELD` comes out as a field of its line.
 """
 
 from __future__ import annotations
@@ -15,12 +18,21 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from overlay import __version__
+
 #: vLLM's function that sets its handlers, in every release; from 0.31.0 on it is not called at import.
 CONFIGURE = "_configure_vllm_root_logger"
+#: The attribute of a record that holds what a machine reads of it.
+FIELD = "overlay"
 
 logger = logging.getLogger("vllm.overlay")
 
 _held: logging.handlers.MemoryHandler | None = None
+
+
+def fields(event: str, **facts: Any) -> dict[str, Any]:
+    """The `extra` of a record: which event it is, of which overlay, and facts that JSON can hold."""
+    return {FIELD: {"event": event, "version": __version__, **facts}}
 
 
 def hold(level: str) -> None:
@@ -54,8 +66,17 @@ def release() -> None:
     """vLLM's handlers are there: hand over what was held, and everything from now on."""
     for held in _let_go():
         # Made anew: vLLM's formatter wants what vLLM's own factory puts into a record (0.31.0 and later).
+        extra = {name: value for name, value in vars(held).items() if name == FIELD}
         record = logger.makeRecord(
-            held.name, held.levelno, held.pathname, held.lineno, held.msg, held.args or (), held.exc_info, held.funcName
+            held.name,
+            held.levelno,
+            held.pathname,
+            held.lineno,
+            held.msg,
+            held.args or (),
+            held.exc_info,
+            held.funcName,
+            extra,
         )
         record.created, record.msecs = held.created, held.msecs
         logger.handle(record)

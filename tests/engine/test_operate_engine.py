@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from devtools import journals, plugin_metadata, servers, tiny_models
+from devtools.soak import load
 from tests.conftest import REPOSITORY
 from tests.engine.conftest import PASS_THROUGH, Run, run_engine
 
@@ -57,7 +61,7 @@ def test_through_the_plugin_the_engine_is_patched_once(
     processes = [journal.process_id for journal in run.journals]
     assert len(processes) == len(set(processes))
     # The process that vLLM asks about a model keeps its log to itself.
-    assert run.log.count("overlay: gdn: apply") == 1
+    assert run.log.count("gdn: apply, ") == 1
     # Which door was the first to open.
     assert main.transformers == ("was imported before vllm" if door == "the plugin" else "imported first")
 
@@ -109,12 +113,36 @@ def scrape(server: servers.Server) -> dict[str, Samples]:
     return found
 
 
+def overlay_records(log_path: pathlib.Path) -> list[dict[str, Any]]:
+    """The overlay's lines of a server that logs JSON, in order; a line of it that is not JSON is an error."""
+    mentioned = [line for line in log_path.read_text().splitlines() if "vllm.overlay" in line or '"overlay"' in line]
+    found: list[dict[str, Any]] = [json.loads(line) for line in mentioned]
+    assert {record["name"] for record in found} == {"vllm.overlay"}
+    assert "overlay: " not in "".join(line for line in log_path.read_text().splitlines() if line not in mentioned)
+    return found
+
+
+def endure(server: servers.Server) -> None:
+    """Some seconds of a soak: requests from several clients, some of whom hang up; then the same answers as before."""
+    stop = threading.Event()
+    pool = load.make_pool([], lengths=(3, 40), per_length=3)
+    before = load.alone(server, pool, stop)
+    reference = {name: tokens for name, tokens in before.items() if not isinstance(tokens, str)}
+    assert len(reference) == len(pool), before
+    tally = load.Tally()
+    # With this seed the clients' first requests are of all three kinds, so a slow machine meets them as well.
+    load.put_load(server, pool, reference, tally, seconds=5, clients=4, seed=2, stop=stop)
+    assert not tally.errors and set(tally.sent) == set(load.WEIGHTS)
+    assert load.wait_until_idle(server, stop) == 0
+    assert load.alone(server, pool, stop) == before
+
+
 @pytest.mark.parametrize("api_servers", [1, 2])
 def test_a_server_says_on_metrics_what_its_journals_say(
     api_servers: int, model: Callable[[str], pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
     """With one API server vLLM's registry is prometheus_client's own; with two it is made anew, in multiprocess mode."""
-    arguments = (*tiny_models.serve_arguments(SERVED), "--enforce-eager")
+    arguments = (*tiny_models.serve_arguments(SERVED), "--enforce-eager", "--logging-config.formatter", "json")
     if api_servers > 1:
         arguments += ("--api-server-count", str(api_servers))
     with servers.serve(
@@ -130,6 +158,8 @@ def test_a_server_says_on_metrics_what_its_journals_say(
         written = server.journals()
         found = scrape(server)
         assert scrape(server) == found, "a scrape changes nothing"
+        if api_servers == 1:
+            endure(server)
     assert journals.why_without_effect(written, tiny_models.gdn_layers(SERVED)) is None
     (worker,) = [journal for journal in written if journal.layers]
 
@@ -142,6 +172,23 @@ def test_a_server_says_on_metrics_what_its_journals_say(
     for reason, count in gdn.serial_calls.items():
         assert calls["gdn", worker.role, f"serial: {reason}"] == count
     assert sum(calls.values()) == sum(journal.calls for journal in written) > sum(before.values())
+
+    said = overlay_records(server.log_path)
+    assert [record["overlay"]["event"] for record in said] == ["armed", "summary"], "one line of a process each"
+    armed, summary = said
+    assert armed["levelname"] == summary["levelname"] == "INFO"
+    assert (armed["process"], summary["process"]) == (server.process.pid, worker.process_id)
+    facts = summary["overlay"]
+    assert (facts["version"], facts["vllm"], facts["fingerprint"]) == (
+        worker.overlay,
+        worker.vllm,
+        worker.fingerprint,
+    )
+    assert facts["problems"] == 0 and not facts["removable"]
+    assert facts["patches"].keys() == {patch.name for patch in worker.patches}
+    assert facts["patches"]["gdn"]["layers_patched"] == len(gdn.layers)
+    assert facts["patches"]["gdn"]["layers_refused"] == {} and facts["patches"]["pooling"]["state"] == "landed"
+    assert f"gdn: apply, {len(gdn.layers)} layers patched, op " in summary["message"]
     states = found["vllm_overlay_patch_state"]
     assert set(states.values()) == {1.0}
     assert states["gdn", worker.role, "apply"] == 1.0

@@ -85,8 +85,8 @@ def test_the_journal_says_landed_and_nothing_is_wrapped(both: tuple[Embedded, Em
     for record in seen:
         assert record["verdict"] == "landed", record
         assert record["layers"] == {"patched": {}, "refused": {}}
-        assert record["calls"] == {"fake": 0, "dual_stream": 0, "serial": {}}
+        assert record["calls"] == {"fake": 0, "dual_stream": 0, "fused": 0, "serial": {}}
         assert record["methods"] == []
     assert {journal.raw["fingerprint"] for journal in overlay.journals} == {None}, "stock's compile cache is shared"
-    assert "overlay: pooling: landed" in overlay.log
+    assert "pooling: landed" in overlay.log
     assert not [problem for journal in overlay.journals for problem in journal.problems]

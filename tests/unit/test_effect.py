@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import logging
 import pathlib
 import sys
 import types
@@ -183,8 +185,12 @@ def test_a_check_that_fails_is_no_reason_to_stop_unless_strict(
     assert "cannot tell" in journal.problems[0]
 
 
+def summaries(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno == logging.INFO]
+
+
 def removal_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "can be removed" in record.getMessage()]
+    return [record.getMessage() for record in summaries(caplog) if "can be removed" in record.getMessage()]
 
 
 @pytest.mark.parametrize(
@@ -226,4 +232,30 @@ def test_every_worker_of_a_group_but_the_first_is_silent_about_removal(
     type(worker).rank = 1
     with caplog.at_level("INFO", logger="vllm.overlay"):
         worker.compile_or_warm_up_model()
-    assert removal_lines(caplog) == []
+    (summary,) = summaries(caplog)
+    assert removal_lines(caplog) == [] and summary.overlay["removable"] is True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_warm_up_ends_with_one_line_that_knows_what_was_found_in_it(
+    strict: bool, journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    applied(journal, "layer.0", "layer.1")
+    worker = make_worker(strict=strict)
+    with caplog.at_level("INFO", logger="vllm.overlay"), contextlib.suppress(effect.Ineffective):
+        worker.compile_or_warm_up_model()
+    (summary,) = summaries(caplog)
+    assert "gdn: ineffective, 2 layers patched, op has not run yet" in summary.getMessage()
+    assert summary.overlay["problems"] == 1  # type: ignore[attr-defined]
+
+
+def test_where_warm_up_may_be_skipped_the_line_is_still_there_and_says_so(
+    journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = applied(journal, "layer.0")
+    worker = make_worker(in_step=ran(record), cuda=False)
+    with caplog.at_level("INFO", logger="vllm.overlay"):
+        worker.compile_or_warm_up_model()
+        worker.execute_model(STEP)
+    (summary,) = summaries(caplog)
+    assert "gdn: apply, 1 layer patched, op has not run yet" in summary.getMessage()
