@@ -6,13 +6,16 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit contract engine gpu matrix bundle lint types format lock environment clean
+.PHONY: help demo soak test unit contract engine gpu matrix bundle lint types format lock environment clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: ## Stock vLLM against vLLM with the overlay, in real servers: are the tokens the same, what was patched
 	@python="$$($(PYTHON) devtools/environment.py --demo)" && exec "$$python" -m devtools.demo $(DEMO_OPTIONS)
+
+soak: ## Mixed load on stock and overlay servers for some minutes: errors, tokens, memory
+	@python="$$($(PYTHON) devtools/environment.py --demo)" && exec "$$python" -m devtools.soak $(SOAK_OPTIONS)
 
 test: lint types ## Everything: style, types, unit, contract and engine tests
 	$(PYTEST) tests/unit tests/contract tests/engine tests/gpu $(TEST_OPTIONS)
