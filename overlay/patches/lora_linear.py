@@ -11,6 +11,11 @@ adds to the base layer's output after the join; all inside one custom op. Upstre
 whose punica wrapper only notes which tensor it was asked to add to. So upstream's reshape, 3-D and quantization code is
 not repeated here, and its kernels get the arguments that it would have given them itself: the result cannot differ.
 
+Outside a CUDA graph nothing forks, and the host's CPU decides how long a step takes. There stock runs compiled code, which
+holds only what upstream's Python came to when it was traced: one GEMM, one buffer, two ops. So does the op: `learn` lets
+upstream's Python run once per layer with stand-ins that note what it calls, and `Replay` makes those calls, with the
+tensors of the step. A layer whose calls are not exactly these keeps running upstream's `apply`.
+
 Upstream: vLLM #35721 in 0.20.0, off by default (``VLLM_LORA_ENABLE_DUAL_STREAM``). Where that is set, this patch steps
 aside. It puts the expand on the auxiliary stream as well, into a buffer of zeros that is added at the end. That hides more
 and costs more: a fill, and an addition that reads the whole output once more. Microseconds in a CUDA graph on one H200,
@@ -28,14 +33,17 @@ Remove when: upstream's switch covers the layers that you serve, and is set.
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any, Optional
 
 import torch
 import wrapt
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -51,6 +59,7 @@ from vllm.platforms import current_platform
 from overlay import ops
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
+from overlay.log import logger
 from overlay.plan import Plan
 from overlay.settings import Settings
 from overlay.streams import ParallelRegion
@@ -65,6 +74,12 @@ TOKEN_THRESHOLD = 256
 OVERLAP = "_overlay_lora_overlap"
 NO_ADAPTER = "no adapter active in the batch"
 COPIED = "upstream has copied its output"
+BEFORE_CAPTURE = "no call before the capture"
+#: Upstream's ops for the two halves of what an adapter adds, and where their functions are.
+SHRINK, EXPAND = "lora_shrink", "lora_expand"
+OPS = "vllm.lora.ops.triton_ops"
+#: Rows of the input from which a layer's calls are learned. Nothing is computed from them.
+LEARNED_ROWS = 3
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
 #: vLLM's linears. A subclass with a forward of its own may give another shape or type than the op promises.
 LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, ReplicatedLinear)
@@ -79,8 +94,10 @@ ACTIVATION_AS_IT_IS = frozenset({
 
 Apply = Callable[..., torch.Tensor]
 
-#: Layers by name. A name is unique in an engine, but two engines of one process have the same names.
-_registered: dict[str, weakref.WeakSet[LinearOverlap]] = {}
+#: Layers by engine (the identity of its static forward context) and name; two engines of one process share names.
+_registered: weakref.WeakValueDictionary[tuple[int, str], LinearOverlap] = weakref.WeakValueDictionary()
+#: What all layers of a punica wrapper give its kernels beside their own tensors.
+_metadata: weakref.WeakKeyDictionary[Any, Metadata] = weakref.WeakKeyDictionary()
 
 
 class DeferredAddition:
@@ -130,7 +147,7 @@ class Halves:
 class LinearOverlap:
     """What the op needs of one layer: columns per tensor-parallel shard, stream and events, and where it counts.
 
-    `original` is upstream's `apply` for the layer. `context` is the static forward context of the layer's engine.
+    `original` is upstream's `apply` for the layer.
     """
 
     def __init__(
@@ -139,7 +156,6 @@ class LinearOverlap:
         layer_name: str,
         output_size: int,
         original: Apply,
-        context: dict[str, Any],
         plan: Plan,
         record: PatchRecord,
     ) -> None:
@@ -148,12 +164,10 @@ class LinearOverlap:
         self.region = ParallelRegion(slots=1)
         self._layer = weakref.ref(layer)
         self._original = original
-        self._context_id = id(context)
         self._plan = plan
         self._record = record
-
-    def belongs_to(self, context: dict[str, Any]) -> bool:
-        return id(context) == self._context_id
+        self._learned = False
+        self._replay: Replay | None = None
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(…, features) to (…, output_size), of the same type."""
@@ -167,14 +181,29 @@ class LinearOverlap:
                 return output
             reason = COPIED
         self._record.calls.count_serial(reason)
+        if not self._learned and reason is not BEFORE_CAPTURE:
+            self._replay, self._learned = self._learn(layer, x, bias), True
+        replay = self._replay
+        if replay is not None and replay.fits(layer, x, bias):
+            return replay.run(layer, x, bias)
         return self._original(layer, x, bias)
+
+    def _learn(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> Replay | None:
+        """The calls of the layer's `apply`; None where they are not those of a `Replay`. Raises nothing."""
+        try:
+            return learn(layer, self._original, x, bias)
+        except Unlearnable as error:
+            _say_once(f"{type(layer).__name__} runs upstream's apply where nothing forks: {error}")
+        except Exception as error:
+            journal.problem(f"{NAME}: {self.layer_name} runs upstream's apply where nothing forks: {error!r}")
+        return None
 
     def _reason_for_serial(self, layer: torch.nn.Module, x: torch.Tensor) -> str | None:
         if not x.is_cuda:
             return "serial pass-through"
         if not self.region.prepared:
             if torch.cuda.is_current_stream_capturing():
-                return "no call before the capture"
+                return BEFORE_CAPTURE
             self.region.prepare(x.device)
         if layer.punica_wrapper.token_mapping_meta.no_lora_flag_cpu.item():  # on the host: no synchronization
             return NO_ADAPTER
@@ -190,7 +219,7 @@ class LinearOverlap:
         type(layer.punica_wrapper).add_lora_linear(
             halves, None, x.flatten(0, -2), layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
         )
-        base = _with_wrapper(layer, addition)
+        base = _copy_with(layer, punica_wrapper=addition)
         output, _ = self.region.run(lambda: self._original(base, x, bias), [halves.shrink])
         (to_add_to,) = addition.outputs
         if to_add_to.data_ptr() != output.data_ptr() or to_add_to.numel() != output.numel():
@@ -200,32 +229,268 @@ class LinearOverlap:
         return output
 
 
-def _with_wrapper(layer: torch.nn.Module, wrapper: DeferredAddition) -> torch.nn.Module:
-    """A shallow copy of a layer with another punica wrapper: submodules and weights are the layer's own.
+class Unlearnable(Exception):
+    """Why upstream's calls for a layer cannot be made without its Python."""
 
-    A real instance of its class, so that upstream's helpers and ``super()`` find the other wrapper, too.
+
+class NotedCalls(TorchDispatchMode):  # type: ignore[misc]  # torch gives no type for it
+    """Notes the calls of upstream's two LoRA ops, by name, instead of running them.
+
+    Raises Unlearnable for any other op but torch's own: a rank that learns alone would wait for the others in a collective.
     """
-    stand_in: torch.nn.Module = object.__new__(type(layer))
-    stand_in.__dict__.update(layer.__dict__)
-    stand_in.__dict__["punica_wrapper"] = wrapper
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: dict[str, list[tuple[Any, list[Any]]]] = {SHRINK: [], EXPAND: []}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if op.namespace == "aten":
+            return op(*args, **kwargs)
+        namespace, _, name = op.name().partition("::")
+        if namespace != "vllm" or name not in self.noted:
+            raise Unlearnable(f"it calls {op.name()}")
+        defaults = op._schema.arguments[len(args) :]  # what is given as a default does not arrive here
+        rest = [kwargs.get(argument.name, argument.default_value) for argument in defaults]
+        self.noted[name].append((op, [*args, *rest]))
+        return None
+
+
+class NotedMethod:
+    """A base layer's method that notes what it is given, and computes nothing."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        self.output = output
+        self.given: list[tuple[Any, ...]] = []
+
+    def apply(self, *given: Any) -> torch.Tensor:
+        self.given.append(given)
+        return self.output
+
+
+class NotedMetadata:
+    """The metadata of a punica wrapper's kernels, which notes what it is asked for and what it gives."""
+
+    def __init__(self, metadata: Any) -> None:
+        self._metadata = metadata
+        self.asked: list[tuple[Any, ...]] = []
+        self.given: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._metadata, name)
+
+    def meta_args(self, *asked: Any) -> tuple[Any, ...]:
+        self.asked.append(asked)
+        self.given.append(self._metadata.meta_args(*asked))
+        return self.given[-1]
+
+
+class Metadata:
+    """What upstream's metadata gives the LoRA kernels, kept for the number of tokens of the last call.
+
+    These are views of tensors that live as long as the wrapper, and whose content changes in place with each step. So
+    the layers of a step share them, as they do in stock's compiled graph. `rest` is what upstream's `meta_args` is
+    given beside the number of tokens.
+    """
+
+    def __init__(self, source: Any, rest: tuple[Any, ...]) -> None:
+        self.source = source
+        self.rest = rest
+        self._kept: tuple[int, tuple[Any, ...]] = (-1, ())
+
+    def arguments(self, tokens: int) -> tuple[Any, ...]:
+        kept = self._kept
+        if kept[0] != tokens:
+            kept = self._kept = tokens, tuple(self.source.meta_args(tokens, *self.rest))
+        return kept[1]
+
+
+@dataclass(frozen=True)
+class Half:
+    """One of the two LoRA kernels: upstream's function, and what it is given after the metadata."""
+
+    function: Callable[..., None]
+    rest: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The calls that a layer's `apply` comes to, for an `x` of (tokens, features)."""
+
+    with_bias: bool
+    a_stacked: tuple[torch.Tensor, ...]
+    b_stacked: tuple[torch.Tensor, ...]
+    a_list: list[torch.Tensor]
+    b_list: list[torch.Tensor]
+    buffer_rank: int
+    buffer_type: torch.dtype
+    metadata: Metadata
+    shrink: Half
+    expand: Half
+
+    def fits(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether the layer still has the tensors from which it was learned, and `x` the shape."""
+        return (
+            x.dim() == 2
+            and (bias is not None) is self.with_bias
+            and layer.lora_a_stacked is self.a_stacked
+            and layer.lora_b_stacked is self.b_stacked
+            and layer.punica_wrapper.token_mapping_meta is self.metadata.source
+        )
+
+    def run(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        base = layer._modules["base_layer"]  # what `layer.base_layer` finds after a detour
+        output: torch.Tensor = base.quant_method.apply(base, x, bias)
+        tokens = x.shape[0]
+        buffer = torch.empty((len(self.a_list), tokens, self.buffer_rank), dtype=self.buffer_type, device=x.device)
+        arguments = self.metadata.arguments(tokens)
+        self.shrink.function(x, self.a_list, buffer, *arguments, *self.shrink.rest)
+        self.expand.function(buffer, self.b_list, output, *arguments, *self.expand.rest)
+        return output
+
+
+def learn(layer: Any, original: Apply, x: torch.Tensor, bias: torch.Tensor | None) -> Replay:
+    """The calls that upstream's `apply` comes to for a layer. Raises Unlearnable where they are not those of a `Replay`.
+
+    Only the shape and the type of `x` matter, (tokens, features). No kernel runs but a fill of a buffer of a few rows.
+    """
+    if x.dim() != 2:
+        raise Unlearnable(f"its first input has {x.dim()} dimensions")
+    rows = x.new_empty((LEARNED_ROWS, x.shape[1]))
+    output = x.new_empty((LEARNED_ROWS, sum(layer.output_slices)))
+    wrapper = layer.punica_wrapper
+    if not hasattr(wrapper, "token_mapping_meta"):
+        raise Unlearnable(f"{type(wrapper).__name__} is not the wrapper of a GPU's kernels")
+    _check_base(layer, original, rows, output, bias)
+    noted = NotedMetadata(wrapper.token_mapping_meta)
+    with NotedCalls() as calls:
+        type(wrapper).add_lora_linear(
+            _copy_with(wrapper, token_mapping_meta=noted),
+            output,
+            rows,
+            layer.lora_a_stacked,
+            layer.lora_b_stacked,
+            1.0,
+            layer.output_slices,
+        )
+    if [len(found) for found in calls.noted.values()] != [1, 1]:
+        raise Unlearnable(f"{type(wrapper).__name__} does not call {SHRINK} and {EXPAND} once each")
+    ((shrink_op, shrink_given),), ((expand_op, expand_given),) = calls.noted.values()
+    buffer = shrink_given[2]
+    if buffer.shape[:2] != (len(layer.lora_a_stacked), LEARNED_ROWS) or not buffer.is_contiguous():
+        raise Unlearnable("the buffer between shrink and expand has another shape")
+    if len(noted.asked) != 2 or noted.asked[0] != noted.asked[1] or noted.asked[0][:1] != (LEARNED_ROWS,):
+        raise Unlearnable("the kernels' metadata depends on more than the number of tokens")
+    rest = noted.asked[0][1:]
+    shared = _metadata.get(wrapper)
+    if shared is None or shared.source is not wrapper.token_mapping_meta or shared.rest != rest:
+        shared = _metadata[wrapper] = Metadata(wrapper.token_mapping_meta, rest)
+    return Replay(
+        with_bias=bias is not None,
+        a_stacked=layer.lora_a_stacked,
+        b_stacked=layer.lora_b_stacked,
+        a_list=list(layer.lora_a_stacked),
+        b_list=list(layer.lora_b_stacked),
+        buffer_rank=buffer.shape[2],
+        buffer_type=buffer.dtype,
+        metadata=shared,
+        shrink=_half(SHRINK, shrink_op, shrink_given, rows, layer.lora_a_stacked, buffer, noted.given[0]),
+        expand=_half(EXPAND, expand_op, expand_given, buffer, layer.lora_b_stacked, output, noted.given[1]),
+    )
+
+
+def _check_base(
+    layer: Any, original: Apply, rows: torch.Tensor, output: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Raise Unlearnable unless `apply` has its base layer's method compute once, adds to what it gives, and returns it."""
+    method, addition = NotedMethod(output), DeferredAddition()
+    base = _copy_with(layer.base_layer, quant_method=method)
+    with NotedCalls():
+        returned = original(_copy_with(layer, base_layer=base, punica_wrapper=addition), rows, bias)
+    if len(method.given) != 1 or len(addition.outputs) != 1:
+        raise Unlearnable("apply does not compute the base layer once and add to it once")
+    (given,) = method.given
+    if len(given) != 3 or given[0] is not base or given[1] is not rows or given[2] is not bias:
+        raise Unlearnable("apply gives the base layer other arguments than its own")
+    if not (_same(addition.outputs[0], output) and _same(returned, output)):
+        raise Unlearnable("apply adds to, or returns, something else than the base layer's output")
+
+
+def _half(
+    name: str,
+    op: Any,
+    given: list[Any],
+    source: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    target: torch.Tensor,
+    metadata: tuple[Any, ...],
+) -> Half:
+    """One half from the call of its op: (source, weights, target, *metadata, *rest). Raises Unlearnable for any other."""
+    end = 3 + len(metadata)
+    fits = (
+        _same(given[0], source)
+        and len(given[1]) == len(weights)
+        and all(mine is theirs for mine, theirs in zip(given[1], weights, strict=True))
+        and _same(given[2], target)
+        and all(mine is theirs for mine, theirs in zip(given[3:end], metadata, strict=True))
+        and not any(isinstance(value, torch.Tensor) for value in given[end:])
+    )
+    if not fits:
+        raise Unlearnable(f"{name} is given something else than input, weights, output, metadata and numbers")
+    return Half(_function_of(name, op), tuple(given[end:]))
+
+
+def _function_of(name: str, op: Any) -> Callable[..., None]:
+    """The Python function behind one of upstream's ops, which saves the way through the dispatcher; else the op itself."""
+    module = importlib.import_module(f"{OPS}.{name}_op")
+    function: Callable[..., None] | None = getattr(module, f"_{name}", None)
+    names = [argument.name for argument in op._schema.arguments]
+    if function is None or list(inspect.signature(function).parameters) != names:
+        return op  # type: ignore[no-any-return]
+    return function
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are views of the same elements in the same order."""
+    return (one.data_ptr(), one.dtype, one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.dtype,
+        other.shape,
+        other.stride(),
+    )
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.info("overlay: %s", text)
+
+
+def _copy_with(original: Any, **changed: Any) -> Any:
+    """A shallow copy of a layer, or of another object, with other values of some attributes.
+
+    A real instance of its class, so that upstream's helpers and ``super()`` find the other values, too.
+    """
+    stand_in = object.__new__(type(original))
+    stand_in.__dict__.update(original.__dict__)
+    stand_in.__dict__.update(changed)
     return stand_in
 
 
 def find(layer_name: str) -> LinearOverlap:
     """The layer of a name, of the engine that is running now. Raises KeyError where there is none."""
-    found = list(_registered.get(layer_name, ()))
-    if len(found) > 1:
-        context = get_forward_context().no_compile_layers
-        found = [overlap for overlap in found if overlap.belongs_to(context)]
-    if len(found) != 1:
-        raise KeyError(f"{len(found)} LoRA layers have the name {layer_name}")
-    return found[0]
+    try:
+        return _registered[id(get_forward_context().no_compile_layers), layer_name]
+    except KeyError:
+        found = [overlap for (_, name), overlap in list(_registered.items()) if name == layer_name]
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} LoRA layers have the name {layer_name}, and none is of this engine") from None
+        return found[0]
 
 
 def free_name(prefix: str, context: dict[str, Any]) -> str:
     """The prefix of a layer, with a number where its engine has other layers of that prefix."""
     name, number = prefix, 1
-    while any(overlap.belongs_to(context) for overlap in _registered.get(name, ())):
+    while (id(context), name) in _registered:
         number += 1
         name = f"{prefix}#{number}"
     return name
@@ -315,8 +580,8 @@ def make_overlap(
         raise Refused(f"quantization method {method} may quantize the activation")
     context = config.compilation_config.static_forward_context
     name = free_name(base.prefix, context)
-    overlap = LinearOverlap(layer, name, shard_size(layer), original, context, plan, record)
-    _registered.setdefault(name, weakref.WeakSet()).add(overlap)
+    overlap = LinearOverlap(layer, name, shard_size(layer), original, plan, record)
+    _registered[id(context), name] = overlap
     return overlap, {"output": overlap.output_size, "slices": len(layer.output_slices), "class": type(layer).__name__}
 
 
@@ -334,7 +599,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     targets: list[Any] = [class_at(module, name) for name, _ in verdict.intercepted()]
     originals: dict[type, Apply] = {target: target.__dict__["apply"] for target in targets}
     record = journal.patch(NAME)
-    plan = Plan(settings.plan, settings.tokens_or(TOKEN_THRESHOLD))
+    plan = Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD))
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)

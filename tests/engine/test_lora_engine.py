@@ -105,6 +105,6 @@ def test_gdn_and_lora_on_the_same_layers(both: Both) -> None:
 def test_the_overlay_warns_of_nothing(both: Both) -> None:
     for name in MODELS:
         _, overlay = both(name)
-        assert "overlay: lora_linear: apply" in overlay.log
+        assert "lora_linear: apply, " in overlay.log
         assert [line for line in overlay.log.splitlines() if "WARNING" in line and "overlay" in line.lower()] == []
         assert not [problem for journal in overlay.journals for problem in journal.problems]

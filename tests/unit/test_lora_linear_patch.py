@@ -277,7 +277,7 @@ def test_two_engines_have_the_same_names_and_find_their_own(engine: Any, record:
         patch.setattr(lora_linear, "get_forward_context", lambda: of_first_engine)
         assert lora_linear.find("shared") is of_first
         patch.setattr(lora_linear, "get_forward_context", lambda: namespace(no_compile_layers={}))
-        with pytest.raises(KeyError, match="0 LoRA layers have the name shared"):
+        with pytest.raises(KeyError, match="2 LoRA layers have the name shared, and none is of this engine"):
             lora_linear.find("shared")
 
 
@@ -367,6 +367,341 @@ def test_an_output_that_was_copied_is_computed_again_serially(
     before = record.calls.serial.get(lora_linear.COPIED, 0)
     assert torch.equal(overlap.apply(x, None), original(layer, x, None))
     assert record.calls.serial[lora_linear.COPIED] == before + 1
+
+
+# ------------------------------------------------------------------------------------------------ upstream's calls, replayed
+
+
+class LoraKernelMeta:
+    """What upstream's metadata gives its kernels: the adapter of each token, and some that are the same for all sizes."""
+
+    def __init__(self, adapters: list[int]) -> None:
+        self.token_lora_mapping = torch.tensor(adapters, dtype=torch.int32)
+        self.same = [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
+        self.no_lora_flag_cpu = torch.tensor([False])
+        self.asked: list[int] = []
+
+    def meta_args(self, tokens: int, specialize: bool) -> tuple[torch.Tensor, ...]:
+        self.asked.append(tokens)
+        views = (self.token_lora_mapping[:tokens], self.token_lora_mapping[:tokens])
+        return (*views, *self.same[:3], self.no_lora_flag_cpu, self.same[3])
+
+
+class PunicaOfOps:
+    """A punica wrapper in the shape of upstream's for a GPU, which gives its work to vLLM's two ops."""
+
+    def __init__(self, adapters: list[int]) -> None:
+        self.token_mapping_meta = LoraKernelMeta(adapters)
+
+    def add_lora_linear(
+        self, y: Any, x: torch.Tensor, a: Any, b: Any, scale: float, slices: Any, **kwargs: Any
+    ) -> None:
+        buffer = torch.empty((len(slices), x.size(0), b[0].size(-1)), dtype=torch.float32, device=x.device)
+        self.add_shrink(buffer, x, a, scale)
+        self.add_expand(y, buffer, b, slices)
+
+    def add_shrink(self, buffer: torch.Tensor, x: torch.Tensor, a: Any, scale: float) -> None:
+        x = x.view(-1, x.shape[-1])
+        torch.ops.vllm.lora_shrink(x, a, buffer, *self.token_mapping_meta.meta_args(x.size(0), False), scale)
+
+    def add_expand(self, y: torch.Tensor, buffer: torch.Tensor, b: Any, slices: Any) -> None:
+        given = self.token_mapping_meta.meta_args(buffer.size(1), False)
+        torch.ops.vllm.lora_expand(buffer, b, y.view(-1, y.shape[-1]), *given, offset_start=0, add_inputs=True)
+
+
+class ScalesTwice(PunicaOfOps):
+    def add_shrink(self, buffer: torch.Tensor, x: torch.Tensor, a: Any, scale: float) -> None:
+        super().add_shrink(buffer, x * 2, a, scale)
+
+
+class ShrinksTwice(PunicaOfOps):
+    def add_shrink(self, buffer: torch.Tensor, x: torch.Tensor, a: Any, scale: float) -> None:
+        super().add_shrink(buffer, x, a, scale)
+        super().add_shrink(buffer, x, a, scale)
+
+
+class OtherBuffer(PunicaOfOps):
+    def add_shrink(self, buffer: torch.Tensor, x: torch.Tensor, a: Any, scale: float) -> None:
+        super().add_shrink(buffer.transpose(0, 1).contiguous(), x, a, scale)
+
+
+class AsksForMore(PunicaOfOps):
+    def add_expand(self, y: torch.Tensor, buffer: torch.Tensor, b: Any, slices: Any) -> None:
+        self.token_mapping_meta.meta_args(buffer.size(1) + 1, False)
+        super().add_expand(y, buffer, b, slices)
+
+
+class CallsAnotherOp(PunicaOfOps):
+    def add_shrink(self, buffer: torch.Tensor, x: torch.Tensor, a: Any, scale: float) -> None:
+        super().add_shrink(buffer, torch.ops.overlay_test.gathered(x), a, scale)
+
+
+class MethodLayer(BaseLinearLayerWithLoRA):
+    """Goes to the base layer's method, as upstream's layers do."""
+
+    def _apply_sync(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        output: torch.Tensor = self.base_layer.quant_method.apply(self.base_layer, x, bias)
+        self.punica_wrapper.add_lora_linear(
+            output, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
+        )
+        return output
+
+
+class TwoGemms(MethodLayer):
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        self.base_layer.quant_method.apply(self.base_layer, x, bias)
+        return super().apply(x, bias)
+
+
+class OtherInput(MethodLayer):
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return super().apply(x + 1, bias)
+
+
+class ForgetsBias(MethodLayer):
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return super().apply(x, None)
+
+
+class CopiesItsOutput(MethodLayer):
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return super().apply(x, bias).clone()
+
+
+class Method:
+    def apply(self, base: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, base.weight, bias)
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Upstream's ops computing on a CPU, and how each call came: through the dispatcher ("op"), or not ("function")."""
+    from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
+
+    found: list[str] = []
+
+    def made(way: str) -> tuple[Any, Any]:
+        def shrink(  # type: ignore[no-untyped-def]
+            inputs,
+            lora_a_weights,
+            output_tensor,
+            token_lora_mapping,
+            token_indices_sorted_by_lora_ids,
+            num_tokens_per_lora,
+            lora_token_start_loc,
+            lora_ids,
+            no_lora_flag_cpu,
+            num_active_loras,
+            scaling,
+        ):
+            found.append(way)
+            assert len(token_lora_mapping) == len(inputs)
+            output_tensor[0] = scaling * inputs @ lora_a_weights[0][0, 0].t()
+
+        def expand(  # type: ignore[no-untyped-def]
+            inputs,
+            lora_b_weights,
+            output_tensor,
+            token_lora_mapping,
+            token_indices_sorted_by_lora_ids,
+            num_tokens_per_lora,
+            lora_token_start_loc,
+            lora_ids,
+            no_lora_flag_cpu,
+            num_active_loras,
+            offset_start=0,
+            add_inputs=False,
+        ):
+            found.append(way)
+            assert add_inputs and offset_start == 0 and len(token_lora_mapping) == len(output_tensor)
+            output_tensor += inputs[0] @ lora_b_weights[0][0, 0].t()
+
+        return shrink, expand
+
+    by_function, by_op = made("function"), made("op")
+    monkeypatch.setattr(lora_shrink_op, "_lora_shrink", by_function[0])
+    monkeypatch.setattr(lora_expand_op, "_lora_expand", by_function[1])
+    library = torch.library.Library("vllm", "IMPL")
+    library.impl("lora_shrink", by_op[0], "CPU", allow_override=True)
+    library.impl("lora_expand", by_op[1], "CPU", allow_override=True)
+    mine = torch.library.Library("overlay_test", "DEF")
+    mine.define("gathered(Tensor x) -> Tensor")
+    mine.impl("gathered", lambda x: x + 0, "CPU")
+    yield found
+    mine._destroy()
+    library._destroy()
+
+
+def with_ops(
+    record: PatchRecord, layer_class: type = MethodLayer, punica: type = PunicaOfOps, **options: Any
+) -> tuple[Any, lora_linear.LinearOverlap]:
+    layer: Any = layer_class(**options)
+    layer.base_layer.quant_method = type("UnquantizedLinearMethod", (Method,), {})()
+    layer.set_mapping(punica([0] * 64))
+    originals = {layer_class: layer_class.__dict__["apply"]} if "apply" in vars(layer_class) else ORIGINALS
+    overlap = lora_linear.LinearOverlap(layer, layer.base_layer.prefix, 8, next(iter(originals.values())), PLAN, record)
+    return layer, overlap
+
+
+def test_after_the_first_call_only_what_upstream_came_to_runs(ways: list[str], record: PatchRecord) -> None:
+    layer, overlap = with_ops(record)
+    stock, _ = with_ops(record)
+    stock.load_state_dict(layer.state_dict())
+    stock.lora_a_stacked, stock.lora_b_stacked = layer.lora_a_stacked, layer.lora_b_stacked
+    for tokens in (5, 1, 5, 64):
+        x = torch.randn(tokens, 4)
+        expected = stock.apply(x)
+        ways.clear()
+        assert torch.equal(overlap.apply(x, None), expected)
+        assert ways == ["function", "function"]
+
+
+def test_learning_computes_nothing_and_leaves_the_layer_alone(ways: list[str], record: PatchRecord) -> None:
+    layer, _ = with_ops(record)
+    before = dict(layer.__dict__), dict(layer.base_layer.__dict__), dict(layer.punica_wrapper.__dict__)
+    method = layer.base_layer.quant_method
+    method.apply = lambda *given: pytest.fail("the base layer's method was called")
+    replay = lora_linear.learn(layer, ORIGINALS[BaseLinearLayerWithLoRA], torch.randn(5, 4), None)
+    assert ways == []
+    assert before == (dict(layer.__dict__), dict(layer.base_layer.__dict__), dict(layer.punica_wrapper.__dict__))
+    assert (replay.buffer_rank, replay.buffer_type) == (2, torch.float32)
+    assert (replay.shrink.rest, replay.expand.rest) == ((1.0,), (0, True))
+
+
+def test_the_metadata_is_asked_for_once_per_size_by_all_layers(ways: list[str], record: PatchRecord) -> None:
+    first, of_first = with_ops(record)
+    second, of_second = with_ops(record)
+    second.punica_wrapper = first.punica_wrapper
+    x = torch.randn(5, 4)
+    for overlap in (of_first, of_second):
+        overlap.apply(x, None)
+    asked = first.punica_wrapper.token_mapping_meta.asked
+    asked.clear()
+    for tokens in (7, 7, 3, 7):
+        for overlap in (of_first, of_second):
+            overlap.apply(torch.randn(tokens, 4), None)
+    assert asked == [7, 3, 7]
+
+
+def test_two_engines_have_metadata_of_their_own(ways: list[str], record: PatchRecord) -> None:
+    layers = [with_ops(record) for _ in range(2)]
+    for _, overlap in layers:
+        overlap.apply(torch.randn(5, 4), None)
+    one, other = (overlap._replay for _, overlap in layers)
+    assert one is not None and other is not None
+    assert one.metadata is not other.metadata
+    assert one.metadata.source is layers[0][0].punica_wrapper.token_mapping_meta
+
+
+@pytest.mark.parametrize(
+    ("layer_class", "punica", "reason"),
+    [
+        (TwoGemms, PunicaOfOps, "does not compute the base layer once"),
+        (OtherInput, PunicaOfOps, "gives the base layer other arguments"),
+        (ForgetsBias, PunicaOfOps, "gives the base layer other arguments"),
+        (CopiesItsOutput, PunicaOfOps, "something else than the base layer's output"),
+        (BaseLinearLayerWithLoRA, PunicaOfOps, "does not compute the base layer once"),
+        (MethodLayer, Punica, "does not call lora_shrink and lora_expand once each"),
+        (MethodLayer, ShrinksTwice, "does not call lora_shrink and lora_expand once each"),
+        (MethodLayer, ScalesTwice, "lora_shrink is given something else"),
+        (MethodLayer, OtherBuffer, "the buffer between shrink and expand has another shape"),
+        (MethodLayer, AsksForMore, "depends on more than the number of tokens"),
+        (MethodLayer, CallsAnotherOp, "it calls overlay_test::gathered"),
+    ],
+)
+def test_other_calls_than_those_are_left_to_upstream(
+    ways: list[str], record: PatchRecord, layer_class: type, punica: type, reason: str
+) -> None:
+    layer, overlap = with_ops(record, layer_class, PunicaOfOps)
+    if punica is Punica:
+        layer.set_mapping(Punica())
+        layer.punica_wrapper.token_mapping_meta.meta_args = None
+    else:
+        layer.set_mapping(punica([0] * 64))
+    x, bias = torch.randn(1, 4), torch.randn(8)
+    with pytest.raises(lora_linear.Unlearnable, match=reason):
+        lora_linear.learn(layer, overlap._original, x, bias)
+    assert torch.equal(overlap.apply(x, bias), overlap._original(layer, x, bias))
+    assert overlap._replay is None
+
+
+def test_three_dimensions_are_left_to_upstream(ways: list[str], record: PatchRecord) -> None:
+    layer, overlap = with_ops(record)
+    with pytest.raises(lora_linear.Unlearnable, match="3 dimensions"):
+        lora_linear.learn(layer, overlap._original, torch.randn(1, 5, 4), None)
+
+
+def test_the_punica_wrapper_of_a_cpu_is_left_to_upstream(ways: list[str], record: PatchRecord) -> None:
+    layer, overlap = with_ops(record)
+    del layer.punica_wrapper.token_mapping_meta
+    with pytest.raises(lora_linear.Unlearnable, match="PunicaOfOps is not the wrapper of a GPU's kernels"):
+        lora_linear.learn(layer, overlap._original, torch.randn(5, 4), None)
+
+
+@pytest.mark.parametrize("changed", ["lora_a_stacked", "lora_b_stacked", "token_mapping_meta", "bias"])
+def test_a_layer_that_has_changed_since_goes_through_upstreams_apply(
+    ways: list[str], record: PatchRecord, changed: str
+) -> None:
+    layer, overlap = with_ops(record)
+    x, bias = torch.randn(5, 4), None
+    overlap.apply(x, None)
+    if changed == "token_mapping_meta":
+        layer.punica_wrapper.token_mapping_meta = LoraKernelMeta([0] * 64)
+    elif changed == "bias":
+        bias = torch.randn(8)
+    else:
+        setattr(layer, changed, tuple(weight * 2 for weight in getattr(layer, changed)))
+    ways.clear()
+    assert torch.equal(overlap.apply(x, bias), overlap._original(layer, x, bias))
+    assert ways == ["op"] * 4
+
+
+def test_a_function_with_other_parameters_than_the_op_is_not_called(
+    ways: list[str], record: PatchRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
+
+    monkeypatch.setattr(lora_shrink_op, "_lora_shrink", lambda inputs, weights: pytest.fail("called"))
+    monkeypatch.delattr(lora_expand_op, "_lora_expand")
+    layer, overlap = with_ops(record)
+    x = torch.randn(5, 4)
+    assert torch.equal(overlap.apply(x, None), overlap._original(layer, x, None))
+    assert overlap._replay is not None
+    assert ways == ["op"] * 4
+
+
+def test_an_error_while_learning_is_a_problem_and_changes_no_result(
+    ways: list[str], record: PatchRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal()
+    monkeypatch.setattr(lora_linear, "journal", journal)
+    _, overlap = with_ops(record)
+    monkeypatch.setattr(LoraKernelMeta, "meta_args", lambda self, tokens, specialize: self.gone)
+    monkeypatch.setattr(PunicaOfOps, "add_shrink", lambda self, *given: self.token_mapping_meta.meta_args(1, False))
+    with pytest.raises(AttributeError, match="gone"):
+        overlap.apply(torch.randn(5, 4), None)  # upstream's own error, and ours before it
+    (problem,) = journal.problems
+    assert "model.layers.0.o_proj runs upstream's apply" in problem and "gone" in problem
+
+
+def test_nothing_is_learned_during_a_capture(
+    ways: list[str], record: PatchRecord, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where a captured call forks, what was learned is not used."""
+    layer, overlap = with_ops(record)
+    monkeypatch.setattr(overlap, "_reason_for_serial", lambda layer, x: lora_linear.BEFORE_CAPTURE)
+    x = torch.randn(5, 4)
+    overlap.apply(x, None)
+    assert not overlap._learned and ways == ["op", "op"]
+    monkeypatch.setattr(overlap, "_reason_for_serial", lambda layer, x: NOT_CAPTURING)
+    overlap.apply(x, None)
+    assert overlap._learned
+    forked(overlap, monkeypatch)
+    expected, forks = overlap._original(layer, x, None), record.calls.dual_stream
+    ways.clear()
+    assert torch.equal(overlap.apply(x, None), expected)
+    assert record.calls.dual_stream == forks + 1
+    assert ways == ["op", "op"]
 
 
 # ------------------------------------------------------------------------------------------------ the op
