@@ -2,7 +2,7 @@
 """Evidence from a GPU host: the same engine with and without the overlay, side by side.
 
     gpu_evidence.py run --site /tmp/site --out OUT --phases tokens,ttft,decode,trace --budget 540
-    gpu_evidence.py report OUT/results.json [--plot ratio.png]
+    gpu_evidence.py report OUT/results.json [--plot FOLDER]
 
 Phases: `tokens` greedy tokens and log probabilities; `ttft` time to first token; `decode` time per decode step, the two
 engines alive at once and taking turns; `trace` profiler traces and the overlap found in them; `compile` cold compile
@@ -24,11 +24,21 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpu import REPOSITORY
+
+sys.path.append(str(REPOSITORY))
+
 from gpu.pair import EnginePair
-from gpu.protocol import tail
-from gpu.results import Results
-from gpu.run_setup import Setup, numbers
+from gpu.run_setup import Setup
 from gpu.starts import QUANTIZED, compile_cold, quantized, tensor_parallel
+
+from overlay.cli import output
+from overlay.cli.bench import report as tables
+from overlay.cli.bench.progress import Progress
+from overlay.cli.bench.results import Results
+from overlay.cli.bench.setup import numbers
+from overlay.cli.bench.shapes import DEFAULT_SHAPE
+from overlay.cli.bench.workers import tail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,8 +85,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--cpu", action="store_true", help="a tiny model on the CPU engine: a test of this script")
     show = commands.add_parser("report", help="print the tables of a results file")
     show.add_argument("results", type=Path, nargs="+", help="several files are put together, the later one wins")
-    show.add_argument("--plot", type=Path)
-    commands.add_parser("worker", help="internal: one engine, driven over pipes")
+    show.add_argument("--plot", type=Path, help="a folder for ratio.png")
     alone = commands.add_parser("standalone", help="internal: replay or micro, writes JSON to a file")
     alone.add_argument("what", choices=("replay", "micro", "call-costs"))
     alone.add_argument("target", type=Path)
@@ -259,6 +268,16 @@ def run(options: argparse.Namespace) -> int:
         load_cache(options.load_cache, setup.work)
     results = Results(setup.out / "results.json")
     results.put("arguments", value={key: str(value) for key, value in vars(options).items()})
+    results.put(
+        "model",
+        value={
+            "name": DEFAULT_SHAPE,
+            "layers": setup.layers,
+            "tensor_parallel": 1,
+            "linear_attention_layers": setup.gdn_layers(),
+        },
+    )
+    progress = Progress(output.console())
     pair: EnginePair | None = None
     replaying: threading.Thread | None = None
     try:
@@ -273,8 +292,8 @@ def run(options: argparse.Namespace) -> int:
             try:
                 if phase in PAIR_PHASES:
                     if pair is None:
-                        pair = EnginePair(setup, results)
-                        pair.start()
+                        pair = EnginePair(setup, results, progress)
+                        pair.start_any()
                     run_pair_phase(pair, phase, options)
                 elif phase == "compile":
                     started = results.data.get("pair", {}).get("architecture", setup.architectures()[0])
@@ -309,17 +328,13 @@ def run(options: argparse.Namespace) -> int:
         save_logs(setup.work, setup.out)
         if options.save_cache:
             save_cache(setup.work, setup.out, options.save_cache)
-    report.show(results.data, setup.out / "report.txt")
-    return 1 if results.data["problems"] else 0
+    tables.show(results.data, tables.wide_console(), setup.out / "report.txt", report.tables)
+    return 1 if results.data["problems"] or results.data["unfinished"] else 0
 
 
 def main() -> int:
     options = parse()
-    if options.command == "worker":
-        from gpu import worker
-
-        worker.main()
-    elif options.command == "standalone":
+    if options.command == "standalone":
         run_standalone(options)
     elif options.command == "report":
         from gpu import report
@@ -328,9 +343,11 @@ def main() -> int:
         for path in options.results:
             content = json.loads(path.read_text())
             data = {**data, **content, "problems": data["problems"] + content["problems"]}
-        report.show(data)
+        tables.show(data, tables.wide_console(), None, report.tables)
         if options.plot is not None:
-            report.plot(data, options.plot)
+            from overlay.cli.bench import plots
+
+            plots.write(data, options.plot)
     else:
         return run(options)
     return 0

@@ -26,9 +26,16 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu.protocol import tail
-from gpu.results import Results
-from gpu.run_setup import Setup, numbers
+from gpu import REPOSITORY
+
+sys.path.append(str(REPOSITORY))
+
+from gpu.run_setup import Setup
+
+from overlay.cli.bench import report
+from overlay.cli.bench.results import Results
+from overlay.cli.bench.setup import numbers
+from overlay.cli.bench.workers import tail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +79,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     show = commands.add_parser("report", help="print the tables of a results file")
     show.add_argument("results", type=Path, nargs="+", help="several files are put together, the later one wins")
     show.add_argument("--plot", type=Path)
-    commands.add_parser("worker", help="internal: one engine, driven over pipes")
     micro = commands.add_parser("micro", help="internal: one linear alone, writes JSON to a file")
     micro.add_argument("target", type=Path)
     micro.add_argument("seconds", type=float)
@@ -151,7 +157,7 @@ def save_logs(work: Path, out: Path) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the phases in the order given; what fails is noted and the rest goes on."""
-    from gpu import lora_report, report
+    from gpu import lora_report
     from gpu.lora_engines import LoraEngines
 
     phases = [phase for phase in options.phases.split(",") if phase]
@@ -210,31 +216,27 @@ def run(options: argparse.Namespace) -> int:
         if engines is not None:
             engines.close()
         save_logs(setup.work, setup.out)
-    report.show(results.data, setup.out / "lora-report.txt", lora_report.tables)
+    report.show(results.data, report.wide_console(), setup.out / "lora-report.txt", lora_report.tables)
     print(f"[{setup.elapsed():5.0f} s] done", flush=True)
     return 1 if results.data["problems"] else 0
 
 
 def main() -> int:
     options = parse()
-    if options.command == "worker":
-        from gpu import lora_worker, worker
-
-        worker.main(lora_worker.LoraWorker())
-    elif options.command == "micro":
+    if options.command == "micro":
         from gpu import lora_micro
 
         lora_micro.run(options.target, options.seconds)
         sys.stdout.flush()
         os._exit(0)
     elif options.command == "report":
-        from gpu import lora_report, report
+        from gpu import lora_report
 
         data: dict[str, Any] = {"problems": []}
         for path in options.results:
             content = json.loads(path.read_text())
             data = {**data, **content, "problems": data["problems"] + content["problems"]}
-        report.show(data, None, lora_report.tables)
+        report.show(data, report.wide_console(), None, lora_report.tables)
         if options.plot is not None:
             lora_report.plot(data, options.plot)
     else:

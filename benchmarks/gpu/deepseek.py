@@ -25,15 +25,20 @@ from typing import Any
 if __name__ == "__main__":  # this folder has modules by the names of others'; its parent is the one to look in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from gpu import deepseek_model, weights
-from gpu.intervals import compare
-from gpu.protocol import Worker, WorkerError, tail
-from gpu.results import Results, read_journals
-from gpu.run_setup import Setup, numbers
+from gpu import REPOSITORY, deepseek_model
+
+sys.path.append(str(REPOSITORY))
+
+from gpu.run_setup import Setup
+from overlay.cli.bench.intervals import compare
+from overlay.cli.bench.results import Results, read_journals
+from overlay.cli.bench.setup import numbers
+from overlay.cli.bench.workers import Worker, WorkerError, tail
 
 PHASES = ("micro", "tokens", "decode", "ttft", "mtp")
 SIDES = ("stock", "overlay", "next")
 SEED = 20251121
+SCRIPT = Path(__file__).resolve().with_name("deepseek_worker.py")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +72,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--save-cache", action="store_true", help="write it, if it is below 15 MiB")
     show = commands.add_parser("report", help="print the tables of a results file")
     show.add_argument("results", type=Path)
-    commands.add_parser("worker", help="internal: one engine, driven over pipes")
     micro = commands.add_parser("micro", help="internal: the GEMMs alone, writes JSON to a file")
     micro.add_argument("target", type=Path)
     micro.add_argument("work", type=Path)
@@ -131,7 +135,7 @@ class Engines:
         engine = deepseek_model.engine(model, self.options.capture, mtp, self.options.tensor_parallel)
         engine["enforce_eager"] = self.options.eager
         log = setup.work / "logs" / f"{run}-{side}.log"
-        worker = Worker(side, self.environment(side, run), log, Path(__file__).resolve())
+        worker = Worker(side, self.environment(side, run), log, SCRIPT)
         self.workers[side] = worker
         worker.send("start", engine=engine, weight_seed=SEED)
 
@@ -342,7 +346,7 @@ def run(options: argparse.Namespace) -> int:
     results.put("arguments", value={key: str(value) for key, value in vars(options).items()})
 
     def setup_of(site: str) -> Setup:
-        return Setup(work, out, site, "deepseek_v4", options.layers, options.budget)
+        return Setup(work, out, site, options.budget, layers=options.layers)
 
     setups = {"stock": setup_of(options.site), "overlay": setup_of(options.site)}
     if options.next_files is not None:
@@ -434,12 +438,7 @@ def show(data: dict[str, Any]) -> None:
 
 def main() -> int:
     options = parse()
-    if options.command == "worker":
-        from gpu import worker
-
-        weights.fill = deepseek_model.fill
-        worker.main()
-    elif options.command == "micro":
+    if options.command == "micro":
         from gpu import deepseek_micro
 
         options.target.write_text(json.dumps(deepseek_micro.run(options.work)))

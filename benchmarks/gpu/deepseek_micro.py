@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_engine import weights
 
-from gpu import deepseek_model, weights
+from gpu import deepseek_model
 from gpu.micro import capture
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -11,7 +11,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from gpu import weights
+from bench_engine import weights
 
 if TYPE_CHECKING:
     from pathlib import Path

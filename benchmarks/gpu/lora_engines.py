@@ -12,21 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu import lora_model, lora_trace, models, trace
-from gpu.intervals import compare
-from gpu.protocol import Worker, WorkerError, tail
-from gpu.results import read_journals
+from gpu import lora_model, lora_trace, trace
+from overlay.cli.bench import shapes
+from overlay.cli.bench.intervals import compare
+from overlay.cli.bench.results import read_journals
+from overlay.cli.bench.workers import Worker, WorkerError, tail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gpu.results import Results
     from gpu.run_setup import Setup
+    from overlay.cli.bench.results import Results
 
 SEED = 20251122
 SWITCH = "VLLM_LORA_ENABLE_DUAL_STREAM"
 PASS_THROUGH = "VLLMOVERLAY_SERIAL_PASS_THROUGH"
-SCRIPT = Path(__file__).resolve().parents[1] / "lora_evidence.py"
+SCRIPT = Path(__file__).resolve().with_name("lora_worker.py")
 #: The overlay at least this much faster than stock wherever upstream's switch gains.
 TARGET = 0.95
 #: The overlay's words for serial calls that there should be none of here.
@@ -108,7 +109,7 @@ class LoraEngines:
     def start(self, one_by_one: bool = False) -> None:
         """Start all engines, together: nothing of this model is autotuned, so nobody spoils another's timing."""
         setup = self.setup
-        model = models.write(setup.work / "models" / f"qwen3-{setup.layers}-layers", self.config)
+        model = shapes.write(setup.work / "models" / f"qwen3-{setup.layers}-layers", self.config)
         engine = self.engine(model)
         self.results.put("engines", "arguments", value=engine)
         for side in self.sides:

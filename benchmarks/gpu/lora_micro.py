@@ -82,7 +82,7 @@ def overlap_of(layer: LoraLinear, name: str) -> tuple[Any, Any]:
 
     record = PatchRecord()
     plan = Plan("dual", 1 << 20)
-    return LinearOverlap(layer, name, sum(layer.output_slices), serial, {}, plan, record), record
+    return LinearOverlap(layer, name, sum(layer.output_slices), serial, plan, record), record
 
 
 def punica_wrapper(rank: int, device: torch.device) -> Any:

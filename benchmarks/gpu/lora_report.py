@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gpu.report import _milliseconds, _table
+from overlay.cli.bench.report import milliseconds, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +66,7 @@ def _head(data: dict[str, Any]) -> str:
 def _tokens(rows: list[dict[str, Any]]) -> Table:
     sides = list(rows[0]["sides"])
     columns = [f"{side} {what}" for side in sides for what in ("differ", "logprobs")]
-    table = _table(
+    grid = table(
         "greedy tokens against stock", "case", "requests", "tokens", "distinct", "adapter changes", *columns, "repeats"
     )
     for row in rows:
@@ -75,14 +75,14 @@ def _tokens(rows: list[dict[str, Any]]) -> Table:
             found = row["sides"][side]
             cells += [str(found["different_requests"]), "equal" if found["logprobs_equal"] else "DIFFER"]
         repeats = min(row["stock_repeats_tokens"], row["stock_repeats_logprobs"])
-        table.add_row(
+        grid.add_row(
             row["case"],
             *(str(row[key]) for key in ("requests", "generated", "distinct")),
             str(row.get("changed_by_adapter", "")),
             *cells,
             f"{repeats} of {row['stock_repetitions']}",
         )
-    return table
+    return grid
 
 
 def _ratio(found: dict[str, Any] | None) -> str:
@@ -93,15 +93,15 @@ _RATIOS = ("upstream / stock", "overlay / stock", "overlay / upstream")
 
 
 def _ratio_cells(row: dict[str, Any]) -> list[str]:
-    return [_milliseconds(row["stock_seconds"]), *(_ratio(row.get(key)) for key in ("upstream", "overlay", "both"))]
+    return [milliseconds(row["stock_seconds"]), *(_ratio(row.get(key)) for key in ("upstream", "overlay", "both"))]
 
 
 def _decode(rows: list[dict[str, Any]]) -> Table:
     title = "decode step: stock in ms, ratios with their 95 % intervals; 5 % is the goal where upstream gains"
-    table = _table(title, "adapters", "N", "rounds", "stock", *_RATIOS, "upstream gains", "5 %", "slower than")
+    grid = table(title, "adapters", "N", "rounds", "stock", *_RATIOS, "upstream gains", "5 %", "slower than")
     for row in rows:
         slower = [name for name in ("stock", "upstream") if row[f"slower_than_{name}"]]
-        table.add_row(
+        grid.add_row(
             row["group"],
             str(row["requests"]),
             str(row["rounds"]),
@@ -110,14 +110,14 @@ def _decode(rows: list[dict[str, Any]]) -> Table:
             VERDICTS[row["target"]],
             ", ".join(slower).upper(),
         )
-    return table
+    return grid
 
 
 def _prefill(rows: list[dict[str, Any]]) -> Table:
-    table = _table("time to first token of one prompt with an adapter: stock in ms", "prompt", "stock", *_RATIOS)
+    grid = table("time to first token of one prompt with an adapter: stock in ms", "prompt", "stock", *_RATIOS)
     for row in rows:
-        table.add_row(str(row["prompt"]), *_ratio_cells(row))
-    return table
+        grid.add_row(str(row["prompt"]), *_ratio_cells(row))
+    return grid
 
 
 def _trace(sides: dict[str, dict[str, Any]]) -> Table:
@@ -132,13 +132,13 @@ def _trace(sides: dict[str, dict[str, Any]]) -> Table:
     )
     row = next(iter(sides.values()))
     title = f"trace of a decode step, N={row['requests']}, rank {row['rank']}"
-    table = _table(title, "side", *(label for _, label in keys), "LoRA streams", "GEMM streams", "wall ms")
+    grid = table(title, "side", *(label for _, label in keys), "LoRA streams", "GEMM streams", "wall ms")
     for side, found in sides.items():
         cells = ["-" if found[key] is None else f"{found[key]:.3g}" for key, _ in keys[4:5]]
         plain = [f"{found[key]:.1f}" for key, _ in keys if key != "hidden_share"]
         streams = [",".join(map(str, found[key])) for key in ("lora_streams", "gemm_streams")]
-        table.add_row(side, *plain[:4], *cells, *plain[4:], *streams, _milliseconds(found["mean"]))
-    return table
+        grid.add_row(side, *plain[:4], *cells, *plain[4:], *streams, milliseconds(found["mean"]))
+    return grid
 
 
 def _micro(found: dict[str, Any]) -> list[Any]:
@@ -150,7 +150,7 @@ def _micro(found: dict[str, Any]) -> list[Any]:
         mine = [row for row in rows if (row["shards"], row["rank"]) == (shards, rank)]
         linears = list(dict.fromkeys(row["linear"] for row in mine))
         title = f"one linear in a CUDA graph, TP{shards}, rank {rank}: GEMM | serial | dual us, torch {found['torch']}"
-        table = _table(title, "tokens", *linears, "layer dual / serial", "different")
+        grid = table(title, "tokens", *linears, "layer dual / serial", "different")
         for tokens in sorted({row["tokens"] for row in mine}):
             here = {row["linear"]: row for row in mine if row["tokens"] == tokens}
             cells = [
@@ -160,9 +160,9 @@ def _micro(found: dict[str, Any]) -> list[Any]:
             whole = entry["ratio"].get(tokens, entry["ratio"].get(str(tokens)))  # JSON has made the numbers strings
             different = sum(row["different"] for row in here.values())
             alone = "" if all(row["on_two_streams"] for row in here.values()) else " NOT ON TWO STREAMS"
-            table.add_row(str(tokens), *cells, "" if whole is None else f"{whole:.3f}", f"{different}{alone}")
+            grid.add_row(str(tokens), *cells, "" if whole is None else f"{whole:.3f}", f"{different}{alone}")
         each = ", ".join(f"{linear} {tokens}" for linear, tokens in entry["linears"].items())
-        shown += [table, f"TP{shards}, rank {rank}: not slower up to {entry['layer']} tokens (a layer); {each}"]
+        shown += [grid, f"TP{shards}, rank {rank}: not slower up to {entry['layer']} tokens (a layer); {each}"]
     return shown
 
 

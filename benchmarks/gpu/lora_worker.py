@@ -1,11 +1,15 @@
-"""The worker process of the LoRA evidence: `EngineWorker`, and what only LoRA needs."""
+"""The worker process of the LoRA evidence: `EngineWorker`, and what only LoRA needs. Run by its path."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
-from gpu.worker import EngineWorker
+if __name__ == "__main__":  # not this folder, which has modules by the names of others'
+    sys.path[0] = str(Path(__file__).resolve().parents[2] / "overlay" / "cli" / "bench" / "outside")
+
+from bench_engine.worker import EngineWorker, main
 
 #: vLLM's class for linears with LoRA, known by name so that nothing is imported only to count.
 LINEAR = "BaseLinearLayerWithLoRA"
@@ -67,3 +71,7 @@ class LoraWorker(EngineWorker):
         self._drain()
         self.do_remove_adapter(late["name"])
         return {"removed": removed, **self._answer([finished[identifier] for identifier in order], logprobs)}
+
+
+if __name__ == "__main__":
+    main(LoraWorker())

@@ -77,10 +77,10 @@ def overlay_projection(layer: Layer, qkvz: int, ba: int, device: torch.device) -
     region = overlay_region(device)
     try:
         from overlay.journal import PatchRecord
-        from overlay.patches.gdn import InProjPair
+        from overlay.pair import LinearPair
         from overlay.plan import Plan
 
-        pair = InProjPair("evidence", qkvz, ba, Plan("dual", 1 << 20), PatchRecord())
+        pair = LinearPair(qkvz, ba, Plan("dual", 1 << 20), PatchRecord())
     except Exception:
 
         def run(hidden_states: torch.Tensor) -> Pair:
@@ -90,7 +90,7 @@ def overlay_projection(layer: Layer, qkvz: int, ba: int, device: torch.device) -
             return main, side
 
         return "ParallelRegion", run
-    return "InProjPair", lambda hidden_states: pair.project(layer, hidden_states)
+    return "LinearPair", lambda hidden_states: pair.project(layer.in_proj_qkvz, layer.in_proj_ba, hidden_states)
 
 
 def capture(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

@@ -9,17 +9,16 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from gpu import models
-from gpu.pair import SEED
-from gpu.protocol import Worker, WorkerError, tail
-from gpu.results import Results, journal_summary
+from gpu import models, targets
 from gpu.run_setup import SIDES, Setup
+from overlay.cli.bench.engines import SEED
+from overlay.cli.bench.results import Results, journal_summary
+from overlay.cli.bench.workers import Worker, WorkerError, tail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-COMPILE_TARGET = 1.02
 #: The lines of vLLM's log that say what was compiled and how long it took.
 LOG_LINES = re.compile(
     r"((?:torch\.compile took|Compiling a graph for compile range|Dynamo bytecode transform time|saved AOT compiled|"
@@ -115,7 +114,7 @@ def summarize_compile(starts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ):
         counted = counted[1:]
     times = {side: [start["compile_seconds"] for start in counted if start["side"] == side] for side in SIDES}
-    summary: dict[str, Any] = {"starts": list(starts), "target": COMPILE_TARGET}
+    summary: dict[str, Any] = {"starts": list(starts), "target": targets.COMPILE}
     for side in SIDES:
         if times[side]:
             summary[side] = statistics.median(times[side])

@@ -113,3 +113,101 @@ def status(
     from overlay.cli import status
 
     raise typer.Exit(status.run(journal_dir, gone=gone, as_json=json, watch=watch))
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|CONFIG.JSON|FOLDER",
+            help="Qwen3.5-35B-A3B, Qwen3.5-27B, Qwen3-Next-80B-A3B or tiny; a configuration; a checkpoint's folder.",
+        ),
+    ] = "Qwen3.5-35B-A3B",
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of that shape; as many as fit when left out.", show_default=False)
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs per engine.")] = 1,
+    arms: Annotated[
+        str, typer.Option(help="Of stock, overlay, and the overlay with one plan: auto, dual, fused, serial.")
+    ] = "stock,overlay",
+    batches: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Running requests of a decode step.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Prompt lengths for the first token.", show_default=False)
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="R,R,…", help="Also real servers, at these requests per second.", show_default=False),
+    ] = None,
+    phases: Annotated[
+        str, typer.Option(help="What to measure, in this order; servers come last.")
+    ] = "tokens,ttft,decode,serving",
+    capture_sizes: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="CUDA graph capture sizes.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the results; bench-<time> here when left out.")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Caches and logs; a later run starts sooner with it.")] = None,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds after which no further step begins.")] = 7200.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds, for a first look.")] = False,
+    together: Annotated[
+        bool, typer.Option("--start-together", help="Start all engines at once; start times then mean nothing.")
+    ] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="Keep the compile caches of an earlier run.")] = False,
+    memory_check: Annotated[
+        bool, typer.Option("--memory-check/--no-memory-check", help="Refuse what does not fit into the free memory.")
+    ] = True,
+    engine: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=JSON", help="A further argument of vllm.LLM, of all arms.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An environment variable, of all arms.")
+    ] = None,
+    overlay_env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="One of all arms but stock.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="OLD NEW", help="Measure nothing: what moved between two results.json?"),
+    ] = None,
+) -> None:
+    """Stock vLLM and the overlay against each other on this machine: tokens, decode step, first token, starts, servers.
+
+    Exit status: 0 measured, tokens identical; 1 tokens differ, something failed, or --compare found a regression; 2 bad
+    input, or too little memory; 3 interrupted or out of time: what was measured is kept.
+    """
+    if compare is not None:
+        from overlay.cli import output
+        from overlay.cli.bench import compare as gate
+
+        raise typer.Exit(gate.run(*compare, output.console()))
+    from overlay.cli.bench import command
+
+    raise typer.Exit(
+        command.run(
+            command.Options(
+                model=model,
+                layers=layers,
+                tensor_parallel=tensor_parallel,
+                arms=command.parse_arms(arms),
+                phases=command.parse_words("--phases", phases, command.PHASES),
+                batches=command.parse_numbers("--batches", batches),
+                prompts=command.parse_numbers("--prompts", prompts),
+                rates=command.parse_rates(rates),
+                capture_sizes=command.parse_numbers("--capture-sizes", capture_sizes),
+                out=out,
+                work=work,
+                budget=budget,
+                quick=quick,
+                together=together,
+                warm=warm,
+                memory_check=memory_check,
+                engine=tuple(engine or ()),
+                variables=tuple(env or ()),
+                overlay_variables=tuple(overlay_env or ()),
+            )
+        )
+    )

@@ -16,7 +16,8 @@ from tests.conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from gpu import deepseek, deepseek_model
-from gpu.results import Results
+
+from overlay.cli.bench.results import Results
 
 
 def test_the_layers_have_all_three_kinds_in_the_released_order(tmp_path: Path) -> None:
@@ -82,9 +83,7 @@ def test_the_next_release_is_a_copy_and_leaves_the_first_alone(tmp_path: Path) -
 
 def test_the_sides_share_what_is_compiled_and_nothing_else(tmp_path: Path) -> None:
     options = deepseek.parse(["run", "--site", "/site", "--out", str(tmp_path), "--env", "A=1"])
-    setups = {
-        side: deepseek.Setup(tmp_path, tmp_path, "/site", "deepseek_v4", 6, 10.0) for side in ("stock", "overlay")
-    }
+    setups = {side: deepseek.Setup(tmp_path, tmp_path, "/site", 10.0, layers=6) for side in ("stock", "overlay")}
     engines = deepseek.Engines(setups, Results(tmp_path / "r.json"), {"A": "1"}, options)
     stock, overlay = engines.environment("stock", "run"), engines.environment("overlay", "run")
     for name in deepseek.CACHES:

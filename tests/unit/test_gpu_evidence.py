@@ -14,8 +14,11 @@ from tests.conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from gpu import intervals, models, results, starts, trace, weights
+from gpu import models, starts, targets, trace
 from gpu.run_setup import Setup
+
+from overlay.cli.bench import intervals, results
+from overlay.cli.bench.outside.bench_engine import weights
 
 QKVZ, BA = "nvjet_tst_128x8_64x12_4x1_v_bz_TNT", "nvjet_tst_64x8_64x16_2x1_v_bz_splitK_TNT"
 
@@ -78,7 +81,8 @@ def test_the_interval_covers_the_median() -> None:
 def test_rounds_are_compared_in_pairs() -> None:
     found = intervals.compare([1.0, 2.0, 4.0], [0.9, 1.8, 3.6])
     assert found.ratio == pytest.approx(0.9)
-    assert (found.verdict(0.95), found.verdict(0.85)) == ("met", "above")
+    row = found.as_dict()
+    assert (targets.verdict(row, 0.95), targets.verdict(row, 0.85)) == ("met", "above")
 
 
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
@@ -91,7 +95,7 @@ def test_configurations_have_the_full_layer_shape(architecture: str) -> None:
 
 def test_the_sides_differ_by_the_overlay_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLMOVERLAY_PLAN", "serial")
-    setup = Setup(tmp_path, tmp_path, "/site", "auto", 12, 100.0)
+    setup = Setup(tmp_path, tmp_path, "/site", 100.0)
     stock, overlay = (setup.environment(side, "run") for side in ("stock", "overlay"))
     different = {name for name in stock.keys() | overlay.keys() if stock.get(name) != overlay.get(name)}
     assert different == {"PYTHONPATH", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "VLLMOVERLAY_JOURNAL_DIR"}

@@ -15,9 +15,11 @@ from tests.conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import lora_evidence
-from gpu import lora_engines, lora_model, lora_report, lora_trace, report, trace
-from gpu.results import Results
+from gpu import lora_engines, lora_model, lora_report, lora_trace, trace
 from gpu.run_setup import Setup
+
+from overlay.cli.bench import report
+from overlay.cli.bench.results import Results
 
 GEMM, SHRINK, EXPAND = "nvjet_tst_128x8_64x12_2x1_v_bz_TNT", "_lora_shrink_kernel", "_lora_expand_kernel"
 ATTENTION = "void cutlass::device_kernel<flash::FlashAttnFwdSm90>"
@@ -143,7 +145,7 @@ def test_serial_calls_that_should_not_be_are_named_in_the_overlays_words() -> No
 @pytest.fixture
 def engines(tmp_path: Path) -> Callable[[bool], lora_engines.LoraEngines]:
     def make(cpu: bool) -> lora_engines.LoraEngines:
-        setup = Setup(tmp_path, tmp_path, "/site", "qwen3", 2, 100.0, cpu=cpu)
+        setup = Setup(tmp_path, tmp_path, "/site", 100.0, cpu=cpu, architecture="qwen3", layers=2)
         return lora_engines.LoraEngines(setup, Results(tmp_path / "lora.json"), (8, 16), 16, 64)
 
     return make
@@ -275,7 +277,7 @@ def test_every_table_is_printed(tmp_path: Path) -> None:
         "problems": ["overlay: NO CALL ON TWO STREAMS"],
     }
     target = tmp_path / "report.txt"
-    report.show(data, target, lora_report.tables)
+    report.show(data, report.wide_console(), target, lora_report.tables)
     shown = target.read_text()
     for text in ("mixed, N=2", "1.100 (1.100..1.100)", "STOCK, UPSTREAM", "0.667", "PROBLEM overlay: NO CALL ON TWO"):
         assert text in shown

@@ -1,4 +1,4 @@
-"""Medians and bootstrap intervals of paired measurements."""
+"""Medians and bootstrap intervals: of paired rounds, and of two sets of requests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESAMPLES = 2000
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,8 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def verdict(self, target: float) -> str:
-        """`met`: the median is at or below the target. `within`: not shown to be above it. `above`: shown."""
-        if self.ratio <= target:
-            return "met"
-        return "within" if self.low <= target else "above"
 
-
-def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float]:
     """A percentile bootstrap interval of the median."""
     if not values:
         raise ValueError("no values")
@@ -57,4 +52,25 @@ def compare(stock: Sequence[float], overlay: Sequence[float]) -> Comparison:
         ratio=statistics.median(ratios),
         low=low,
         high=high,
+    )
+
+
+def compare_sets(stock: Sequence[float], overlay: Sequence[float], seed: int = 0) -> Comparison:
+    """Compare two sets of requests that are not paired: the ratio of their medians, each resampled for itself."""
+    if not stock or not overlay:
+        raise ValueError("no values")
+    generator = random.Random(seed)
+
+    def median(values: Sequence[float]) -> float:
+        return statistics.median(generator.choices(values, k=len(values)))
+
+    ratios = sorted(median(overlay) / median(stock) for _ in range(RESAMPLES))
+    edge = int((1.0 - CONFIDENCE) / 2.0 * RESAMPLES)
+    return Comparison(
+        rounds=min(len(stock), len(overlay)),
+        stock=statistics.median(stock),
+        overlay=statistics.median(overlay),
+        ratio=statistics.median(overlay) / statistics.median(stock),
+        low=ratios[edge],
+        high=ratios[RESAMPLES - 1 - edge],
     )

@@ -1,25 +1,28 @@
 """One engine per process, driven over pipes: JSON lines in on standard input, JSON lines out on its own descriptor.
 
-vLLM's log goes to a file, so nothing that it prints can be taken for an answer.
+vLLM's log goes to a file. The process's side of this is in outside/bench_engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
+
+from overlay.cli.bench.outside.bench_engine.replies import REPLY_DESCRIPTOR
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-REPLY_DESCRIPTOR = "EVIDENCE_REPLY_DESCRIPTOR"
-#: What runs a worker when its first argument is `worker`.
-SCRIPT = Path(__file__).resolve().parent.parent / "gpu_evidence.py"
+#: What an engine's process runs, by its path.
+SCRIPT = Path(__file__).resolve().parent / "outside" / "run_worker.py"
 
 
 class WorkerError(RuntimeError):
@@ -36,13 +39,14 @@ class Worker:
         read_end, write_end = os.pipe()
         self._log_file = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, str(script), "worker"],
+            [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
             pass_fds=(write_end,),
             env={**environment, REPLY_DESCRIPTOR: str(write_end)},
             cwd=log.parent,  # not the repository: an empty entry of sys.path must not find the overlay
+            start_new_session=True,  # Ctrl-C is the controller's business; vLLM's own processes end with this one
         )
         # Both sides on the same cores: only one of them runs at a time, and a faster core must not decide for one.
         cores = sorted(os.sched_getaffinity(0))
@@ -85,14 +89,16 @@ class Worker:
         return self.receive(timeout)
 
     def close(self, timeout: float = 20.0) -> None:
-        """End the process, politely first."""
+        """End the process, politely first, and whatever vLLM has started in it."""
         if self._process.poll() is None:
             try:
                 self.send("quit")
                 self._process.wait(timeout)
             except (WorkerError, subprocess.TimeoutExpired):
-                self._process.kill()
-                self._process.wait()
+                pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._log_file.close()
         if self._reply >= 0:
             os.close(self._reply)
@@ -107,10 +113,3 @@ def tail(log: Path, lines: int = 25) -> str:
     """The last lines of a log, for an error message."""
     text = log.read_text(errors="replace") if log.exists() else ""
     return "\n".join(text.splitlines()[-lines:])
-
-
-def reply_stream() -> TextIO:
-    """The worker's side: where answers go. Taken out of the environment so that no grandchild writes there."""
-    descriptor = int(os.environ.pop(REPLY_DESCRIPTOR))
-    os.set_inheritable(descriptor, False)
-    return os.fdopen(descriptor, "w")

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu import protocol, weights
+from . import extension, replies, weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +53,9 @@ class EngineWorker:
         imported = time.perf_counter()
         if weight_seed is not None:
             weights.replace_dummy_weights(weight_seed)
+            if engine.get("tensor_parallel_size", 1) > 1:  # the models are in processes of vLLM's own
+                os.environ[extension.WEIGHT_SEED] = str(weight_seed)
+                engine = {**engine, "worker_extension_cls": extension.NAME}
         self._llm = LLM(**engine)
         self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
         ready = time.perf_counter()
@@ -79,6 +82,7 @@ class EngineWorker:
             "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "overlay_modules": sorted(names),
+            "gpu_memory": self._memory(),
             "architecture": config.model_config.architecture,
             "quantization": str(config.model_config.quantization),
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
@@ -90,8 +94,19 @@ class EngineWorker:
             "counters": dataclasses.asdict(compilation_counter),
         }
 
+    @staticmethod
+    def _memory() -> dict[str, int] | None:
+        """Bytes that this process's allocator holds; the models of tensor parallelism are in other processes."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        return {"reserved": torch.cuda.memory_reserved(), "peak_allocated": torch.cuda.max_memory_allocated()}
+
     def do_checksum(self) -> str:
-        """A checksum over the weights, after vLLM has repacked them."""
+        """A checksum over the weights, after vLLM has repacked them; of all ranks by comma."""
+        if self._llm.llm_engine.vllm_config.parallel_config.world_size > 1:
+            return ",".join(self._llm.collective_rpc("bench_checksum"))
         return weights.checksum(self._model())
 
     def _model(self) -> Any:
@@ -285,7 +300,7 @@ class EngineWorker:
 
 def main(worker: EngineWorker | None = None) -> None:
     """Answer commands until `quit` or the end of standard input. `worker` may know more commands than this module's."""
-    replies = protocol.reply_stream()
+    answers = replies.stream()
     worker = worker or EngineWorker()
     for line in sys.stdin:
         message = json.loads(line)
@@ -298,9 +313,9 @@ def main(worker: EngineWorker | None = None) -> None:
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{command}: {type(error).__name__}: {error}"}
-        replies.write(json.dumps(answer) + "\n")
-        replies.flush()
-    replies.close()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    answers.close()
     journal = sys.modules.get("overlay.journal")
     if journal is not None:
         with contextlib.suppress(Exception):

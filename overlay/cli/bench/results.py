@@ -10,10 +10,13 @@ import re
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+#: The folder that holds the package `overlay`: what goes on PYTHONPATH.
+REPOSITORY = Path(__file__).resolve().parents[3]
+SCHEMA = 2
 
 
 def _output(*command: str) -> str | None:
@@ -53,14 +56,24 @@ def host_identity() -> dict[str, Any]:
     }
 
 
-class Results:
-    """A dictionary on disk."""
+def _say(text: str) -> None:
+    print(text, flush=True)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+class Results:
+    """A dictionary on disk. `say` shows a problem to whoever watches."""
+
+    def __init__(self, path: Path, say: Callable[[str], None] = _say) -> None:
+        self.path, self._say = path, say
         self._lock = threading.RLock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.data: dict[str, Any] = {"overlay": overlay_identity(), "host": host_identity(), "problems": []}
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "overlay": overlay_identity(),
+            "host": host_identity(),
+            "problems": [],
+            "unfinished": [],
+        }
         self.save()
 
     def put(self, *keys: str, value: Any) -> None:
@@ -73,8 +86,14 @@ class Results:
 
     def problem(self, text: str) -> None:
         """Something that did not work; it stands in the file and in the report."""
-        print(f"PROBLEM {text}", flush=True)
+        self._say(f"PROBLEM {text}")
         self.data["problems"].append(text)
+        self.save()
+
+    def unfinished(self, text: str) -> None:
+        """Something that there was no time for."""
+        self._say(text)
+        self.data["unfinished"].append(text)
         self.save()
 
     def save(self) -> None:
@@ -121,3 +140,29 @@ def journal_summary(folder: Path) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def journal_problems(folder: Path) -> list[str]:
+    """Everything that the overlay's processes of one run complain of."""
+    return sorted({str(problem) for content in read_journals(folder) for problem in content.get("problems") or ()})
+
+
+def arms_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The ratios to stock of one row, by arm. Results before schema 2 have one arm, the overlay."""
+    if "arms" in row:
+        return dict(row["arms"])
+    keys = ("ratio", "low", "high")
+    if row.get("ratio") is not None:
+        return {"overlay": {"seconds": row["overlay"], **{key: row[key] for key in keys}}}
+    keys = ("different_requests", "first_difference", "logprobs_equal")
+    return {"overlay": {key: row[key] for key in keys}} if "logprobs_equal" in row else {}
+
+
+def different(data: dict[str, Any]) -> list[str]:
+    """Arms and cases with other tokens than stock's, where stock repeats its own; in words."""
+    found = []
+    for row in data.get("tokens") or []:
+        for arm, answer in arms_of(row).items():
+            if answer["different_requests"] and row["stock_repeats_itself"]:
+                found.append(f"{arm}, {row['case']}: {answer['different_requests']} of {row['requests']} requests")
+    return found

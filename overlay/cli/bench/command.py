@@ -1,0 +1,471 @@
+"""``bench``: stock and overlay measured against each other on this machine. The method is in docs/benchmarks.md.
+
+``results.json`` (schema 2; times in seconds; written after every step)::
+
+    {"schema": 2, "command": ["…"], "overlay": {"version", "commit", "source"}, "host": {"gpu", "kernel", "date", …},
+     "model": {"name", "layers", "linear_attention_layers", "tensor_parallel", "checkpoint"}, "memory": {…},
+     "pair": {"stock": {"vllm", "torch", "compile_seconds", "build_seconds", "counters", …}, "overlay": {…},
+              "weights_equal": true, "started_together": false, "journals": {"overlay": […]}},
+     "tokens": [{"case", "requests", "generated", "distinct", "stock_repeats_itself", "stock_repeats_logprobs",
+                 "arms": {"overlay": {"different_requests", "first_difference", "logprobs_equal"}}, …}],
+     "decode": [{"requests", "rounds", "stock", "overlay", "ratio", "low", "high",
+                 "arms": {"overlay": {"seconds", "ratio", "low", "high"}},
+                 "against": {"serial": {"ratio", "low", "high"}}}],
+     "first_token": [{"prompt", … as decode …}],
+     "serving": {"rows": [{"rate", "metric": "ttft" | "tpot", "arm", "stock", "overlay", "ratio", "low", "high",
+                           "stock_p99", "overlay_p99", …}], "start_seconds": {…}},
+     "problems": ["…"], "unfinished": ["…"], "interrupted": true}
+
+`ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its 95 % bootstrap interval; the fields beside
+`arms` are those of the arm `overlay`. `against` is the overlay to another arm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overlay.cli.bench import engines, memory, report, serving, shapes
+from overlay.cli.bench.engines import Engines
+from overlay.cli.bench.progress import Progress
+from overlay.cli.bench.results import REPOSITORY, Results, different
+from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, Setup
+from overlay.cli.bench.workers import WorkerError
+from overlay.cli.failure import CommandError
+
+if TYPE_CHECKING:
+    from overlay.cli.bench.shapes import Model
+
+OK, FAULT, INCOMPLETE = 0, 1, 3
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROMPTS = (8, 128, 512, 2048, 8192)
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+#: The fewest requests that an engine must be able to run together, for prompts of mixed lengths.
+LEAST_REQUESTS = 16
+#: Tokens of one step at most: longer prompts are prefilled in pieces, as a server does.
+PREFILL_TOKENS = 8192
+#: Only checked when an engine starts, for its cache has a size of its own; small, so that the last arm passes, too.
+MEMORY_UTILIZATION = 0.05
+PHASES = ("tokens", "ttft", "decode", "serving")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often everything is measured."""
+
+    tokens: int
+    decode_passes: int
+    decode_rounds: int
+    decode_steps: int
+    first_token_rounds: int
+    first_token_repetitions: int
+    serving_seconds: float
+    serving_rounds: int
+
+
+FULL = Effort(32, 3, 6, 64, 10, 3, 30.0, 2)
+QUICK = Effort(16, 1, 5, 16, 4, 2, 8.0, 1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for. None: chosen here."""
+
+    model: str = shapes.DEFAULT_SHAPE
+    layers: int | None = None
+    tensor_parallel: int = 1
+    arms: tuple[str, ...] = (STOCK, OVERLAY)
+    phases: tuple[str, ...] = PHASES
+    batches: tuple[int, ...] | None = None
+    prompts: tuple[int, ...] | None = None
+    rates: tuple[float, ...] = ()
+    capture_sizes: tuple[int, ...] | None = None
+    out: Path | None = None
+    work: Path | None = None
+    budget: float = 7200.0
+    quick: bool = False
+    together: bool = False
+    warm: bool = False
+    memory_check: bool = True
+    serving_prompt: int = 512
+    serving_output: int = 64
+    engine: tuple[str, ...] = ()
+    variables: tuple[str, ...] = ()
+    overlay_variables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is settled before the first engine starts."""
+
+    options: Options
+    model: Model
+    effort: Effort
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    cpu: bool
+    load: memory.Load
+    need: memory.Need
+    free: int
+
+    @property
+    def serving_arms(self) -> tuple[str, str]:
+        arms = self.options.arms
+        return STOCK, OVERLAY if OVERLAY in arms else arms[1]
+
+
+# ---------------------------------------------------------------- before the first engine
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """`1,2,4` as numbers. Raises CommandError that names the option."""
+    if text is None:
+        return None
+    try:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise CommandError(f"{option}={text!r}: allowed are whole numbers from 1 on, separated by commas")
+    return tuple(sorted(set(found)))
+
+
+def parse_rates(text: str | None) -> tuple[float, ...]:
+    """`1,4,16` as requests per second."""
+    try:
+        found = tuple(float(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        found = (0.0,)
+    if any(not 0.0 < rate < 1e6 for rate in found):
+        raise CommandError(f"--rates={text!r}: allowed are requests per second above 0, separated by commas")
+    return tuple(sorted(set(found)))
+
+
+def parse_words(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Words by comma, each one of those allowed, in the order given."""
+    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    unknown = [word for word in found if word not in allowed]
+    if unknown or not found:
+        raise CommandError(f"{option}={text!r}: allowed are {', '.join(allowed)}, separated by commas")
+    return found
+
+
+def parse_arms(text: str) -> tuple[str, ...]:
+    """The arms; stock is always the first, for it is what the others are compared with."""
+    found = parse_words("--arms", text, ARMS)
+    others = tuple(arm for arm in found if arm != STOCK)
+    if not others:
+        raise CommandError(f"--arms={text!r}: one more is needed of {', '.join(arm for arm in ARMS if arm != STOCK)}")
+    return (STOCK, *others)
+
+
+def parse_pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE words."""
+    for word in words:
+        if "=" not in word.lstrip("="):
+            raise CommandError(f"{option} {word!r}: allowed is NAME=VALUE")
+    return dict(word.split("=", 1) for word in words)
+
+
+def parse_engine(words: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=JSON words: arguments of `vllm.LLM`; what is no JSON is a string."""
+    found: dict[str, Any] = {}
+    for name, value in parse_pairs("--engine", words).items():
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def settle(options: Options) -> Plan:
+    """Look at the machine and the model. Raises CommandError for everything that cannot work."""
+    if importlib.util.find_spec("vllm") is None:
+        raise CommandError("there is no vLLM in this Python; run it where vLLM is, or put its folder on PYTHONPATH")
+    gpus = memory.visible(memory.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    cpu = not gpus
+    shards = options.tensor_parallel
+    if not cpu and len(gpus) < shards:
+        raise CommandError(f"--tensor-parallel={shards}: {len(gpus)} GPU is visible here")
+    if cpu:
+        place, free = "this CPU (no NVIDIA GPU is visible)", memory.free_host_memory() // shards
+    else:
+        used = gpus[:shards]
+        place = f"{used[0][1]}" if shards == 1 else f"each of {shards} x {used[0][1]}"
+        free = min(gpu[2] for gpu in used)
+    effort = QUICK if options.quick or cpu else FULL
+    batches = options.batches or ((1, 2, 4) if cpu else (1, 8, 64) if options.quick else BATCHES)
+    prompts = options.prompts or ((8, 100, 300) if cpu else (8, 128, 2048) if options.quick else PROMPTS)
+    tokens = (
+        engines.DECODE_PROMPT + engines.DECODE_WARM + engines.decode_tokens(effort.decode_rounds, effort.decode_steps)
+    )
+    longest = max(*prompts, 300) + effort.tokens  # 300: the longest of the mixed prompts
+    if options.rates:
+        longest = max(longest, options.serving_prompt + options.serving_output)
+    load = memory.Load(
+        requests=max(*batches, LEAST_REQUESTS),
+        request_tokens=tokens,
+        prompt=max(longest, tokens),
+        prefill=min(PREFILL_TOKENS, max(2048, longest)),
+    )
+    model = shapes.find(options.model, options.layers)
+    most = model.text.get("max_position_embeddings")
+    if most and load.prompt > int(most):
+        raise CommandError(
+            f"{model.name} takes {most} tokens at most; the longest --prompts and its answer need {load.prompt}"
+        )
+    arms = len(options.arms)
+    if options.layers is None and model.checkpoint is None and options.memory_check:
+        fitting = memory.largest_layers(model, load, arms, free, shards, cpu)
+        model = model if fitting is None else model.with_layers(fitting)
+    if options.memory_check:
+        need = memory.check(model, load, arms, free, place, shards, cpu)
+    else:
+        need = memory.need(model, load, shards, cpu)
+    return Plan(options, model, effort, batches, prompts, cpu, load, need, free)
+
+
+def vllm_folders(environ: dict[str, str]) -> str | None:
+    """PYTHONPATH without this overlay or another copy of it: what both sides get."""
+    places = [place for place in environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    kept = [place for place in places if not (Path(place) / "overlay" / "bootstrap.py").exists()]
+    return os.pathsep.join(os.path.abspath(place) for place in kept) or None
+
+
+def is_installed() -> bool:
+    """Whether the overlay is installed in this Python, so that even a stock vLLM loads its plugin."""
+    for entry in importlib.metadata.entry_points(group="vllm.general_plugins", name="auxstream_overlay"):
+        folder = Path(str(entry.dist.locate_file(""))).resolve() if entry.dist else None
+        if folder != REPOSITORY or folder.name in ("site-packages", "dist-packages"):
+            return True
+    return False
+
+
+def setup_of(plan: Plan) -> Setup:
+    """Folders and environments of this run."""
+    options = plan.options
+    out = options.out or Path(time.strftime("bench-%Y%m%d-%H%M%S"))
+    if (out / "results.json").exists():
+        raise CommandError(f"--out={str(out)!r} has results already; allowed is a new folder")
+    variables = parse_pairs("--env", options.variables)
+    overlay = parse_pairs("--overlay-env", options.overlay_variables)
+    if plan.cpu:  # or the overlay leaves everything as it is: there are no streams
+        overlay.setdefault("VLLMOVERLAY_SERIAL_PASS_THROUGH", "1")
+    return Setup(
+        work=(options.work or Path(tempfile.gettempdir()) / f"vllm-overlay-bench-{os.getuid()}").resolve(),
+        out=out.resolve(),
+        site=vllm_folders(dict(os.environ)),
+        budget=options.budget,
+        cpu=plan.cpu,
+        tokens=plan.effort.tokens,
+        capture_sizes=options.capture_sizes or tuple(sorted({*CAPTURE_SIZES, *plan.batches})),
+        arms=options.arms,
+        variables=variables,
+        overlay_environment=overlay,
+        flashinfer=importlib.util.find_spec("flashinfer") is not None,
+        installed=is_installed(),
+    )
+
+
+def engine_arguments(plan: Plan, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, the same for all arms."""
+    changes: dict[str, Any] = {
+        "max_model_len": plan.load.prompt + 64,
+        "max_num_batched_tokens": plan.load.prefill,
+        "max_num_seqs": plan.load.requests,
+        "gpu_memory_utilization": MEMORY_UTILIZATION,
+        "kv_cache_memory_bytes": plan.need.cache,
+    }
+    if plan.options.tensor_parallel > 1:
+        changes["tensor_parallel_size"] = plan.options.tensor_parallel
+    if plan.model.checkpoint is not None:
+        changes["load_format"] = "auto"
+    changes |= parse_engine(plan.options.engine)
+    return setup.arguments(folder, plan.model.also_sees, **changes)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(options: Options) -> int:
+    """Measure, show, and give the exit status: 0, 1 where tokens differ or something failed, 3 where it is incomplete."""
+    from overlay.cli import output
+
+    plan = settle(options)
+    setup = setup_of(plan)
+    setup.work.mkdir(parents=True, exist_ok=True)
+    console = output.console()
+    with _alone(setup.work), Progress(console) as progress, _stoppable():
+        results = Results(setup.out / "results.json", progress.problem)
+        _describe(plan, results, progress)
+        try:
+            _measure(plan, setup, results, progress)
+        except KeyboardInterrupt:
+            results.put("interrupted", value=True)
+            results.unfinished("interrupted; what was measured before is kept")
+        except (WorkerError, serving.ServingError) as error:
+            results.problem(str(error))
+    report.show(results.data, console, setup.out / "report.txt")
+    _plots(results.data, setup.out, console)
+    console.print(f"results: {setup.out}", soft_wrap=True)
+    return status(results.data)
+
+
+def status(data: dict[str, Any]) -> int:
+    """The exit status of a run that has written everything down."""
+    if different(data) or data["problems"]:
+        return FAULT
+    return INCOMPLETE if data["unfinished"] else OK
+
+
+def _describe(plan: Plan, results: Results, progress: Progress) -> None:
+    model, options = plan.model, plan.options
+    results.put("command", value=sys.argv)
+    results.put(
+        "model",
+        value={
+            "name": model.name,
+            "layers": model.layers,
+            "linear_attention_layers": model.linear_layers(),
+            "tensor_parallel": options.tensor_parallel,
+            "checkpoint": str(model.checkpoint) if model.checkpoint else None,
+            "config": dict(model.config),
+        },
+    )
+    results.put("memory", value={"engine": plan.need.as_dict(), "engines": len(options.arms), "free": plan.free})
+    progress.say(
+        f"{model.name}, {model.layers} layers; arms {', '.join(options.arms)}; {plan.need.total / memory.GIB:.1f} GiB "
+        f"per engine and GPU, {plan.free / memory.GIB:.1f} GiB free"
+    )
+
+
+def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> None:
+    options, effort = plan.options, plan.effort
+    folder = plan.model.folder(setup.work)
+    arguments = engine_arguments(plan, setup, folder)
+    results.put("engine", value=arguments)
+    seed = None if plan.model.checkpoint is not None else engines.SEED
+    serve = "serving" in options.phases and bool(options.rates)
+    phases = [phase for phase in options.phases if phase != "serving"]
+    if not options.warm:
+        for arm in setup.arms:
+            shutil.rmtree(setup.cache_root(arm), ignore_errors=True)
+    shutil.rmtree(setup.work / "journals", ignore_errors=True)
+    if phases:
+        alive = Engines(setup, results, progress)
+        hurry = True
+        try:
+            alive.start(arguments, options.together, seed)
+            for phase in phases:
+                try:
+                    _phase(phase, plan, alive, _serving_seconds(plan, results) if serve else 0.0)
+                except WorkerError as error:
+                    results.problem(f"{phase}: {error}")
+                    if not alive.usable():
+                        break
+            hurry = False
+        finally:
+            alive.close(hurry)
+        _check_effect(plan, results)
+    if serve:
+        load = serving.Load(
+            options.rates,
+            effort.serving_seconds,
+            effort.serving_rounds,
+            options.serving_prompt,
+            options.serving_output,
+        )
+        together = 2 * plan.need.total <= plan.free
+        serving.measure(
+            setup,
+            results,
+            progress,
+            arguments,
+            plan.model.tokenizer(setup.work),
+            plan.serving_arms,
+            load,
+            together,
+            seed,
+        )
+
+
+def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
+    """One phase on the engines that are alive. `reserve`: seconds that the servers will want afterwards."""
+    effort = plan.effort
+    if phase == "tokens":
+        alive.tokens(plan.batches, plan.prompts)
+    elif phase == "ttft":
+        alive.first_token(plan.prompts, effort.first_token_rounds, effort.first_token_repetitions)
+    else:
+        passes, rounds = effort.decode_passes, effort.decode_rounds
+        alive.decode(plan.batches, passes, rounds, effort.decode_steps, engines.RESERVE_SECONDS + reserve)
+
+
+def _check_effect(plan: Plan, results: Results) -> None:
+    """An arm in which nothing was patched measures stock under another name."""
+    pair = results.data["pair"]
+    for arm in pair:
+        if arm in ARMS and arm != STOCK and not any(row["patched"] for row in pair.get("journals", {}).get(arm, ())):
+            said = "; ".join(pair.get("journal_problems", {}).get(arm, ())) or "nothing"
+            text = f"{arm}: the overlay has patched no layer, so its times are stock's; its journal's problems: {said}"
+            if plan.model.linear_layers():
+                results.problem(text)
+            else:
+                results.unfinished(text)
+
+
+def _serving_seconds(plan: Plan, results: Results) -> float:
+    """What the servers will take: their starts, as long as the engines' own, and the runs."""
+    pair = results.data["pair"]
+    known = [pair[arm]["build_seconds"] + pair[arm]["import_seconds"] for arm in plan.serving_arms if arm in pair]
+    starts = 2 * max(known)
+    runs = 2 * len(plan.options.rates) * plan.effort.serving_rounds
+    return float(starts + runs * (plan.effort.serving_seconds + 20.0))
+
+
+def _plots(data: dict[str, Any], folder: Path, console: Any) -> None:
+    from overlay.cli.bench import plots
+
+    try:
+        for path in plots.write(data, folder):
+            console.print(f"plot: {path}", soft_wrap=True)
+    except ModuleNotFoundError as error:
+        console.print(f"no plots without {error.name}: pip install 'vllm-auxstream-overlay[bench]'")
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """One run per work folder: two would write into each other's caches."""
+    with (work / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CommandError(f"another bench runs in {work}; give this one a --work of its own") from error
+        yield
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: with what there is."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

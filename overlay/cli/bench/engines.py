@@ -1,0 +1,268 @@
+"""Engines of all arms alive at once on one GPU, taking turns: tokens, time to first token, decode step.
+
+One engine works at a time while the others are idle, and who is first changes from round to round. The times of one round
+belong together: a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from overlay.cli.bench.intervals import compare
+from overlay.cli.bench.results import Results, journal_problems, journal_summary
+from overlay.cli.bench.setup import OVERLAY, STOCK, Setup
+from overlay.cli.bench.workers import Worker, WorkerError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from overlay.cli.bench.progress import Progress
+
+SEED = 20251120
+#: A step that would begin with less time left than this is left out.
+RESERVE_SECONDS = 15.0
+
+
+def paired_row(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """One row of a table from the arms' times of the same rounds, in seconds.
+
+    `stock` and `overlay` are medians; `ratio`, `low` and `high` are overlay to stock. `arms` has the same of every arm,
+    `against` the overlay to every further one.
+    """
+    stock = times[STOCK]
+    row: dict[str, Any] = {"rounds": len(stock), "arms": {}, "against": {}}
+    for arm, values in times.items():
+        if arm == STOCK:
+            continue
+        found = compare(stock, values)
+        row |= {"stock": found.stock}
+        row["arms"][arm] = {"seconds": found.overlay, "ratio": found.ratio, "low": found.low, "high": found.high}
+        if arm == OVERLAY:
+            row |= found.as_dict()
+        elif OVERLAY in times:
+            other = compare(values, times[OVERLAY])
+            row["against"][arm] = {"ratio": other.ratio, "low": other.low, "high": other.high}
+    return row
+
+
+class Engines:
+    """One worker per arm. Results go under `pair`, `tokens`, `first_token`, `decode` of the results file."""
+
+    def __init__(self, setup: Setup, results: Results, progress: Progress) -> None:
+        self.setup, self.results, self.progress = setup, results, progress
+        self.workers: dict[str, Worker] = {}
+
+    # ---- start and end
+
+    def start(self, engine: Mapping[str, Any], together: bool, seed: int | None = SEED) -> None:
+        """Start all arms: one after the other, or all at once where nothing may be timed at start.
+
+        `seed` of random weights; None for a checkpoint's own. An arm that does not start is left out. Raises WorkerError
+        where stock does not start, or nothing but stock.
+        """
+        setup = self.setup
+        self.progress.phase("start", len(setup.arms))
+        self.results.put("pair", "triton_was_warm", value=setup.triton_is_warm())
+        for arm in setup.arms:
+            log = setup.work / "logs" / f"pair-{arm}.log"
+            log.unlink(missing_ok=True)
+            self.workers[arm] = Worker(arm, setup.environment(arm, f"pair-{arm}"), log)
+            self.workers[arm].send("start", engine=engine, weight_seed=seed)
+            if not together:
+                self._started(arm)
+        if together:
+            for arm in setup.arms:
+                self._started(arm)
+        if STOCK not in self.workers or len(self.workers) < 2:
+            raise WorkerError("without stock and another arm there is nothing to compare")
+        setup.mark_triton_warm()
+        sums = self.all("checksum")
+        self.results.put("pair", "weights", value=sums)
+        self.results.put("pair", "weights_equal", value=len(set(sums.values())) == 1)
+        if len(set(sums.values())) != 1:
+            self.results.problem(f"the arms hold different weights: {sums}")
+        self.results.put("pair", "started_together", value=together)
+
+    def _started(self, arm: str) -> None:
+        self.progress.step(arm)
+        try:
+            answer = self.workers[arm].receive(max(self.setup.remaining(), 0.0) + 60.0)
+        except WorkerError as error:
+            self.results.problem(f"{arm} did not start: {error}")
+            self.workers.pop(arm).close()
+            return
+        self.results.put("pair", arm, value=answer)
+        loaded = bool(answer["overlay_modules"])
+        if loaded != (arm != STOCK) and not self.setup.installed:
+            self.results.problem(f"{arm}: overlay modules loaded: {loaded}")
+        memory = answer.get("gpu_memory")
+        held = f", {memory['reserved'] / 2**30:.1f} GiB" if memory else ""
+        self.progress.say(
+            f"{arm} ready: vllm {answer['vllm']}, torch {answer['torch']}, {answer['architecture']}, build "
+            f"{answer['build_seconds']:.0f} s, compile {answer['compile_seconds']:.1f} s{held}"
+        )
+
+    def close(self, hurry: bool = False) -> None:
+        """End all workers, and note what the overlay's journals say."""
+        for worker in self.workers.values():
+            worker.close(1.0 if hurry else 20.0)
+        folders = {arm: self.setup.journal_folder(f"pair-{arm}") for arm in self.workers if arm != STOCK}
+        journals = {arm: journal_summary(folder) for arm, folder in folders.items()}
+        self.workers = {}
+        if journals:
+            self.results.put("pair", "journals", value=journals)
+            problems = {arm: journal_problems(folder) for arm, folder in folders.items()}
+            self.results.put("pair", "journal_problems", value=problems)
+        if OVERLAY in journals:
+            self.results.put("pair", "journal", value=journals[OVERLAY])
+
+    def all(self, command: str, turn: int = 0, **arguments: Any) -> dict[str, Any]:
+        """One engine after the other; the others are idle meanwhile. `turn` shifts who is first."""
+        arms = list(self.workers)
+        shift = turn % len(arms)
+        limit = max(self.setup.remaining(), 0.0) + 60.0
+        return {arm: self.workers[arm].call(command, limit, **arguments) for arm in arms[shift:] + arms[:shift]}
+
+    def usable(self) -> bool:
+        """After a failed phase: put all engines back to idle. False where one is gone or does not answer."""
+        try:
+            self.all("decode_end")
+        except WorkerError as error:
+            self.results.problem(f"the engines are gone: {error}")
+            return False
+        return True
+
+    # ---- phases
+
+    def tokens(self, batches: Sequence[int], lengths: Sequence[int]) -> None:
+        """Greedy tokens and log probabilities: every arm against stock, and stock against itself."""
+        cases = [(f"N={count}", [12 + (index * 7) % 23 for index in range(count)]) for count in batches]
+        cases += [(f"prompt {length}", [length]) for length in lengths]
+        mixed = [length for length in (8, 100, 128, 300, 512) if length in lengths or length in (100, 300)]
+        cases.append(("mixed prompts", mixed * 2))
+        self.progress.phase("tokens", len(cases))
+        rows: list[dict[str, Any]] = []
+        for index, (name, prompts) in enumerate(cases):
+            if self.setup.remaining() < RESERVE_SECONDS:
+                self.results.unfinished(f"tokens: out of time before {name}")
+                break
+            self.progress.step(name)
+            asked: dict[str, Any] = {
+                "lengths": prompts,
+                "seed": SEED + 1000 * index,
+                "tokens": self.setup.tokens,
+                "logprobs": True,
+            }
+            found = self.all("generate", **asked)
+            again = self.workers[STOCK].call("generate", **asked)
+            rows.append({"case": name, "requests": len(prompts), **token_row(found, again)})
+            self.results.put("tokens", value=rows)
+
+    def first_token(self, lengths: Sequence[int], rounds: int, repetitions: int) -> None:
+        """Latency of one request with one token, the engines taking turns."""
+        self.progress.phase("time to first token", (2 + rounds) * len(lengths))
+        for warm in range(2):
+            for length in lengths:
+                self.progress.step(f"warm-up, prompt {length}")
+                self.all("first_token", length=length, repetitions=2, seed=warm)
+        times: dict[int, dict[str, list[float]]] = {length: {arm: [] for arm in self.workers} for length in lengths}
+        for index in range(rounds):
+            if self.setup.remaining() < RESERVE_SECONDS:
+                self.results.unfinished(f"time to first token: out of time after {index} of {rounds} rounds")
+                break
+            for length in lengths:
+                self.progress.step(f"prompt {length}, round {index + 1} of {rounds}")
+                seed = SEED + 100_000 + index * 1000
+                answers = self.all("first_token", index, length=length, repetitions=repetitions, seed=seed)
+                for arm, values in answers.items():
+                    times[length][arm].extend(values)
+            rows = []
+            for length in lengths:
+                row = {"prompt": length, **paired_row(times[length])}
+                row |= {f"{arm}_minimum": min(values) for arm, values in times[length].items()}
+                rows.append(row)
+            self.results.put("first_token", value=rows)
+        self.results.put("first_token_samples", value=times)
+
+    def decode(
+        self, batches: Sequence[int], passes: int, rounds: int, steps: int, reserve: float = RESERVE_SECONDS
+    ) -> None:
+        """Time per decode step with N running requests, the engines taking turns in every round.
+
+        Stops early when less than `reserve` seconds are left. Every pass goes over all N, so that a run that was cut short
+        has something of each.
+        """
+        means: dict[int, dict[str, list[float]]] = {count: {arm: [] for arm in self.workers} for count in batches}
+        medians: dict[int, dict[str, list[float]]] = {count: {arm: [] for arm in self.workers} for count in batches}
+        budget = decode_tokens(rounds, steps)
+        self.progress.phase("decode step", passes * len(batches))
+        for index in range(passes):
+            for count in batches:
+                if self.setup.remaining() < reserve:
+                    self.results.unfinished(f"decode: out of time in pass {index + 1} of {passes} at N={count}")
+                    self.results.put("decode_samples", value=means)
+                    return
+                self.progress.step(f"N={count}, pass {index + 1} of {passes}")
+                seed = SEED + 200_000 + index * 1000
+                self.all(
+                    "decode_begin", requests=count, prompt=DECODE_PROMPT, tokens=budget, warm=DECODE_WARM, seed=seed
+                )
+                for turn in range(rounds):
+                    for arm, lap in self.all("decode_steps", turn, count=steps, warm=3).items():
+                        means[count][arm].append(lap["mean"])
+                        medians[count][arm].append(lap["median"])
+                self.all("decode_end")
+                self._put_decode(means, medians)
+        self.results.put("decode_samples", value=means)
+
+    def _put_decode(self, means: dict[int, dict[str, list[float]]], medians: dict[int, dict[str, list[float]]]) -> None:
+        rows = []
+        for count, arms in means.items():
+            if not arms[STOCK]:
+                continue
+            row = {"requests": count, **paired_row(arms)}
+            if OVERLAY in arms:
+                row["ratio_of_step_medians"] = paired_row(medians[count])["ratio"]
+            rows.append(row)
+        self.results.put("decode", value=rows)
+
+
+DECODE_PROMPT, DECODE_WARM = 16, 16
+
+
+def decode_tokens(rounds: int, steps: int) -> int:
+    """The tokens that every request of a decode measurement may generate: it must not end before the rounds do."""
+    return rounds * (steps + 4) + 64
+
+
+def token_row(found: Mapping[str, dict[str, Any]], again: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms' answers against stock's. `again`: stock asked a second time; where it differs, nothing else says much."""
+    stock = found[STOCK]
+    everything = [token for request in stock["tokens"] for token in request]
+    row: dict[str, Any] = {
+        "generated": len(everything),
+        "distinct": len(set(everything)),
+        "stock_repeats_itself": stock["tokens"] == again["tokens"],
+        "stock_repeats_logprobs": stock["logprobs"] == again["logprobs"],
+        "arms": {},
+    }
+    for arm, answer in found.items():
+        if arm == STOCK:
+            continue
+        pairs = zip(stock["tokens"], answer["tokens"], strict=True)
+        different = [position for position, (old, new) in enumerate(pairs) if old != new]
+        row["arms"][arm] = {
+            "different_requests": len(different),
+            "first_difference": _first_difference(stock, answer, different),
+            "logprobs_equal": stock["logprobs"] == answer["logprobs"],
+        }
+    return {**row, **row["arms"].get(OVERLAY, {})}
+
+
+def _first_difference(stock: Mapping[str, Any], other: Mapping[str, Any], different: Sequence[int]) -> Any:
+    if not different:
+        return None
+    request = different[0]
+    old, new = stock["tokens"][request], other["tokens"][request]
+    position = next(index for index, (left, right) in enumerate(zip(old, new, strict=True)) if left != right)
+    return {"request": request, "position": position, "stock": old[position], "other": new[position]}

@@ -1,0 +1,232 @@
+"""How much memory the engines will take, before any of them is started.
+
+Weights and caches follow from the model's sizes. What a process needs beside them (CUDA's context, captured graphs,
+activations of the largest prefill) is an allowance, on the safe side: on an H200 an engine of Qwen3.5-35B-A3B's shape with
+12 layers was estimated at 35.3 GB and its allocator held 32.1 GB, with 24 layers 63.1 and 59.1.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overlay.cli.bench.shapes import WEIGHT_FILES
+from overlay.cli.failure import CommandError
+
+if TYPE_CHECKING:
+    from overlay.cli.bench.shapes import Model
+
+GIB = 1 << 30
+#: Bytes of a weight, an activation and a cached key or value: bfloat16.
+WIDTH = 2
+#: The context of a CUDA process with its libraries' workspaces, and the captured graphs.
+PROCESS_BYTES = 2 * GIB
+CPU_PROCESS_BYTES = GIB
+#: Cache blocks that vLLM keeps for itself, and rounding.
+CACHE_SLACK = 1.15
+LEAST_CACHE = 256 << 20
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to hold at once."""
+
+    requests: int  #: running together
+    request_tokens: int  #: the tokens of each of them
+    prompt: int  #: the longest prompt, alone
+    prefill: int  #: tokens of one step at most
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one engine takes on each of its GPUs."""
+
+    weights: int
+    cache: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.rest
+
+    def as_dict(self) -> dict[str, int]:
+        return {"weights": self.weights, "kv_cache": self.cache, "rest": self.rest, "total": self.total}
+
+
+def need(model: Model, load: Load, tensor_parallel: int = 1, cpu: bool = False) -> Need:
+    """The bytes of one engine per GPU; on a CPU its memory."""
+    return Need(
+        weights=_weights(model) // tensor_parallel,
+        cache=cache_bytes(model, load, tensor_parallel),
+        rest=(CPU_PROCESS_BYTES if cpu else PROCESS_BYTES) + _activations(model.text, load, tensor_parallel),
+    )
+
+
+def largest_layers(
+    model: Model, load: Load, arms: int, free: int, tensor_parallel: int = 1, cpu: bool = False
+) -> int | None:
+    """The most layers with which that many engines fit into `free` bytes; None where not even the fewest do."""
+    if model.checkpoint is not None:
+        return None
+    for layers in range(model.layers - model.layers % model.pattern, 0, -model.pattern):
+        if arms * need(model.with_layers(layers), load, tensor_parallel, cpu).total <= free:
+            return layers
+    return None
+
+
+def check(
+    model: Model, load: Load, arms: int, free: int, place: str, tensor_parallel: int = 1, cpu: bool = False
+) -> Need:
+    """The need of one engine. Raises CommandError, with what would fit, where `arms` engines do not fit into `free`."""
+    one = need(model, load, tensor_parallel, cpu)
+    if arms * one.total <= free:
+        return one
+    message = (
+        f"{arms} engines of {model.name} with {model.layers} layers need about {_gib(arms * one.total)} GiB on {place}, "
+        f"where {_gib(free)} GiB are free (each: weights {_gib(one.weights)}, KV cache {_gib(one.cache)} for "
+        f"{load.requests} requests, rest {_gib(one.rest)})"
+    )
+    layers = largest_layers(model, load, arms, free, tensor_parallel, cpu)
+    if layers is not None:
+        raise CommandError(f"{message}; --layers {layers} would fit")
+    raise CommandError(f"{message}; fewer --arms, smaller --batches or more --tensor-parallel take less")
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f}"
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _weights(model: Model) -> int:
+    if model.checkpoint is not None:
+        files = {path for pattern in WEIGHT_FILES for path in model.checkpoint.glob(pattern)}
+        return sum(path.stat().st_size for path in files)
+    return parameters(model) * WIDTH
+
+
+def parameters(model: Model) -> int:
+    """The number of weights: projections, experts and embeddings; norms and biases are too small to matter."""
+    text = model.text
+    linear = model.linear_layers()
+    embeddings = text["vocab_size"] * text["hidden_size"] * (1 if text.get("tie_word_embeddings") else 2)
+    attention = linear * (_linear_attention(text) if linear else 0) + (model.layers - linear) * _attention(text)
+    return int(embeddings + attention + model.layers * _feed_forward(text))
+
+
+def _attention(text: Mapping[str, Any]) -> int:
+    head = _head(text)
+    queries = text["num_attention_heads"] * head
+    keys = _key_heads(text) * head
+    gated = 2 if text.get("attn_output_gate") else 1
+    return int(text["hidden_size"] * (gated * queries + 2 * keys + queries))
+
+
+def _linear_attention(text: Mapping[str, Any]) -> int:
+    key, value = _linear_sizes(text)
+    narrow = 2 * text["linear_num_value_heads"]
+    return int(text["hidden_size"] * (2 * key + 2 * value + narrow + value))
+
+
+def _feed_forward(text: Mapping[str, Any]) -> int:
+    hidden = text["hidden_size"]
+    experts = _experts(text)
+    if not experts:
+        return int(3 * hidden * text["intermediate_size"])
+    shared = text.get("shared_expert_intermediate_size") or 0
+    return int(3 * hidden * (experts * text["moe_intermediate_size"] + shared) + hidden * experts)
+
+
+def _experts(text: Mapping[str, Any]) -> int:
+    return int(text.get("num_experts") or text.get("n_routed_experts") or text.get("num_local_experts") or 0)
+
+
+def _head(text: Mapping[str, Any]) -> int:
+    return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+
+
+def _key_heads(text: Mapping[str, Any]) -> int:
+    return int(text.get("num_key_value_heads") or text["num_attention_heads"])
+
+
+def _linear_sizes(text: Mapping[str, Any]) -> tuple[int, int]:
+    key = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    return key, text["linear_num_value_heads"] * text["linear_value_head_dim"]
+
+
+# ---------------------------------------------------------------- caches and activations
+
+
+def cache_bytes(model: Model, load: Load, tensor_parallel: int = 1) -> int:
+    """The cache that holds `load`: all requests decoding together, or the longest prompt.
+
+    A request has one state per linear-attention layer, of one page. vLLM makes the pages of attention layers as large, so
+    that even a short request takes a page of every layer.
+    """
+    text = model.text
+    linear = model.linear_layers()
+    attention = model.layers - linear
+    token = 2 * max(1, _key_heads(text) // tensor_parallel) * _head(text) * WIDTH
+    page, block = token * 16, 16
+    if linear:
+        key, value = _linear_sizes(text)
+        width = 4 if text.get("mamba_ssm_dtype") == "float32" else WIDTH
+        state = value * text["linear_key_head_dim"] * width
+        convolution = (2 * key + value) * (text["linear_conv_kernel_dim"] - 1) * WIDTH
+        page = max(page, (state + convolution) // tensor_parallel)
+        block = math.ceil(page / token / 16) * 16
+        page = block * token
+    running = load.requests * (linear + attention * math.ceil(load.request_tokens / block))
+    alone = linear + attention * math.ceil(load.prompt / block)
+    return max(LEAST_CACHE, int(max(running, alone) * page * CACHE_SLACK))
+
+
+def _activations(text: Mapping[str, Any], load: Load, tensor_parallel: int) -> int:
+    hidden = text["hidden_size"]
+    wide = 0
+    if "linear_num_value_heads" in text:
+        key, value = _linear_sizes(text)
+        wide = 6 * (2 * key + 2 * value)
+    if _experts(text):
+        wide += text.get("num_experts_per_tok", 1) * 2 * (2 * text["moe_intermediate_size"] + hidden)
+    else:
+        wide += 3 * text["intermediate_size"]
+    per_token = WIDTH * (16 * hidden + wide // tensor_parallel)
+    logits = 3 * 4 * load.requests * text["vocab_size"]
+    return int(load.prefill * per_token + logits)
+
+
+# ---------------------------------------------------------------- what is free
+
+
+def gpus() -> list[tuple[int, str, int]]:
+    """Index, name and free bytes of the GPUs here; empty where there is no NVIDIA GPU."""
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
+    return [(int(index), name, int(free) << 20) for index, name, free in rows if free.isdigit()]
+
+
+def visible(found: list[tuple[int, str, int]], setting: str | None) -> list[tuple[int, str, int]]:
+    """Those of the GPUs that CUDA_VISIBLE_DEVICES leaves, where it names them by index."""
+    words = [word.strip() for word in (setting or "").split(",") if word.strip()]
+    if not words or not all(word.isdigit() for word in words):
+        return found
+    by_index = {gpu[0]: gpu for gpu in found}
+    return [by_index[int(word)] for word in words if int(word) in by_index]
+
+
+def free_host_memory() -> int:
+    """Bytes that Linux would give to new processes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise CommandError("/proc/meminfo does not say how much memory is available")

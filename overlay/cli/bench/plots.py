@@ -1,0 +1,90 @@
+"""Plots of a results file: ratio to stock with its interval. They need matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from overlay.cli.bench.results import arms_of
+
+COLOURS = {"overlay": "tab:blue", "dual": "tab:green", "fused": "tab:orange", "serial": "tab:red", "auto": "tab:purple"}
+
+
+def write(data: dict[str, Any], folder: Path) -> list[Path]:
+    """`ratio.png` for decode step and time to first token, `serving.png` for servers; what there are results for.
+
+    Raises ModuleNotFoundError where matplotlib is missing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    written = []
+    panels = [
+        (_series(data.get("decode") or [], "requests"), "decode step", "running requests"),
+        (_series(data.get("first_token") or [], "prompt"), "time to first token", "prompt tokens"),
+    ]
+    if any(series for series, _, _ in panels):
+        written.append(_draw([panel for panel in panels if panel[0]], data, folder / "ratio.png"))
+    rows = (data.get("serving") or {}).get("rows") or []
+    panels = [
+        (_serving_series(rows, metric), title, "requests per second")
+        for metric, title in (("tpot", "time per output token"), ("ttft", "time to first token"))
+    ]
+    if rows:
+        written.append(_draw([panel for panel in panels if panel[0]], data, folder / "serving.png"))
+    return written
+
+
+Points = list[tuple[float, dict[str, Any]]]
+
+
+def _series(rows: list[dict[str, Any]], key: str) -> dict[str, Points]:
+    """By arm: the places on the axis with their ratios."""
+    found: dict[str, Points] = {}
+    for row in rows:
+        for arm, ratio in arms_of(row).items():
+            found.setdefault(arm, []).append((row[key], ratio))
+    return found
+
+
+def _serving_series(rows: list[dict[str, Any]], metric: str) -> dict[str, Points]:
+    found: dict[str, Points] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            found.setdefault(row["arm"], []).append((row["rate"], row))
+    return found
+
+
+def _draw(panels: list[tuple[dict[str, Points], str, str]], data: dict[str, Any], path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.2), squeeze=False)
+    for axis, (series, title, label) in zip(axes[0], panels, strict=True):
+        for arm, points in series.items():
+            places = [place for place, _ in points]
+            ratios = [found["ratio"] for _, found in points]
+            errors = [
+                [max(0.0, found["ratio"] - found["low"]) for _, found in points],
+                [max(0.0, found["high"] - found["ratio"]) for _, found in points],
+            ]
+            axis.errorbar(places, ratios, yerr=errors, fmt="o-", capsize=3, label=arm, color=COLOURS.get(arm))
+        every = sorted({place for points in series.values() for place, _ in points})
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(every, [f"{place:g}" for place in every], rotation=45 if len(every) > 8 else 0)
+        axis.minorticks_off()
+        axis.set(title=title, xlabel=label, ylabel="ratio to stock (below 1: faster)")
+        axis.legend()
+    figure.suptitle(_title(data))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _title(data: dict[str, Any]) -> str:
+    stock = data.get("pair", {}).get("stock", {})
+    model = data.get("model")
+    what = f"{model['name']}, {model['layers']} layers, " if model else ""
+    where = stock.get("device") or (data.get("host", {}).get("gpu") or "CPU").partition(",")[0]
+    return f"{what}vLLM {stock.get('vllm')}, torch {stock.get('torch')}, {where}"

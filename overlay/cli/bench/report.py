@@ -1,0 +1,216 @@
+"""Tables from a results file: on a terminal, and as text."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from overlay.cli.bench.results import arms_of, different
+from overlay.cli.bench.setup import OVERLAY, STOCK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from rich.console import Console
+
+#: A report in a file has no terminal's width.
+FILE_COLUMNS = 170
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table without lines; the first column is text, the others are numbers."""
+    found = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        found.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    return found
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def ratio(found: dict[str, Any] | None) -> Text:
+    """A ratio with its interval: green where all of it is below 1, red where all of it is above."""
+    if not found:
+        return Text("-")
+    text = f"{found['ratio']:.3f} ({found['low']:.3f}..{found['high']:.3f})"
+    return Text(text, style="green" if found["high"] < 1.0 else "red" if found["low"] > 1.0 else "")
+
+
+def tables(data: dict[str, Any]) -> list[Any]:
+    """Everything that a results file of `bench` holds, as rich renderables."""
+    shown: list[Any] = [Text(head(data))]
+    for key, make in (
+        ("tokens", tokens),
+        ("decode", decode),
+        ("first_token", first_token),
+        ("pair", starts),
+        ("serving", serving),
+    ):
+        if data.get(key):
+            shown.append(make(data[key]))
+    return [*shown, *notes(data)]
+
+
+def notes(data: dict[str, Any]) -> list[Text]:
+    """What went wrong or was left out, the worst last: there it is seen."""
+    shown = [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
+    shown += [Text(f"PROBLEM {text[:800]}", style="bold red") for text in data.get("problems", [])]
+    shown += [Text(f"TOKENS DIFFER: {text}", style="bold red") for text in different(data)]
+    return shown
+
+
+def head(data: dict[str, Any]) -> str:
+    """Where and with what it was measured."""
+    host, overlay = data.get("host", {}), data.get("overlay", {})
+    lines = [
+        f"GPU {host.get('gpu')}; kernel {host.get('kernel')}; {host.get('date')}",
+        f"overlay {overlay.get('version')}, source {overlay.get('source')}, commit {overlay.get('commit')}",
+    ]
+    model = data.get("model")
+    if model:
+        lines.append(
+            f"{model['name']}, {model['layers']} layers ({model['linear_attention_layers']} of them linear attention), "
+            f"tensor parallel {model['tensor_parallel']}"
+        )
+    pair = data.get("pair", {})
+    for arm, found in pair.items():
+        if isinstance(found, dict) and "compile_seconds" in found:
+            lines.append(
+                f"{arm}: vllm {found['vllm']}, torch {found['torch']}, {found['architecture']}, async "
+                f"{found['async_scheduling']}, {found['cudagraph_mode']}, aot loaded "
+                f"{found['counters'].get('num_aot_artifacts_loaded')}"
+            )
+    if pair:
+        lines.append(f"weights equal: {pair.get('weights_equal')}")
+    journals = pair.get("journals") or {OVERLAY: pair.get("journal")}
+    lines += [f"{arm}: {journal_line(row)}" for arm, rows in journals.items() for row in rows or []]
+    return "\n".join(lines)
+
+
+def journal_line(row: dict[str, Any]) -> str:
+    """What the overlay did in one process."""
+    return (
+        f"journal: {row['patch']} {row['verdict']}, patched {row['patched']} {row['sizes']}, refused {row['refused']} "
+        f"{row['reasons']}, calls {row['calls']}, problems {row['problems']}"
+    )
+
+
+def tokens(rows: list[dict[str, Any]]) -> Table:
+    arms = list(arms_of(rows[0]))
+    columns = [f"{arm}: {what}" for arm in arms for what in ("identical", "logprobs")]
+    found = table("greedy tokens against stock", "case", "requests", "tokens", "distinct", *columns, "stock repeats")
+    for row in rows:
+        cells: list[str | Text] = []
+        for arm in arms:
+            answer = arms_of(row)[arm]
+            same = row["requests"] - answer["different_requests"]
+            bits = "equal bits" if answer["logprobs_equal"] else "differ"
+            style = "bold red" if answer["different_requests"] else ""
+            cells += [Text(f"{same} of {row['requests']}", style=style), bits]
+        repeats = row["stock_repeats_itself"] and row["stock_repeats_logprobs"]
+        numbers = (str(row[key]) for key in ("requests", "generated", "distinct"))
+        found.add_row(row["case"], *numbers, *cells, "yes" if repeats else "NO")
+    return found
+
+
+def decode(rows: list[dict[str, Any]]) -> Table:
+    return _ratios("decode step (ms; 95 % intervals)", "N", "requests", rows)
+
+
+def first_token(rows: list[dict[str, Any]]) -> Table:
+    return _ratios("time to first token (ms; 95 % intervals)", "prompt", "prompt", rows)
+
+
+def _ratios(title: str, label: str, key: str, rows: list[dict[str, Any]]) -> Table:
+    arms = list(arms_of(rows[0]))
+    against = list(rows[0].get("against") or ())
+    columns = [*(f"{arm} / stock" for arm in arms), *(f"overlay / {arm}" for arm in against)]
+    found = table(title, label, "rounds", "stock", "saved", *columns)
+    for row in rows:
+        own = arms_of(row)
+        first = own[OVERLAY if OVERLAY in own else arms[0]]
+        found.add_row(
+            str(row[key]),
+            str(row["rounds"]),
+            milliseconds(row["stock"]),
+            milliseconds(row["stock"] - first["seconds"]),
+            *(ratio(own.get(arm)) for arm in arms),
+            *(ratio(row["against"].get(arm)) for arm in against),
+        )
+    return found
+
+
+def starts(pair: dict[str, Any]) -> Table | str:
+    """Seconds of each arm's start, and what was compiled."""
+    arms = {arm: found for arm, found in pair.items() if isinstance(found, dict) and "compile_seconds" in found}
+    if not arms:
+        return ""
+    how = ", all at once, so not comparable" if pair.get("started_together") else ""
+    if pair.get("triton_was_warm") is False:
+        how += ", the first with an empty Triton cache"
+    columns = ("compile s", "to stock", "build s", "import s", "artifacts saved", "inductor", "aot saved")
+    found = table(f"start and compile time{how}", "arm", *columns)
+    stock = arms.get(STOCK, {}).get("compile_seconds") or 0.0
+    for arm, start in arms.items():
+        counters = start["counters"]
+        found.add_row(
+            arm,
+            f"{start['compile_seconds']:.2f}",
+            f"{start['compile_seconds'] / stock:.3f}" if stock else "-",
+            f"{start['build_seconds']:.1f}",
+            f"{start['import_seconds']:.1f}",
+            *(
+                str(counters.get(f"num_{key}"))
+                for key in ("compiled_artifacts_saved", "inductor_compiles", "aot_artifacts_saved")
+            ),
+        )
+    return found
+
+
+def serving(found: dict[str, Any]) -> Table:
+    columns = ("metric", "requests", "failed", "requests/s", "stock", "p99", "with overlay", "p99", "ratio")
+    shown = table("servers under load (median and 99th percentile in ms)", "rate", *columns)
+    for row in found.get("rows", []):
+        shown.add_row(
+            f"{row['rate']:g}",
+            row["metric"].upper(),
+            " | ".join(str(count) for count in row["requests"].values()),
+            " | ".join(str(count) for count in row["failed"].values()),
+            " | ".join(f"{value:.2f}" for value in row["requests_per_second"].values()),
+            *(milliseconds(row[key]) for key in ("stock", "stock_p99", "overlay", "overlay_p99")),
+            ratio(row),
+        )
+    seconds = found.get("start_seconds", {})
+    shown.caption = "; ".join(f"{arm} answers after {value:.0f} s" for arm, value in seconds.items())
+    shown.caption_justify = "left"
+    return shown
+
+
+def wide_console(file: IO[str] | None = None) -> Console:
+    """A console for a report that is kept: no terminal's width, no colours in a file."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole(file=file, width=FILE_COLUMNS, highlight=False, markup=False)
+
+
+def show(
+    data: dict[str, Any],
+    console: Console,
+    path: Path | None = None,
+    make: Callable[[dict[str, Any]], Iterable[Any]] = tables,
+) -> None:
+    """Print what `make` gives for a results file, and write it to a file as plain text."""
+    shown = list(make(data))
+    for item in shown:
+        console.print(item)
+        console.print()
+    if path is not None:
+        with path.open("w") as file:
+            text = wide_console(file)
+            for item in shown:
+                text.print(item)
+                text.print()

@@ -1,0 +1,308 @@
+"""Models to measure with: named layer shapes, somebody's `config.json`, or a checkpoint.
+
+A named shape is a configuration in the sizes of a published model, with as many layers as wanted. It has no weights on
+disk: bench_engine/weights.py fills them in place, of a trained model's size and the same in every process, so that
+experts are chosen and tokens differ. Sources of the sizes: `config.json` of Qwen/Qwen3.5-35B-A3B, Qwen/Qwen3.5-27B (64
+layers, hidden 5120, MLP 17408, 24 attention heads and 4 for keys of 256) and Qwen/Qwen3-Next-80B-A3B-Instruct (48 layers,
+512 experts of 512, 10 chosen) on the Hugging Face hub; field names: transformers' configuration classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from overlay.cli.failure import CommandError
+
+#: Layer shape of Qwen3.5-35B-A3B, without its experts.
+TEXT: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_output_gate": True,
+    "dtype": "bfloat16",
+    "eos_token_id": 248044,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 248320,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
+}
+MIXTURE: dict[str, Any] = {
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.001,
+    "output_router_logits": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+#: One small block: the tower is never built (`language_model_only`), the configuration class wants the section.
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 128,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [],
+    "hidden_act": "gelu_pytorch_tanh",
+}
+#: Over TEXT: what a CPU can run.
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "vocab_size": 4096,
+    "eos_token_id": 4090,
+    "rope_parameters": {**TEXT["rope_parameters"], "mrope_section": [2, 1, 1]},
+}
+#: Qwen3-Next keeps its rope settings in other fields; vLLM before 0.24 reads them at the top level.
+NEXT_ROPE: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000,
+}
+_27B: dict[str, Any] = {
+    **TEXT,
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "linear_num_value_heads": 48,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 4,
+}
+_NEXT_80B: dict[str, Any] = {
+    **TEXT,
+    **MIXTURE,
+    **NEXT_ROPE,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "intermediate_size": 5120,
+    "vocab_size": 151936,
+    "eos_token_id": 151645,
+}
+
+#: Name: architecture, text configuration, number of layers of the published model.
+SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Qwen3.5-35B-A3B": ("qwen3_5_moe", {**TEXT, **MIXTURE}, 40),
+    "Qwen3.5-27B": ("qwen3_5", _27B, 64),
+    "Qwen3-Next-80B-A3B": ("qwen3_next", _NEXT_80B, 48),
+    "tiny": ("qwen3_5", {**TEXT, **TINY, "intermediate_size": 128}, 4),
+}
+#: A folder with one of these is a checkpoint; without, its config.json is a shape.
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
+DEFAULT_SHAPE = "Qwen3.5-35B-A3B"
+
+
+def layer_types(layers: int) -> list[str]:
+    """Full attention every fourth layer, gated delta net everywhere else."""
+    return ["full_attention" if (index + 1) % 4 == 0 else "linear_attention" for index in range(layers)]
+
+
+def configuration(architecture: str, text: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    `qwen3_5` and `qwen3_5_moe` are the published models' own architectures (the vision part is switched off by
+    `language_model_only`), `…_text` the text-only classes, which vLLM registers from 0.27 on, `qwen3_next` has the
+    interleaved layout of the projections.
+    """
+    text = {**text, "num_hidden_layers": layers, "layer_types": layer_types(layers)}
+    if architecture == "qwen3_next":
+        return {**text, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
+    kind = architecture.removesuffix("_text")
+    stem = {"qwen3_5_moe": "Qwen3_5Moe", "qwen3_5": "Qwen3_5"}[kind]
+    text["model_type"] = f"{kind}_text"
+    if architecture.endswith("_text"):
+        return {**text, "architectures": [f"{stem}ForCausalLM"]}
+    vocabulary = text["vocab_size"]
+    return {
+        "architectures": [f"{stem}ForConditionalGeneration"],
+        "model_type": kind,
+        "tie_word_embeddings": False,
+        "image_token_id": vocabulary - 1,
+        "video_token_id": vocabulary - 2,
+        "vision_start_token_id": vocabulary - 3,
+        "vision_end_token_id": vocabulary - 4,
+        "text_config": text,
+        "vision_config": {**VISION, "model_type": kind, "out_hidden_size": text["hidden_size"]},
+    }
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write `config.json` into `folder` and give the folder back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(content, indent=1))
+    return folder
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured. `checkpoint` is the folder of one that has its own weights and tokenizer."""
+
+    name: str
+    config: Mapping[str, Any]
+    checkpoint: Path | None = None
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The language model's part of the configuration."""
+        part: Mapping[str, Any] = self.config.get("text_config", self.config)
+        return part
+
+    @property
+    def layers(self) -> int:
+        return int(self.text["num_hidden_layers"])
+
+    @property
+    def also_sees(self) -> bool:
+        return "vision_config" in self.config
+
+    @property
+    def pattern(self) -> int:
+        """The number of layers after which their kinds repeat."""
+        types = self.text.get("layer_types")
+        if not types:
+            return int(self.text.get("full_attention_interval", 1))
+        return next(
+            step
+            for step in range(1, len(types) + 1)
+            if all(kind == types[index % step] for index, kind in enumerate(types))
+        )
+
+    def linear_layers(self) -> int:
+        """How many layers have linear attention."""
+        types = self.text.get("layer_types")
+        if types:
+            return sum(kind == "linear_attention" for kind in types)
+        interval = self.text.get("full_attention_interval")
+        return self.layers - self.layers // int(interval) if interval else 0
+
+    def with_layers(self, layers: int) -> Model:
+        """The same layer shapes, that many times. Whole repetitions of the pattern only."""
+        if self.checkpoint is not None:
+            raise CommandError(
+                f"--layers={layers} goes with a named shape or a config.json; {self.checkpoint} has its own weights"
+            )
+        if layers < 1 or layers % self.pattern:
+            raise CommandError(
+                f"--layers={layers}: the layers of {self.name} repeat every {self.pattern}; allowed are multiples of it"
+            )
+        text = {**self.text, "num_hidden_layers": layers}
+        if text.get("layer_types"):
+            text["layer_types"] = [text["layer_types"][index % self.pattern] for index in range(layers)]
+        if "text_config" in self.config:
+            return replace(self, config={**self.config, "text_config": text})
+        return replace(self, config=text)
+
+    def folder(self, work: Path) -> Path:
+        """What vLLM takes as its model: the checkpoint, or a folder made in `work` with a configuration."""
+        return self.checkpoint or write(work / "models" / f"{self.name}-{self.layers}-layers", self.config)
+
+    def tokenizer(self, work: Path) -> Path:
+        """What servers and their clients take as tokenizer: the checkpoint's, or one made in `work`.
+
+        That is in a folder of its own: beside a configuration, transformers would read it as that model's own kind.
+        """
+        return self.checkpoint or write_tokenizer(work / "models", int(self.text["vocab_size"]))
+
+
+def find(text: str, layers: int | None) -> Model:
+    """A model by what was given: the name of a shape, a configuration file, or the folder of a checkpoint.
+
+    Raises CommandError where it is none of these, and where `layers` does not go with it.
+    """
+    if text in SHAPES:
+        architecture, shape, published = SHAPES[text]
+        model = Model(text, configuration(architecture, shape, published))
+    else:
+        model = _local(Path(text))
+    return model if layers is None else model.with_layers(layers)
+
+
+def _local(path: Path) -> Model:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CommandError(
+            f"--model={str(path)!r} is neither a named shape ({', '.join(SHAPES)}) nor a config.json nor a checkpoint's folder"
+        )
+    try:
+        config = json.loads(file.read_text())
+        model = Model(file.resolve().parent.name, config)
+        if model.layers < 1:
+            raise ValueError("no layers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CommandError(f"--model={str(path)!r}: {file} is no model's configuration: {error!r}") from error
+    has_weights = path.is_dir() and any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES)
+    return replace(model, checkpoint=path.resolve()) if has_weights else model
+
+
+def write_tokenizer(parent: Path, vocabulary: int) -> Path:
+    """The folder of a tokenizer for which every token is a word, `w0` to `w<vocabulary - 1>`: any prompt of n words has n tokens.
+
+    `vllm bench serve` makes random prompts through the tokenizer and counts on getting them back unchanged.
+    """
+    words = {f"w{number}": number for number in range(vocabulary)}
+    last = f"w{vocabulary - 1}"
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": vocabulary - 1,
+                "content": last,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": last},
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 1 << 20,
+        "eos_token": last,
+        "unk_token": last,
+        "clean_up_tokenization_spaces": False,
+    }
+    folder = parent / f"tokenizer-{vocabulary}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    return folder

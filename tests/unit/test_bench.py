@@ -1,0 +1,477 @@
+"""`python -m overlay bench`: what of it can be tested without an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from overlay.cli.bench import command, engines, memory, plots, report, serving, shapes
+from overlay.cli.bench.results import Results, different
+from overlay.cli.bench.setup import Setup
+from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError
+from overlay.cli.failure import CommandError
+from tests.conftest import REPOSITORY
+
+LOAD = memory.Load(requests=256, request_tokens=480, prompt=8256, prefill=8192)
+GIB = memory.GIB
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "layers", "qkvz", "ba"),
+    [
+        ("Qwen3.5-35B-A3B", 34.7, 40, 12288, 64),
+        ("Qwen3.5-27B", 26.9, 64, 16384, 96),
+        ("Qwen3-Next-80B-A3B", 79.7, 48, 12288, 64),
+    ],
+)
+def test_named_shapes_have_the_published_sizes(name: str, billions: float, layers: int, qkvz: int, ba: int) -> None:
+    model = shapes.find(name, None)
+    text = model.text
+    key = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    value = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+    assert (model.layers, 2 * (key + value), 2 * text["linear_num_value_heads"]) == (layers, qkvz, ba)
+    assert model.linear_layers() == layers * 3 // 4
+    assert memory.parameters(model) / 1e9 == pytest.approx(billions, abs=0.1)
+
+
+def test_fewer_layers_keep_the_pattern() -> None:
+    model = shapes.find("Qwen3.5-27B", 8)
+    assert model.text["layer_types"] == [*["linear_attention"] * 3, "full_attention"] * 2
+    assert model.text["num_hidden_layers"] == model.layers == 8
+    with pytest.raises(CommandError, match=r"every 4.*multiples"):
+        shapes.find("Qwen3.5-27B", 6)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_own_configuration_may_be_a_file_or_its_folder(nested: bool, tmp_path: Path) -> None:
+    text = {**shapes.find("tiny", None).text}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text} if nested else text))
+    for place in (tmp_path, tmp_path / "config.json"):
+        model = shapes.find(str(place), 12)
+        assert (model.layers, model.linear_layers(), model.checkpoint) == (12, 9, None)
+
+
+def test_a_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
+    shapes.write(tmp_path, shapes.find("tiny", None).config)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 4096)
+    model = shapes.find(str(tmp_path), None)
+    assert model.folder(tmp_path / "work") == model.tokenizer(tmp_path / "work") == tmp_path
+    assert memory.need(model, LOAD).weights == 4096
+    with pytest.raises(CommandError, match="its own weights"):
+        model.with_layers(4)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"num_hidden_layers": 0}'])
+def test_no_configuration_is_bad_input(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CommandError, match="no model's configuration"):
+        shapes.find(str(tmp_path), None)
+    with pytest.raises(CommandError, match=r"Qwen3\.5-35B-A3B"):
+        shapes.find("no-such-model", None)
+
+
+def test_every_word_of_the_tokenizer_is_a_token(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(shapes.write_tokenizer(tmp_path, 300) / "tokenizer.json"))
+    numbers = [5, 6, 290, 0, 17]
+    assert tokenizer.encode(tokenizer.decode(numbers)).ids == numbers
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_the_need_follows_from_the_sizes() -> None:
+    """Qwen3.5-35B-A3B, one group of four layers, by hand."""
+    model = shapes.find("Qwen3.5-35B-A3B", 4)
+    linear = 2048 * (12288 + 64) + 4096 * 2048
+    attention = 2048 * (2 * 4096 + 2 * 512) + 4096 * 2048
+    experts = 3 * 2048 * 512 * 257 + 2048 * 256
+    weights = 2 * 248320 * 2048 + 3 * linear + attention + 4 * experts
+    assert memory.need(model, LOAD).weights == 2 * weights
+    state = 32 * 128 * 128 * 4 + 3 * (2 * 2048 + 4096) * 2
+    page = -(-state // 2048 // 16) * 16 * 2048  # 2048 bytes per token of a key and a value, in blocks of 16 tokens
+    assert memory.cache_bytes(model, LOAD) == int(256 * 4 * page * memory.CACHE_SLACK)
+
+
+def test_two_shards_halve_what_is_split() -> None:
+    model = shapes.find("Qwen3.5-27B", 16)
+    one, two = memory.need(model, LOAD), memory.need(model, LOAD, tensor_parallel=2)
+    assert two.weights == one.weights // 2
+    assert two.cache == pytest.approx(one.cache / 2, rel=0.02)
+    assert two.total < one.total
+
+
+@settings(deadline=None, max_examples=50)
+@given(free=st.integers(0, 400 * GIB), arms=st.integers(2, 4), name=st.sampled_from(sorted(shapes.SHAPES)))
+def test_the_layers_that_would_fit_do_and_more_do_not(free: int, arms: int, name: str) -> None:
+    model = shapes.find(name, None)
+    layers = memory.largest_layers(model, LOAD, arms, free)
+    fits = [
+        count
+        for count in range(model.pattern, model.layers + 1, model.pattern)
+        if arms * memory.need(model.with_layers(count), LOAD).total <= free
+    ]
+    assert layers == (fits[-1] if fits else None)
+
+
+def test_too_little_memory_names_the_layers_that_fit() -> None:
+    model = shapes.find("Qwen3.5-35B-A3B", 24)
+    with pytest.raises(CommandError, match=r"4 engines .* 24 layers .* NVIDIA H200.* --layers 12 would fit"):
+        memory.check(model, LOAD, 4, 139 * GIB, "NVIDIA H200")
+    with pytest.raises(CommandError, match=r"smaller --batches"):
+        memory.check(model, LOAD, 2, 4 * GIB, "a small GPU")
+    assert memory.check(model, LOAD, 2, 139 * GIB, "NVIDIA H200").total < 139 * GIB // 2
+
+
+def test_visible_gpus_are_the_named_ones() -> None:
+    found = [(0, "H200", 5), (1, "H200", 6), (2, "H200", 7)]
+    assert memory.visible(found, "2,0") == [found[2], found[0]]
+    assert memory.visible(found, None) == memory.visible(found, "GPU-abc") == found
+
+
+# ---------------------------------------------------------------- what was asked for
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,x", "-4", "1.5"])
+def test_bad_numbers_name_their_option(text: str) -> None:
+    with pytest.raises(CommandError, match=r"--batches="):
+        command.parse_numbers("--batches", text)
+
+
+def test_stock_is_always_the_first_arm() -> None:
+    assert command.parse_arms("fused, overlay ,stock") == ("stock", "fused", "overlay")
+    for text in ("stock", "", "overlay,fast"):
+        with pytest.raises(CommandError, match="--arms="):
+            command.parse_arms(text)
+
+
+def test_rates_and_pairs() -> None:
+    assert command.parse_rates("4,0.5") == (0.5, 4.0)
+    assert command.parse_rates(None) == ()
+    assert command.parse_engine(("enforce_eager=true", "dtype=auto")) == {"enforce_eager": True, "dtype": "auto"}
+    for text in ("0", "x", "-1"):
+        with pytest.raises(CommandError, match="--rates="):
+            command.parse_rates(text)
+    with pytest.raises(CommandError, match="NAME=VALUE"):
+        command.parse_pairs("--env", ("=x",))
+
+
+def test_results_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    plan = command.Plan(
+        command.Options(out=tmp_path),
+        shapes.find("tiny", None),
+        command.QUICK,
+        (1,),
+        (8,),
+        True,
+        LOAD,
+        memory.Need(1, 1, 1),
+        10,
+    )
+    with pytest.raises(CommandError, match="has results already"):
+        command.setup_of(plan)
+
+
+# ---------------------------------------------------------------- stock is stock
+
+
+def _setup(tmp_path: Path, **changes: Any) -> Setup:
+    return Setup(tmp_path / "work", tmp_path / "out", "/site", 100.0, **changes)
+
+
+def test_arms_differ_by_the_overlay_and_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLMOVERLAY_PLAN", "serial")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    setup = _setup(tmp_path, variables={"VLLM_X": "1"})
+    stock, overlay, fused = (setup.environment(arm, arm) for arm in ("stock", "overlay", "fused"))
+    own = {"PYTHONPATH", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "VLLMOVERLAY_JOURNAL_DIR"}
+    assert {name for name in stock.keys() | overlay.keys() if stock.get(name) != overlay.get(name)} == own
+    assert stock["PYTHONPATH"] == "/site" and overlay["PYTHONPATH"] == f"{REPOSITORY}:/site"
+    assert fused["VLLMOVERLAY_PLAN"] == "fused" and "VLLMOVERLAY_PLAN" not in overlay
+    assert stock["VLLM_X"] == fused["VLLM_X"] == "1"
+
+
+def test_the_overlay_on_pythonpath_does_not_reach_the_engines() -> None:
+    environment = {"PYTHONPATH": os.pathsep.join((str(REPOSITORY), "/site", ""))}
+    assert command.vllm_folders(environment) == "/site"
+    assert command.vllm_folders({}) is None
+
+
+def test_where_the_overlay_is_installed_stock_is_told_to_leave_it_off(tmp_path: Path) -> None:
+    setup = _setup(tmp_path, installed=True)
+    assert setup.environment("stock", "run")["VLLMOVERLAY"] == "0"
+    assert "VLLMOVERLAY" not in setup.environment("overlay", "run")
+
+
+#: Runs a worker's script as Python does, and says at its end what the process could import.
+LOOK = """
+import importlib.util, json, os, runpy, sys
+def look(status):
+    found = {name: importlib.util.find_spec(name) for name in json.loads(sys.argv[2])}
+    print(json.dumps({name: spec and spec.origin for name, spec in found.items()}), flush=True)
+    leave(status)
+leave, os._exit = os._exit, look
+sys.path[0] = os.path.dirname(sys.argv[1])
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        SCRIPT,
+        REPOSITORY / "benchmarks" / "gpu" / "lora_worker.py",
+        REPOSITORY / "benchmarks" / "gpu" / "deepseek_worker.py",
+    ],
+    ids=lambda script: script.stem,
+)
+def test_a_stock_worker_sees_neither_the_overlay_nor_its_sitecustomize(script: Path, tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    environment = {**_setup(tmp_path).environment("stock", "run"), "BENCH_REPLY_DESCRIPTOR": str(write_end)}
+    names = ["overlay", "sitecustomize", "bench_engine", "weights", "report", "status"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, str(script), json.dumps(names)],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        pass_fds=(write_end,),
+        check=False,
+    )
+    os.close(read_end)
+    os.close(write_end)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bench_engine"] == str(SCRIPT.parent / "bench_engine" / "__init__.py")
+    assert found["overlay"] is found["weights"] is found["report"] is found["status"] is None
+    assert not (found["sitecustomize"] or "").startswith(str(REPOSITORY / "sitecustomize"))
+
+
+def test_an_engines_process_finds_nothing_but_what_it_needs() -> None:
+    names = sorted(path.name for path in SCRIPT.parent.iterdir() if path.name != "__pycache__")
+    assert names == ["__init__.py", "bench_engine", "run_worker.py"]
+
+
+def test_nothing_of_a_workers_own_code_imports_the_overlay() -> None:
+    for path in SCRIPT.parent.rglob("*.py"):
+        lines = path.read_text().splitlines()
+        assert not [line for line in lines if line.lstrip().startswith(("import overlay", "from overlay"))], path
+
+
+def test_a_worker_answers_errors_and_ends(tmp_path: Path) -> None:
+    worker = Worker("stock", _setup(tmp_path).environment("stock", "run"), tmp_path / "logs" / "stock.log")
+    with pytest.raises(WorkerError, match="AttributeError"):
+        worker.call("no_such_command", 60.0)
+    worker.close()
+    worker.close()
+    with pytest.raises(WorkerError):
+        worker.call("describe", 5.0)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_row_has_every_arm_and_the_overlay_against_each() -> None:
+    row = engines.paired_row({"stock": [1.0, 2.0], "overlay": [0.9, 1.8], "fused": [0.5, 1.0]})
+    assert (row["rounds"], row["stock"], row["ratio"]) == (2, 1.5, pytest.approx(0.9))
+    assert row["arms"]["overlay"] == {key: pytest.approx(row[key]) for key in ("ratio", "low", "high")} | {
+        "seconds": row["overlay"]
+    }
+    assert row["arms"]["fused"]["ratio"] == pytest.approx(0.5)
+    assert set(row["against"]) == {"fused"} and row["against"]["fused"]["ratio"] == pytest.approx(1.8)
+
+
+def _answer(*tokens: int, logprobs: str = "a") -> dict[str, Any]:
+    return {"tokens": [[token, 7] for token in tokens], "logprobs": logprobs}
+
+
+def test_different_tokens_are_found_where_stock_repeats_itself() -> None:
+    found = {"stock": _answer(1, 2), "overlay": _answer(1, 3, logprobs="b"), "serial": _answer(1, 2)}
+    row = {"case": "N=2", "requests": 2, **engines.token_row(found, found["stock"])}
+    assert row["arms"]["overlay"]["first_difference"] == {"request": 1, "position": 0, "stock": 2, "other": 3}
+    assert (row["different_requests"], row["logprobs_equal"]) == (1, False)
+    assert different({"tokens": [row]}) == ["overlay, N=2: 1 of 2 requests"]
+    unsteady = {"case": "N=2", "requests": 2, **engines.token_row(found, _answer(5, 6))}
+    assert different({"tokens": [unsteady]}) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"problems": [], "unfinished": []}, 0),
+        ({"problems": [], "unfinished": ["x"]}, 3),
+        ({"problems": ["x"], "unfinished": ["x"]}, 1),
+    ],
+)
+def test_exit_status(data: dict[str, Any], expected: int) -> None:
+    assert command.status(data) == expected
+    row = {"case": "c", "requests": 1, **engines.token_row({"stock": _answer(1), "overlay": _answer(2)}, _answer(1))}
+    assert command.status({**data, "tokens": [row]}) == 1
+
+
+def _run(scale: float) -> dict[str, Any]:
+    """What `vllm bench serve --save-detailed` writes, as far as it is read."""
+    return {
+        "ttfts": [0.1 * scale, 0.2 * scale, 0.0],
+        "itls": [[0.01 * scale] * 3, [], []],
+        "output_lens": [4, 1, 0],
+        "completed": 2,
+        "failed": 1,
+        "request_throughput": 2.0,
+    }
+
+
+def test_serving_rows_have_medians_percentiles_and_an_interval() -> None:
+    samples = {4.0: {"stock": [_run(1.0)] * 3, "overlay": [_run(0.9)] * 3}, 8.0: {"stock": [_run(1.0)], "overlay": []}}
+    ttft, tpot = serving.rows_of(samples, ("stock", "overlay"))
+    assert (ttft["rate"], ttft["metric"], tpot["metric"]) == (4.0, "ttft", "tpot")
+    assert tpot["ratio"] == tpot["low"] == tpot["high"] == pytest.approx(0.9)
+    assert ttft["low"] <= ttft["ratio"] <= ttft["high"]
+    assert ttft["requests"] == {"stock": 6, "overlay": 6} and ttft["failed"] == {"stock": 3, "overlay": 3}
+    assert ttft["stock_p99"] == pytest.approx(0.2)
+
+
+def test_engine_arguments_become_flags() -> None:
+    found = serving.flags(
+        {"model": "m", "enable_prefix_caching": False, "language_model_only": True, "seed": 0, "a_b": {"c": [1]}}
+    )
+    assert found == ["--no-enable-prefix-caching", "--language-model-only", "--seed", "0", "--a-b", '{"c": [1]}']
+
+
+# ---------------------------------------------------------------- output
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    found = {"stock": _answer(1, 2), "overlay": _answer(1, 3), "fused": _answer(1, 2)}
+    times = {"stock": [1.0, 1.1, 1.2], "overlay": [0.9, 1.0, 1.1], "fused": [1.2, 1.3, 1.4]}
+    start = {
+        "vllm": "0.33.0",
+        "torch": "2.14",
+        "device": "H200",
+        "architecture": "A",
+        "async_scheduling": True,
+        "cudagraph_mode": "FULL",
+        "compile_seconds": 20.0,
+        "build_seconds": 60.0,
+        "import_seconds": 10.0,
+        "counters": {"num_inductor_compiles": 25},
+    }
+    return {
+        "overlay": {"version": "0.1.0"},
+        "host": {"gpu": "NVIDIA H200, 580, 143771 MiB"},
+        "model": {"name": "Qwen3.5-27B", "layers": 8, "linear_attention_layers": 6, "tensor_parallel": 1},
+        "pair": {"stock": start, "overlay": start, "fused": start, "weights_equal": True, "started_together": False},
+        "tokens": [{"case": "N=2", "requests": 2, **engines.token_row(found, found["stock"])}],
+        "decode": [{"requests": count, **engines.paired_row(times)} for count in (1, 8)],
+        "first_token": [{"prompt": 100, **engines.paired_row(times)}],
+        "serving": {
+            "rows": serving.rows_of({4.0: {"stock": [_run(1.0)], "overlay": [_run(0.9)]}}, ("stock", "overlay")),
+            "start_seconds": {"stock": 60.0, "overlay": 61.0},
+        },
+        "problems": [],
+        "unfinished": ["decode: out of time"],
+    }
+
+
+def test_every_table_is_shown_and_kept(data: dict[str, Any], tmp_path: Path) -> None:
+    report.show(data, Console(width=120, file=(tmp_path / "terminal").open("w")), tmp_path / "report.txt")
+    shown = (tmp_path / "report.txt").read_text()
+    for text in ("Qwen3.5-27B, 8 layers", "1 of 2", "fused / stock", "overlay / fused", "TPOT", "out of time"):
+        assert text in shown
+    assert "TOKENS DIFFER: overlay, N=2: 1 of 2 requests" in shown
+
+
+def test_plots_are_written(data: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = plots.write(data, tmp_path)
+    assert [path.name for path in written] == ["ratio.png", "serving.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert plots.write({"problems": []}, tmp_path) == []
+
+
+def test_results_are_on_disk_after_every_step(tmp_path: Path) -> None:
+    said: list[str] = []
+    results = Results(tmp_path / "results.json", said.append)
+    results.put("decode", value=[1])
+    results.problem("engine gone")
+    results.unfinished("out of time")
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert (kept["schema"], kept["decode"], kept["problems"], kept["unfinished"]) == (
+        2,
+        [1],
+        ["engine gone"],
+        ["out of time"],
+    )
+    assert said == ["PROBLEM engine gone", "out of time"]
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does() -> None:
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with command._stoppable(), pytest.raises(KeyboardInterrupt):
+        wait()
+
+
+def test_one_run_per_work_folder(tmp_path: Path) -> None:
+    with command._alone(tmp_path), pytest.raises(CommandError, match="--work"), command._alone(tmp_path):
+        pass
+    with command._alone(tmp_path):
+        pass
+
+
+def _cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "overlay", "bench", *arguments],
+        env={**os.environ, **environment},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arms", "stock"), "--arms="),
+        (("--model", "/no/such/model"), "neither a named shape"),
+        (("--model", "tiny", "--layers", "3"), "multiples"),
+        (
+            ("--model", "Qwen3-Next-80B-A3B", "--layers", "48"),
+            "engines of Qwen3-Next-80B-A3B with 48 layers need about",
+        ),
+        (("--compare", "/no/old.json", "/no/new.json"), "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(arguments: tuple[str, ...], message: str) -> None:
+    if "--model" in arguments:
+        pytest.importorskip("vllm")
+    done = _cli(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_other_commands_load_nothing_of_it() -> None:
+    text = "import sys, overlay.cli.app; print([name for name in sys.modules if name.startswith('overlay.cli.bench')])"
+    done = subprocess.run([sys.executable, "-c", text], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
