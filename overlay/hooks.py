@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
-from overlay import cache_identity, effect, log, safety, verdict
+from overlay import agreement, cache_identity, effect, loaded, log, safety, summary, verdict
 from overlay import settings as settings_module
 from overlay.journal import OFF, journal
 from overlay.settings import Settings
@@ -88,9 +87,13 @@ def _set_hooks(settings: Settings) -> None:
             hook = _guarded(patch, lambda module, patch=patch: _patch(patch, module, settings), settings)  # type: ignore[misc]
             register_post_import_hook(hook, module_name)
     register_post_import_hook(_guarded("metrics", _publish_metrics, settings), METRICS_MODULE)
+    for module_name in agreement.WORKERS:
+        hook = _guarded("agreement of the ranks", lambda module: agreement.watch(module, settings), settings)
+        register_post_import_hook(hook, module_name)
     for module_name in effect.WORKERS:
         hook = _guarded("proof of effect", lambda module: effect.watch(module, settings, _sources), settings)
         register_post_import_hook(hook, module_name)
+        register_post_import_hook(_guarded("loaded models", loaded.watch, settings), module_name)
 
 
 def _fall_back_on_our_wrapt() -> None:
@@ -156,6 +159,7 @@ def _after_vllm(module: ModuleType, settings: Settings) -> None:
         if record.verdict == OFF or any(tree.has(name) for name in module_names):
             continue
         _settle(patch, verdict.judge(patch, tree), settings)
+    summary.say_armed(journal.vllm_version)
     journal.write()
 
 
@@ -218,7 +222,7 @@ def _sources() -> verdict.SourceTree:
 
 
 def _settle(patch: str, found: Verdict, settings: Settings) -> None:
-    """A patch's verdict in this process is final: keep it, say it. A shape that is not known is fatal under strict."""
+    """A patch's verdict in this process is final: keep it. A shape that is not known is a problem, fatal under strict."""
     record = journal.patch(patch)
     record.verdict, record.reason, record.module, record.methods = (
         found.state,
@@ -235,6 +239,5 @@ def _settle(patch: str, found: Verdict, settings: Settings) -> None:
         intercepted = (
             f"; intercepts {', '.join(map('.'.join, found.intercepted()))}" if found.state == verdict.APPLY else ""
         )
-        level = logging.DEBUG if found.state == verdict.ABSENT else logging.INFO
-        log.logger.log(level, "overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
+        log.logger.debug("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
     journal.write()

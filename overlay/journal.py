@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from overlay import __version__, safety
-from overlay.log import logger
+from overlay.log import fields, logger
 
 SCHEMA = 1
 NOT_SEEN = "not seen"  #: the state of a patch whose target this process has not imported
@@ -29,6 +29,7 @@ OFF = "off"  #: the state of a patch that is switched off
 #: Roles of processes that nobody's multiprocessing has started.
 API_SERVER = "APIServer"
 MAIN = "Main"
+RAY_WORKER = "RayWorker"
 _WRITE_INTERVAL_SECONDS = 1.0
 _STALE_SECONDS = 3600.0
 
@@ -39,13 +40,14 @@ class Calls:
 
     fake: int = 0
     dual_stream: int = 0
+    fused: int = 0
     serial: dict[str, int] = field(default_factory=dict)
 
     def count_serial(self, reason: str) -> None:
         self.serial[reason] = self.serial.get(reason, 0) + 1
 
     def total(self) -> int:
-        return self.dual_stream + sum(self.serial.values())
+        return self.dual_stream + self.fused + sum(self.serial.values())
 
 
 @dataclass
@@ -59,13 +61,14 @@ class PatchRecord:
     patched: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
+    #: What was measured, or read from disk, for each shape of this patch's layers (overlay.pair_plans).
+    plans: list[dict[str, Any]] = field(default_factory=list)
     #: Whether vLLM's own warm-up has to have called the op; else the first step has to.
     runs_in_warm_up: bool = True
 
     def refuse(self, layer_name: str, reason: str) -> None:
-        """A layer stays stock. Each reason is said once, however many layers share it."""
-        if reason not in self.refused.values():
-            logger.info("overlay: layer %s stays stock: %s", layer_name, reason)
+        """A layer stays stock. The worker's summary counts layers by reason; names are for those who debug."""
+        logger.debug("overlay: layer %s stays stock: %s", layer_name, reason)
         self.refused[layer_name] = reason
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,9 +78,11 @@ class PatchRecord:
             "module": self.module,
             "methods": list(self.methods),
             "layers": {"patched": dict(self.patched), "refused": dict(self.refused)},
+            "plans": list(self.plans),
             "calls": {
                 "fake": self.calls.fake,
                 "dual_stream": self.calls.dual_stream,
+                "fused": self.calls.fused,
                 "serial": dict(self.calls.serial),
             },
         }
@@ -92,6 +97,8 @@ def role() -> str:
     program = os.path.basename(arguments[0]) if arguments else ""
     if (program == "vllm" and arguments[1:2] == ["serve"]) or "api_server" in (arguments[0] if arguments else ""):
         return API_SERVER
+    if program == "default_worker.py":
+        return RAY_WORKER
     if arguments and arguments[0].endswith(os.path.join("models", "registry.py")):
         return "ModelRegistryProbe"
     return MAIN
@@ -111,6 +118,8 @@ class Journal:
         self.vllm_version: str | None = None
         self.transformers: dict[str, Any] = {"state": "vllm has not been imported"}
         self.fingerprint: str | None = None
+        #: `world` and `rank` of this process, and the `result` of the comparison; None where there is one rank.
+        self.agreement: dict[str, Any] | None = None
 
     def open(self, folder: str) -> None:
         """Name the file and clean up after processes that are gone. A folder that cannot be used costs a WARNING."""
@@ -140,7 +149,7 @@ class Journal:
         if text in self.problems:
             return
         self.problems.append(text)
-        logger.warning("overlay: %s", text)
+        logger.warning("overlay: %s", text, extra=fields("problem", problem=text))
         self.write()
 
     def keep_current(self) -> None:
@@ -161,6 +170,7 @@ class Journal:
             "python": ".".join(map(str, sys.version_info[:3])),
             "transformers": self.transformers,
             "fingerprint": self.fingerprint,
+            "agreement": self.agreement,
             "problems": list(self.problems),
             "patches": {name: record.as_dict() for name, record in self.patches.items()},
         }

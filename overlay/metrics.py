@@ -3,7 +3,9 @@
 - ``vllm_overlay_info{version,vllm,fingerprint}``: 1
 - ``vllm_overlay_patch_state{process,patch,state}``: 1 for the state that the patch has in the process
 - ``vllm_overlay_layers{process,patch,state="patched"|"refused"}``: a number of layers
-- ``vllm_overlay_calls_total{process,patch,strategy}``: calls of the op; strategy is ``dual_stream`` or ``serial: <why>``
+- ``vllm_overlay_calls_total{process,patch,strategy}``: calls of the op; strategy is ``dual_stream``, ``fused`` or
+  ``serial: <why>``
+- ``vllm_overlay_tuning_seconds{process,patch,source="measured"|"read"}``: what the plans took at start
 
 `process` is what vLLM calls the process (``VllmWorker-0``, ``EngineCore_DP0``), not its number: a restart makes no new
 series. Inside a CUDA graph a call is counted when it is captured, and a replay calls nothing.
@@ -140,6 +142,9 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
     calls = CounterMetricFamily(
         "vllm_overlay_calls", "Calls of a patch's op by strategy.", labels=["process", "patch", "strategy"]
     )
+    tuning = GaugeMetricFamily(
+        "vllm_overlay_tuning_seconds", "What the plans took at start.", labels=["process", "patch", "source"]
+    )
     # A process that holds no layers has imported another part of vLLM, and so has another fingerprint.
     telling = [one for one in journals if one.layers] or journals[:1]
     builds = {(one.overlay or __version__, one.vllm or "", one.fingerprint or "") for one in telling}
@@ -148,6 +153,7 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
     state_values: dict[tuple[str, str, str], float] = {}
     layer_values: dict[tuple[str, str, str], float] = defaultdict(float)
     call_values: dict[tuple[str, str, str], float] = defaultdict(float)
+    tuning_values: dict[tuple[str, str, str], float] = defaultdict(float)
     for one in journals:
         role = _label(one.role)
         for patch in one.patches:
@@ -157,12 +163,17 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
                 layer_values[role, name, "patched"] += len(patch.layers)
                 layer_values[role, name, "refused"] += len(patch.refused)
                 call_values[role, name, "dual_stream"] += patch.dual_stream_calls
+            if patch.fused_calls:
+                call_values[role, name, "fused"] += patch.fused_calls
+            for plan in patch.plans:
+                tuning_values[role, name, _label(plan.source)] += plan.seconds
             for reason, count in patch.serial_calls.items():
                 call_values[role, name, _label(f"serial: {reason}")] += count
-    for family, values in ((states, state_values), (layers, layer_values), (calls, call_values)):
+    families = ((states, state_values), (layers, layer_values), (calls, call_values), (tuning, tuning_values))
+    for family, values in families:
         for labels, value in values.items():
             family.add_metric(labels, value)
-    return [info, states, layers, calls]
+    return [info, states, layers, calls, tuning]
 
 
 def _label(text: str) -> str:

@@ -1,20 +1,29 @@
-"""When a fork pays: the choice between the auxiliary stream and the plain serial order, for one call.
+"""When and how to overlap: the choice of a strategy for one call.
 
 Outside CUDA graph capture the answer is serial. There every step is Python, a fork and a join cost more CPU time than the
 small GEMM that they hide, and time to first token grows. Inside a capture the fork costs nothing at replay. Work that
 upstream itself forks in eager steps, too, has a plan with `only_while_capturing` off.
 
-Source of the threshold: one H200, torch 2.11, bf16, microseconds per layer in a CUDA graph, qkvz alone | serial | two
-streams. 2048 to 12288 + 64 columns: M=64 16.1|21.7|16.8; M=256 20.4|25.8|24.8; M=512 37.4|42.4|45.2. 2048 to 3072 + 16:
-M=64 6.9|12.1|7.1; M=256 8.2|13.8|11.8; M=512 11.1|16.8|16.7. 5120 to 16384 + 96: M=64 42.1|49.7|45.1; M=256
+A `Plan` has one strategy up to a threshold. A `SizePlan` has one for each captured size, measured on this GPU by
+overlay.tuning.
+
+Source of the fixed thresholds: one H200, torch 2.11, bf16, microseconds per layer in a CUDA graph, qkvz alone | serial |
+two streams. 2048 to 12288 + 64 columns: M=64 16.1|21.7|16.8; M=256 20.4|25.8|24.8; M=512 37.4|42.4|45.2. 2048 to 3072 +
+16: M=64 6.9|12.1|7.1; M=256 8.2|13.8|11.8; M=512 11.1|16.8|16.7. 5120 to 16384 + 96: M=64 42.1|49.7|45.1; M=256
 60.1|66.3|64.5; M=512 112.8|137.3|136.7 (benchmarks/results/).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+#: Strategies. "dual" gives the auxiliary stream its work first, "dual_main_first" the main stream; which of the two
+#: overlaps better depends on the shape. "fused" is one GEMM.
+SERIAL, DUAL, DUAL_MAIN_FIRST, FUSED = "serial", "dual", "dual_main_first", "fused"
 
 ABOVE_THRESHOLD = "above the token threshold"
 NOT_CAPTURING = "not capturing a CUDA graph"
@@ -30,14 +39,42 @@ class Plan:
     only_while_capturing: bool = True
 
     def reason_for_serial(self, tokens: int) -> str | None:
-        """None where the auxiliary stream is to be used now, else why not (a key of the journal's serial calls).
+        """None where the strategy is to be used now, else why not (a key of the journal's serial calls).
 
         The cheap questions come first: the last one is a call into the driver.
         """
         if tokens > self.token_threshold:
             return ABOVE_THRESHOLD
-        if self.mode == "serial":
+        if self.strategy(tokens) == SERIAL:
             return SERIAL_PLAN
         if self.only_while_capturing and not torch.cuda.is_current_stream_capturing():
             return NOT_CAPTURING
         return None
+
+    def strategy(self, tokens: int) -> str:
+        """What the plan says for a number of tokens up to the threshold."""
+        return self.mode
+
+
+@dataclass(frozen=True)
+class SizePlan(Plan):
+    """A strategy for each measured number of tokens; `mode` says where they come from, in a word."""
+
+    strategies: Mapping[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(strategies: Mapping[int, str]) -> SizePlan:
+        """A plan of these strategies; serial above the largest size that has another one."""
+        overlapped = [tokens for tokens, strategy in strategies.items() if strategy != SERIAL]
+        return SizePlan("measured", max(overlapped, default=0), strategies=dict(sorted(strategies.items())))
+
+    def strategy(self, tokens: int) -> str:
+        """A size that was not measured is overlapped where its neighbours are; fused only where that was measured,
+        because one GEMM has other bits than two at some sizes."""
+        known = self.strategies.get(tokens)
+        if known is not None:
+            return known
+        sizes = list(self.strategies)
+        index = bisect_left(sizes, tokens)
+        around = {self.strategies[size] for size in sizes[max(index - 1, 0) : index + 1]}
+        return around.pop() if len(around) == 1 and not around & {FUSED} else SERIAL

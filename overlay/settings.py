@@ -17,7 +17,8 @@ FAMILY = "VLLMOVERLAY"
 #: What people type by habit; naming it in an error beats ignoring it.
 HABITUAL = "VLLM_OVERLAY"
 PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling")
-PLANS = ("dual", "serial")
+AUTO = "auto"
+PLANS = (AUTO, "dual", "serial", "fused")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON = ("1", "true", "on", "yes")
 OFF = ("0", "false", "off", "no")
@@ -44,11 +45,17 @@ class Settings:
     enabled: bool = True
     patches: tuple[str, ...] = PATCH_NAMES
     strict: bool = False
-    plan: str = "dual"
+    plan: str = AUTO
+    inexact: bool = False  #: whether a fused plan may change bits
     token_threshold: int | None = None  #: None: each patch has its own
     serial_pass_through: bool = False
     log_level: str = "info"
     journal_folder: str = ""
+
+    @property
+    def forks(self) -> str:
+        """The plan of a patch that has one way to overlap, and a fixed threshold."""
+        return "serial" if self.plan == "serial" else "dual"
 
     def tokens_or(self, default: int) -> int:
         """The largest number of tokens that is overlapped: what was set, else a patch's own."""
@@ -109,6 +116,7 @@ _VARIABLES: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     f"{FAMILY}_PATCHES": ("patches", _patches),
     f"{FAMILY}_STRICT": ("strict", _switch),
     f"{FAMILY}_PLAN": ("plan", _one_of(PLANS)),
+    f"{FAMILY}_INEXACT": ("inexact", _switch),
     f"{FAMILY}_TOKEN_THRESHOLD": ("token_threshold", _tokens),
     f"{FAMILY}_SERIAL_PASS_THROUGH": ("serial_pass_through", _switch),
     f"{FAMILY}_LOG_LEVEL": ("log_level", _one_of(LOG_LEVELS)),

@@ -44,11 +44,22 @@ def auxiliary_stream(device: torch.device, slot: int) -> torch.cuda.Stream:
     main_stream = torch.cuda.current_stream()
     key = (device, main_stream, slot)
     if key not in _streams:
-        taken = {main_stream, *_streams.values(), *(main for _, main, _ in _streams)}
-        attempts = STREAMS_OF_TORCH if torch.cuda.get_allocator_backend() == "native" else 0
-        made = (torch.cuda.Stream(device=device) for _ in range(attempts))
-        _streams[key] = next((stream for stream in made if stream not in taken), main_stream)
+        found = unused_stream(device) if torch.cuda.get_allocator_backend() == "native" else None
+        _streams[key] = main_stream if found is None else found
     return _streams[key]
+
+
+def unused_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream that is not the current one, and no main or auxiliary stream of this process; None where torch has none."""
+    taken = {torch.cuda.current_stream(), *_streams.values(), *(main for _, main, _ in _streams)}
+    made = (torch.cuda.Stream(device=device) for _ in range(STREAMS_OF_TORCH))
+    return next((stream for stream in made if stream not in taken), None)
+
+
+def forget(main_stream: torch.cuda.Stream) -> None:
+    """Let the auxiliary streams of a main stream go that will not be used again."""
+    for key in [key for key in _streams if key[1] == main_stream]:
+        del _streams[key]
 
 
 class ParallelRegion:
@@ -89,8 +100,13 @@ class ParallelRegion:
         if len(auxiliary) != self.slots:
             raise ValueError(f"this parallel region has {self.slots} auxiliary slots, got {len(auxiliary)} callables")
 
-    def run(self, default: Work, auxiliary: Sequence[Work | None]) -> tuple[Any, tuple[Any, ...]]:
+    def run(
+        self, default: Work, auxiliary: Sequence[Work | None], main_first: bool = False
+    ) -> tuple[Any, tuple[Any, ...]]:
         """Fork, run, join. A slot that is None costs nothing and gives None.
+
+        `main_first` issues the default callable before the auxiliary ones. Results do not depend on it; which kernel the
+        GPU begins with does.
 
         Raises what a callable raises, after every launched slot has been joined: a dangling fork would spoil a capture.
         """
@@ -104,6 +120,8 @@ class ParallelRegion:
         try:
             if any(work is not None for work in auxiliary):
                 start.record(main_stream)
+            if main_first:
+                default_result = default()
             for slot, work in enumerate(auxiliary):
                 if work is None:
                     continue
@@ -112,7 +130,8 @@ class ParallelRegion:
                 launched.append(slot)
                 with torch.cuda.stream(stream):
                     results[slot] = work()
-            default_result = default()
+            if not main_first:
+                default_result = default()
         finally:
             for slot in launched:
                 self._done[slot].record(self._auxiliary_streams[slot])

@@ -26,6 +26,17 @@ CLOCK_SLACK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
+class PlanOfShape:
+    """What was measured, or read from disk, for one shape of a patch's layers: strategies by number of tokens."""
+
+    shape: str
+    layers: int
+    source: str
+    seconds: float
+    strategies: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
 class Patch:
     """One patch in one process."""
 
@@ -38,12 +49,14 @@ class Patch:
     refused: dict[str, str] = field(default_factory=dict)
     fake_calls: int = 0
     dual_stream_calls: int = 0
+    fused_calls: int = 0
     serial_calls: dict[str, int] = field(default_factory=dict)
+    plans: tuple[PlanOfShape, ...] = ()
 
     @property
     def calls(self) -> int:
         """How often the op has really run; what the compiler's fake tensors called does not count."""
-        return self.dual_stream_calls + sum(self.serial_calls.values())
+        return self.dual_stream_calls + self.fused_calls + sum(self.serial_calls.values())
 
 
 @dataclass(frozen=True)
@@ -163,8 +176,28 @@ def _parse_patch(name: str, raw: Any) -> Patch:
         refused={layer: str(reason) for layer, reason in _table(layers, "refused").items()},
         fake_calls=_count(calls.get("fake")),
         dual_stream_calls=_count(calls.get("dual_stream")),
+        fused_calls=_count(calls.get("fused")),
         serial_calls={reason: _count(count) for reason, count in _table(calls, "serial").items()},
+        plans=tuple(_parse_plan(plan) for plan in _list(raw, "plans")),
     )
+
+
+def _parse_plan(raw: Any) -> PlanOfShape:
+    raw = raw if isinstance(raw, dict) else {}
+    shape = _table(raw, "shape")
+    rows = [row for row in _list(raw, "rows") if isinstance(row, dict)]
+    return PlanOfShape(
+        shape=f"{_count(shape.get('hidden'))} to {_count(shape.get('main'))} + {_count(shape.get('side'))}",
+        layers=_count(raw.get("layers")),
+        source=_text(raw.get("source")) or "unknown",
+        seconds=_seconds(raw.get("seconds")) or 0.0,
+        strategies=tuple((_count(row.get("tokens")), _text(row.get("strategy")) or "unknown") for row in rows),
+    )
+
+
+def _list(raw: dict[str, Any], key: str) -> list[Any]:
+    value = raw.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _table(raw: dict[str, Any], key: str) -> dict[str, Any]:

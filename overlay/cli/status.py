@@ -7,7 +7,11 @@ JSON (schema 1)::
                     "overlay": "0.1.0" | null, "fingerprint": "…" | null, "problems": ["…"],
                     "patches": {"gdn": {"verdict": "apply", "reason": "…", "module": "vllm.…" | null, "methods": ["…"],
                                         "layers": {"patched": ["…"], "refused": {"layer": "reason"}},
-                                        "calls": {"fake": 0, "dual_stream": 0, "serial": {"reason": 0}}}}}],
+                                        "calls": {"fake": 0, "dual_stream": 0, "fused": 0, "serial": {"reason": 0}},
+                                        "plans": [{"shape": "2048 to 12288 + 64", "layers": 30, "seconds": 1.5,
+                                                   "source": "measured" | "read",
+                                                   "strategies": {"<tokens>": "serial" | "dual" | "dual_main_first" |
+                                                                              "fused"}}]}}}],
      "skipped": [{"file": "…", "reason": "…"}]}
 
 A verdict is one of check's, or "off" (switched off), "not seen" (the process has not imported the target), "ineffective"
@@ -18,6 +22,7 @@ Run it in the container of the processes: elsewhere their numbers mean other pro
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -145,7 +150,22 @@ def _patch_as_dict(patch: Patch) -> dict[str, Any]:
         "module": patch.module,
         "methods": list(patch.methods),
         "layers": {"patched": list(patch.layers), "refused": patch.refused},
-        "calls": {"fake": patch.fake_calls, "dual_stream": patch.dual_stream_calls, "serial": patch.serial_calls},
+        "calls": {
+            "fake": patch.fake_calls,
+            "dual_stream": patch.dual_stream_calls,
+            "fused": patch.fused_calls,
+            "serial": patch.serial_calls,
+        },
+        "plans": [
+            {
+                "shape": plan.shape,
+                "layers": plan.layers,
+                "source": plan.source,
+                "seconds": plan.seconds,
+                "strategies": {str(tokens): strategy for tokens, strategy in plan.strategies},
+            }
+            for plan in patch.plans
+        ],
     }
 
 
@@ -198,11 +218,11 @@ def _table(found: Look) -> Table:
 
     from overlay.cli.output import verdict_text, visible
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # a terminal has 80 columns
     table.add_column("process", overflow="fold", min_width=16)
     for name in ("patch", "verdict"):
         table.add_column(name, no_wrap=True)
-    for name in ("layers", "dual", "serial", "traced"):
+    for name in ("layers", "dual", "fused", "serial", "traced"):
         table.add_column(name, justify="right", no_wrap=True)
     for process in found.processes:
         journal = process.journal
@@ -215,6 +235,7 @@ def _table(found: Look) -> Table:
                 verdict_text(patch.verdict),
                 _layers(patch),
                 str(patch.dual_stream_calls or ""),
+                str(patch.fused_calls or ""),
                 str(sum(patch.serial_calls.values()) or ""),
                 str(patch.fake_calls or ""),
             )
@@ -246,3 +267,14 @@ def _notes(journal: Journal) -> Iterator[str]:
             yield f"{patch.name}: {count} {'layer stays' if count == 1 else 'layers stay'} stock: {reason}"
         for reason, count in patch.serial_calls.items():
             yield f"{patch.name}: {count} calls serial: {reason}"
+        for plan in patch.plans:
+            yield f"{patch.name}: plan of {plan.layers} layers, {plan.shape}, {plan.source}: {_ranges(plan.strategies)}"
+
+
+def _ranges(strategies: tuple[tuple[int, str], ...]) -> str:
+    """Sizes in a row that have the same strategy as one: ``1 to 64 dual, 72 to 512 fused``."""
+    parts = []
+    for strategy, group in itertools.groupby(strategies, key=lambda pair: pair[1]):
+        sizes = [tokens for tokens, _ in group]
+        parts.append(f"{sizes[0]} to {sizes[-1]} {strategy}" if len(sizes) > 1 else f"{sizes[0]} {strategy}")
+    return ", ".join(parts) or "no size"

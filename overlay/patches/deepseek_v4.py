@@ -292,7 +292,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     target = getattr(module, verdict.class_name)
     record = journal.patch(NAME)
     handover = Handover()
-    plan = Plan(settings.plan, settings.tokens_or(TOKEN_THRESHOLD), only_while_capturing=False)
+    plan = Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD), only_while_capturing=False)
 
     def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)

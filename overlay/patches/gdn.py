@@ -5,9 +5,13 @@ columns) on one stream. The second fills a few percent of the GPU and costs a la
 
 Cause: nothing orders the two; they read the same input and write different results.
 
-Fix: `in_proj_qkvz` stays on the main stream, `in_proj_ba` runs next to it on an auxiliary stream, inside one custom op.
-Upstream's own forward runs, called with a stand-in for `self` whose two projections are the op's two results. No line
-of upstream is repeated here, and a changed signature (0.25 to 0.26) does not matter.
+Fix: both run inside one custom op: `in_proj_qkvz` on the main stream and `in_proj_ba` next to it on an auxiliary one, or
+both as one GEMM, or one after the other; whichever was measured to be fastest for the layer's shape and the captured size
+(overlay.tuning). Upstream's own forward runs, called with a stand-in for `self` whose two projections are the op's
+results. No line of upstream is repeated here, and a changed signature (0.25 to 0.26) does not matter.
+
+A layer is made with a pair, and the pair is settled when the weights are there, before vLLM traces: a layer that has
+nothing to gain goes back to stock, op and all; one that gains by one GEMM gets the op that gives one tensor.
 
 Upstream: vLLM #36795 did it and #38152 took it back (the op took the layer name as ``str``: every layer became a compile
 artifact of its own); #39748 closed, #42301 open; #41457 would fuse the two GEMMs instead.
@@ -18,6 +22,7 @@ Remove when: the verdict on your vLLM (in the log, and in the journal) is ``land
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -25,82 +30,30 @@ from typing import Any
 
 import torch
 import wrapt
-from torch.nn.functional import linear
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
-from overlay import ops
-from overlay.gemms import gemm_of, is_plain
+from overlay import cache_identity, loaded, ops, pair_plans
+from overlay.gemms import gemm_of
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
-from overlay.plan import NOT_CAPTURING, Plan
+from overlay.pair import LinearPair
+from overlay.pair_plans import Candidate
+from overlay.plan import Plan
 from overlay.settings import Settings
-from overlay.streams import ParallelRegion
 from overlay.verdict import INERT, Verdict
+from overlay.verdict.gdn import PACKED_SWITCHES
 
 NAME = "gdn"
 OP_NAME = "gdn_in_proj"
-#: Tokens; measured on an H200 (overlay.plan has the table). 512 already loses.
+OP_NAME_ONE = "gdn_in_proj_one"
+#: Tokens, for a plan that is not measured; from an H200 (overlay.plan has the table). 512 already loses.
 TOKEN_THRESHOLD = 256
-#: The attribute that holds a layer's `InProjPair`, or None where the layer stays stock.
+#: The attribute that holds a layer's `LinearPair`, or None where the layer stays stock.
 PAIR = "_overlay_in_proj_pair"
-
-
-class InProjPair:
-    """What the op needs of one layer: sizes per tensor-parallel shard, stream and events, and where it counts."""
-
-    def __init__(self, layer_name: str, qkvz_size: int, ba_size: int, plan: Plan, record: PatchRecord) -> None:
-        self.layer_name = layer_name
-        self.qkvz_size = qkvz_size
-        self.ba_size = ba_size
-        self.region = ParallelRegion(slots=1)
-        self._plan = plan
-        self._record = record
-        self._prepared = False
-        self._always_serial: str | None = None
-        self._plain_linears: tuple[torch.nn.Module, torch.nn.Module] | None = None
-
-    def project(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both projections of (tokens, hidden) input: (tokens, qkvz_size) and (tokens, ba_size)."""
-        reason = self._reason_for_serial(layer, hidden_states)
-        if reason is None:
-            self._record.calls.dual_stream += 1
-            run = self.region.run
-        else:
-            self._record.calls.count_serial(reason)
-            if self._plain_linears is not None:
-                # Every eager step comes by here. The linears would do the same after some microseconds of Python each.
-                qkvz_linear, ba_linear = self._plain_linears
-                return linear(hidden_states, qkvz_linear.weight), linear(hidden_states, ba_linear.weight)
-            run = self.region.run_serially
-        (qkvz, _), ((ba, _),) = run(
-            lambda: layer.in_proj_qkvz(hidden_states), [lambda: layer.in_proj_ba(hidden_states)]
-        )
-        return qkvz, ba
-
-    def _reason_for_serial(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> str | None:
-        if self._prepared:
-            return self._always_serial or self._plan.reason_for_serial(hidden_states.shape[0])
-        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "no call before the capture"
-        self._prepare(layer, hidden_states)
-        return self._always_serial or NOT_CAPTURING
-
-    def _prepare(self, layer: torch.nn.Module, hidden_states: torch.Tensor) -> None:
-        """Once per layer, outside capture: streams, events, and what libraries allocate on a stream's first use."""
-        self._prepared = True
-        linears = (layer.in_proj_qkvz, layer.in_proj_ba)
-        if not hidden_states.is_cuda:
-            self._always_serial = "serial pass-through"
-        elif any(hasattr(projection, "base_layer") for projection in linears):
-            self._always_serial = "LoRA on the projections"
-        else:
-            self.region.prepare(hidden_states.device)
-            self.region.run(lambda: None, [lambda: layer.in_proj_ba(hidden_states)])
-            if all(is_plain(projection) for projection in linears):
-                self._plain_linears = linears
+UNDECIDED = "the plan could not be made"
 
 
 class InProjView:
@@ -110,7 +63,7 @@ class InProjView:
     projection is asked for first launches both.
     """
 
-    def __init__(self, layer: torch.nn.Module, pair: InProjPair) -> None:
+    def __init__(self, layer: torch.nn.Module, pair: LinearPair) -> None:
         self._layer = layer
         self._pair = pair
         self._results: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -121,9 +74,12 @@ class InProjView:
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._results is None:
             pair = self._pair
-            self._results = torch.ops.vllm_overlay.gdn_in_proj(
-                hidden_states, pair.qkvz_size, pair.ba_size, ops.encode_layer_name(pair.layer_name)
-            )
+            name = ops.encode_layer_name(self._layer.prefix)
+            if pair.one_result and hidden_states.dim() == 2:
+                result = torch.ops.vllm_overlay.gdn_in_proj_one(hidden_states, pair.columns, name)
+                self._results = pair.slices(result)
+            else:
+                self._results = torch.ops.vllm_overlay.gdn_in_proj(hidden_states, pair.main_size, pair.side_size, name)
         return self._results
 
     def in_proj_qkvz(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -149,26 +105,36 @@ def overlap_in_projections(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def register_op(record: PatchRecord) -> None:
-    """Define ``vllm_overlay::gdn_in_proj`` for the platform's device."""
+def register_ops(record: PatchRecord) -> None:
+    """Define ``vllm_overlay::gdn_in_proj`` (two results) and ``gdn_in_proj_one`` (one) for the platform's device."""
 
-    def gdn_in_proj(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
-        layer = get_forward_context().no_compile_layers[ops.resolve_layer_name(layer_name)]
-        return getattr(layer, PAIR).project(layer, hidden_states)
+    def layer_of(name: Any) -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
+        """The layer and its modules, without torch.nn.Module's own look-up: a microsecond for each name."""
+        layer = get_forward_context().no_compile_layers[ops.resolve_layer_name(name)]
+        return layer, layer._modules
 
-    def fake(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
+    def two(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
+        layer, linears = layer_of(layer_name)
+        return layer.__dict__[PAIR].project(linears["in_proj_qkvz"], linears["in_proj_ba"], hidden_states)
+
+    def fake_two(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
         record.calls.fake += 1
         leading = hidden_states.shape[:-1]
         return hidden_states.new_empty((*leading, qkvz_size)), hidden_states.new_empty((*leading, ba_size))
 
-    schema = {
-        "hidden_states": torch.Tensor,
-        "qkvz_size": int,
-        "ba_size": int,
-        "layer_name": ops.LayerNameType,
-        "return": tuple[torch.Tensor, torch.Tensor],
-    }
-    ops.register(OP_NAME, gdn_in_proj, fake, schema)
+    def one(hidden_states, columns, layer_name):  # type: ignore[no-untyped-def]
+        layer, linears = layer_of(layer_name)
+        return layer.__dict__[PAIR].project_into_one(linears["in_proj_qkvz"], linears["in_proj_ba"], hidden_states)
+
+    def fake_one(hidden_states, columns, layer_name):  # type: ignore[no-untyped-def]
+        record.calls.fake += 1
+        return hidden_states.new_empty((hidden_states.shape[0], columns))
+
+    tensor, name = torch.Tensor, ops.LayerNameType
+    types: dict[str, Any] = {"hidden_states": tensor, "qkvz_size": int, "ba_size": int, "layer_name": name}
+    ops.register(OP_NAME, two, fake_two, {**types, "return": tuple[tensor, tensor]})  # type: ignore[valid-type]
+    types = {"hidden_states": tensor, "columns": int, "layer_name": name}
+    ops.register(OP_NAME_ONE, one, fake_one, {**types, "return": tensor})
 
 
 def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
@@ -186,8 +152,11 @@ def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
     return qkvz, ba
 
 
-def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> tuple[InProjPair, dict[str, int]]:
-    """The pair of a freshly made layer, and its sizes for the journal. Raises Refused with the reason where the layer must stay stock."""
+def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> tuple[LinearPair, dict[str, Any]]:
+    """The pair of a freshly made layer, and its sizes for the journal.
+
+    Raises Refused with the reason where the layer must stay stock.
+    """
     config = get_current_vllm_config()
     if not hasattr(layer, "in_proj_qkvz"):
         raise Refused("the projections are split for LoRA")
@@ -197,7 +166,60 @@ def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> tuple[
     qkvz_size, ba_size = shard_sizes(layer)
     for projection in (layer.in_proj_qkvz, layer.in_proj_ba):
         gemm_of(projection)
-    return InProjPair(layer.prefix, qkvz_size, ba_size, plan, record), {"qkvz": qkvz_size, "ba": ba_size}
+    return LinearPair(qkvz_size, ba_size, plan, record), {"qkvz": qkvz_size, "ba": ba_size}
+
+
+class Undecided:
+    """The layers that have a pair and wait for their weights."""
+
+    def __init__(self, verdict: Verdict, record: PatchRecord, settings: Settings) -> None:
+        self._verdict = verdict
+        self._record = record
+        self._settings = settings
+        self._layers: list[weakref.ref[torch.nn.Module]] = []
+        self._layouts: dict[str, str] = {}
+
+    def add(self, layer: torch.nn.Module) -> None:
+        self._layers.append(weakref.ref(layer))
+
+    def decide(self, worker: Any) -> None:
+        """Give every waiting layer its plan, or leave it stock: where deciding fails, too. Only strict lets that out."""
+        layers = [layer for layer in (reference() for reference in self._layers) if layer is not None]
+        self._layers.clear()
+        plans = len(self._record.plans)
+        try:
+            stock = pair_plans.settle(
+                [self._candidate(layer) for layer in layers], worker, self._settings, self._record
+            )
+        except Exception as error:
+            journal.problem(f"{NAME}: {UNDECIDED}, vLLM runs stock here: {type(error).__name__}: {error}")
+            if self._settings.strict:
+                raise
+            stock = dict.fromkeys((layer.prefix for layer in layers), UNDECIDED)
+            del self._record.plans[plans:]
+        for layer in layers:
+            if layer.prefix in stock:
+                setattr(layer, PAIR, None)
+                self._record.patched.pop(layer.prefix, None)
+                self._record.refuse(layer.prefix, stock[layer.prefix])
+            self._layouts[layer.prefix] = _layout(layer)
+        if layers:
+            shaping = sorted(f"{name}={layout}" for name, layout in self._layouts.items())
+            journal.fingerprint = cache_identity.add(NAME, (*self._verdict.methods, *shaping))
+            journal.write()
+
+    def _candidate(self, layer: torch.nn.Module) -> Candidate:
+        packed = any(getattr(layer, switch, False) for switch in PACKED_SWITCHES)
+        takes_slices = self._verdict.takes_slices and not packed
+        return Candidate(layer.prefix, getattr(layer, PAIR), layer.in_proj_qkvz, layer.in_proj_ba, takes_slices)
+
+
+def _layout(layer: torch.nn.Module) -> str:
+    """What of a layer's pair shapes the graph that vLLM traces."""
+    pair = getattr(layer, PAIR)
+    if pair is None:
+        return "stock"
+    return "one result" if pair.one_result else "two results"
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
@@ -210,14 +232,19 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     target = getattr(module, verdict.class_name)
     originals = {name: target.__dict__[name] for name in verdict.methods}
     record = journal.patch(NAME)
-    plan = Plan(settings.plan, settings.tokens_or(TOKEN_THRESHOLD))
+    plan = Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD))
+    undecided = Undecided(verdict, record, settings)
 
     def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
         setattr(layer, PAIR, None)
-        setattr(layer, PAIR, adopt(NAME, record, layer.prefix, lambda: make_pair(layer, plan, record), settings))
+        pair = adopt(NAME, record, layer.prefix, lambda: make_pair(layer, plan, record), settings)
+        if pair is not None:
+            setattr(layer, PAIR, pair)
+            undecided.add(layer)
 
-    register_op(record)
+    register_ops(record)
+    loaded.when_loaded(undecided.decide)
     for name, original in originals.items():
         setattr(target, name, overlap_in_projections(original))
     # Last, because everything before it changes nothing for a layer without a pair.

@@ -26,7 +26,7 @@ from .released import releases, tree
 torch = pytest.importorskip("torch")
 
 HIDDEN = 16
-OVERLAY_OP = "gdn_in_proj"
+OVERLAY_OP, OVERLAY_OP_ONE = "gdn_in_proj", "gdn_in_proj_one"
 
 # ---------------------------------------------------------------------------------------------- the surroundings
 
@@ -331,7 +331,7 @@ def overlay_patch() -> Iterator[types.ModuleType]:
         libraries = patch.ops._libraries
         kept = len(libraries)
         if not hasattr(torch.ops.vllm_overlay, OVERLAY_OP):
-            patch.register_op(PatchRecord())
+            patch.register_ops(PatchRecord())
         yield patch
         for library in libraries[kept:]:
             library._destroy()
@@ -339,7 +339,14 @@ def overlay_patch() -> Iterator[types.ModuleType]:
     finally:
         forget_modules()
         if stand_ins:
-            for name in [*stand_ins, "overlay.patches.gdn", "overlay.ops", "overlay.gemms"]:
+            for name in [
+                *stand_ins,
+                "overlay.patches.gdn",
+                "overlay.ops",
+                "overlay.gemms",
+                "overlay.pair",
+                "overlay.pair_plans",
+            ]:
                 sys.modules.pop(name, None)
 
 
@@ -351,15 +358,27 @@ def intercept(patch: types.ModuleType, released: type[LayerBase]) -> None:
             setattr(released, name, patch.overlap_in_projections(released.__dict__[name]))
 
 
-def attach(patch: types.ModuleType, layer: LayerBase) -> Any:
-    """What the overlay does to an instance; gives the record in which its op calls are counted."""
+def attach(patch: types.ModuleType, layer: LayerBase, one_result: bool = False) -> Any:
+    """What the overlay does to an instance; gives the record in which its op calls are counted.
+
+    With `one_result` the layer has the op that gives one tensor, and upstream's body gets slices of it.
+    """
     from overlay.journal import PatchRecord
     from overlay.plan import Plan
 
+    class ThroughTheLinears(patch.LinearPair):  # type: ignore[misc,name-defined]
+        """Fills the one tensor from the two linears, so that this module sees them called."""
+
+        def run_into_one(self, strategy: str, main: Any, side: Any, inputs: torch.Tensor) -> torch.Tensor:
+            result = inputs.new_full((inputs.shape[0], self.columns), float("nan"))
+            for part, linear in zip(self.slices(result), (main, side), strict=True):
+                part.copy_(linear(inputs)[0])
+            return result
+
     record = PatchRecord()
-    qkvz_size, ba_size = patch.shard_sizes(layer)
-    plan = Plan("dual", 256)
-    setattr(layer, patch.PAIR, patch.InProjPair(layer.prefix, qkvz_size, ba_size, plan, record))
+    pair = ThroughTheLinears(*patch.shard_sizes(layer), Plan("dual", 256), record)
+    pair.one_result = one_result
+    setattr(layer, patch.PAIR, pair)
     return record
 
 

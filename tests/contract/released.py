@@ -18,6 +18,8 @@ from overlay.verdict import Source, SourceTree, Verdict, judge
 releases = pytest.importorskip("devtools.releases", reason="devtools' libraries are not installed")
 
 EXPECTED: dict[str, dict[str, Any]] = json.loads(pathlib.Path(__file__).with_name("expected.json").read_text("utf-8"))
+#: Methods of the class that its forward methods give the projections' results.
+HELPERS = ("fix_query_key_value_ordering", "split_ba")
 SUPPORTED: tuple[str, ...] = releases.SUPPORTED
 
 
@@ -81,7 +83,7 @@ class Method:
 
 @functools.cache
 def _forwards_only(version: str) -> Source:
-    """The target module with everything blanked but the class and its forward methods; line numbers stay.
+    """The target module with everything blanked but the class, its forward methods and HELPERS; line numbers stay.
 
     Reading 2,000 lines a thousand times would take minutes; the verdict on the whole file is test_gdn_verdict's matter.
     """
@@ -101,7 +103,7 @@ def _forwards_only(version: str) -> Source:
             blank(node)
             continue
         for item in node.body:
-            if not (isinstance(item, ast.FunctionDef) and item.name.startswith("forward")):
+            if not (isinstance(item, ast.FunctionDef) and (item.name.startswith("forward") or item.name in HELPERS)):
                 blank(item)
     return Source("\n".join(lines) + "\n", source.path)
 

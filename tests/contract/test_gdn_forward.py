@@ -24,6 +24,7 @@ pytestmark = pytest.mark.contract
 
 PROJECTION = "vllm_contract.projection"
 OP = f"vllm_overlay.{gdn_layer.OVERLAY_OP}"
+OP_ONE = f"vllm_overlay.{gdn_layer.OVERLAY_OP_ONE}"
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +75,21 @@ def released_class(version: str) -> tuple[ast.ClassDef, str]:
 
 
 # Releases often share a body to the letter; each distinct one is run once. The key is the code itself.
-_runs: dict[tuple[str, str, Shape, str | None, bool], Run] = {}
+_runs: dict[tuple[str, str, Shape, str | None, bool, bool], Run] = {}
 
 
 def run_released(
-    patch: ModuleType | None, node: ast.ClassDef, path: str, method: str, shape: Shape, backend: str | None = None
+    patch: ModuleType | None,
+    node: ast.ClassDef,
+    path: str,
+    method: str,
+    shape: Shape,
+    backend: str | None = None,
+    one_result: bool = False,
 ) -> Run:
     """A layer as released, or with the overlay where its patch module is given."""
     code = "\n".join(ast.dump(item) for item in gdn_layer.needed_methods(node, method))
-    key = (code, method, shape, backend, patch is not None)
+    key = (code, method, shape, backend, patch is not None, one_result)
     if key not in _runs:
         released = gdn_layer.compile_class(node, method, path, shape.aiter)
         record = None
@@ -90,7 +97,7 @@ def run_released(
             gdn_layer.intercept(patch, released)
         layer = released(shape, method)
         if patch is not None:
-            record = gdn_layer.attach(patch, layer)
+            record = gdn_layer.attach(patch, layer, one_result)
         _runs[key] = gdn_layer.run(layer, backend, record)
     return _runs[key]
 
@@ -118,6 +125,36 @@ def test_same_bits_through_one_op(
         (graph,) = overlaid.graphs
         assert graph.count(OP) == 1
         assert graph.count(PROJECTION) == 1, "only out_proj is left outside of the op"
+
+
+SLICED = [
+    pytest.param(version, method, shape, backend, id=f"{version}-{method}-{shape}-{backend or 'plain'}")
+    for version in SUPPORTED
+    for method in methods(version)[:1]
+    for shape in shapes_of(version, method)
+    for backend in (None, "aot_eager")
+    if verdict(version).takes_slices and not shape.fused_core
+]
+
+
+@pytest.mark.parametrize(("version", "method", "shape", "backend"), SLICED)
+def test_same_bits_from_slices_of_one_result(
+    patch: ModuleType, version: str, method: str, shape: Shape, backend: str | None
+) -> None:
+    """Where the verdict says that upstream takes slices, its body does the same with them, traced or not."""
+    node, path = released_class(version)
+    overlaid = run_released(patch, node, path, method, shape, backend, one_result=True)
+    assert_same_bits(run_released(None, node, path, method, shape), overlaid)
+    assert overlaid.op_calls == [1, 1]
+    if backend is not None:
+        (graph,) = overlaid.graphs
+        assert graph.count(OP_ONE) == 1 and OP not in graph
+
+
+def test_every_release_takes_slices() -> None:
+    assert [version for version in SUPPORTED if verdict(version).state == "apply"] == [
+        version for version in SUPPORTED if verdict(version).takes_slices
+    ]
 
 
 def test_the_rarer_shapes_take_their_branches() -> None:

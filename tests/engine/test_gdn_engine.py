@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from devtools import tiny_models
+from overlay import __version__
 from tests.engine.conftest import Run
 
 pytestmark = pytest.mark.engine
@@ -55,12 +56,14 @@ def test_sizes_are_per_shard_with_two_real_shards(engine: Engine, name: str) -> 
         assert journal.calls > 0
 
 
-def test_lora_on_the_projections_goes_through_the_op(engine: Engine) -> None:
+def test_lora_on_the_projections_leaves_them_stock(engine: Engine) -> None:
+    """Whether there is LoRA shows when the model has been loaded: the pair is given back before vLLM traces."""
     stock, overlay = (engine("qwen3_5_text", overlay=side, lora=True) for side in (False, True))
     assert_same_answers(overlay, stock)
     assert stock.answers["lora"] != stock.answers["base"], "the adapter changes nothing, so the test shows nothing"
     (gdn,) = (patch for patch in overlay.workers[0].patches if patch.name == "gdn")
-    assert len(gdn.layers) == tiny_models.gdn_layers("qwen3_5_text") and gdn.calls > 0
+    assert set(gdn.refused.values()) == {"LoRA on the projections"} and not gdn.layers and not gdn.calls
+    assert len(gdn.refused) == tiny_models.gdn_layers("qwen3_5_text")
 
 
 def test_every_process_of_the_engine_has_a_journal(engine: Engine) -> None:
@@ -73,9 +76,10 @@ def test_every_process_of_the_engine_has_a_journal(engine: Engine) -> None:
     assert verdicts == {"apply"}
 
 
-def test_vllm_logs_the_overlays_line_and_the_overlay_warns_of_nothing(engine: Engine) -> None:
+def test_vllm_logs_the_overlays_one_line_and_the_overlay_warns_of_nothing(engine: Engine) -> None:
     overlay = engine("qwen3_5_text", overlay=True, compiled=True)
-    assert "overlay: gdn: apply" in overlay.log
+    (line,) = [line for line in overlay.log.splitlines() if "INFO" in line and f"overlay {__version__}" in line]
+    assert f"gdn: apply, {tiny_models.gdn_layers('qwen3_5_text')} layers patched, op " in line
     warnings = [line for line in overlay.log.splitlines() if "WARNING" in line and "overlay" in line.lower()]
     assert warnings == []
     assert "Unknown vLLM environment variable" not in overlay.log

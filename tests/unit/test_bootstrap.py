@@ -209,6 +209,19 @@ def test_a_vllm_from_before_0_19_is_left_alone(world: World) -> None:
     assert gdn["verdict"] == "absent" and "before vLLM 0.19.0" in gdn["reason"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [(["/usr/bin/vllm", "serve", "model"], 1), (["/usr/bin/vllm", "bench"], 0), (["/home/me/offline.py"], 0)],
+)
+def test_the_process_of_vllm_serve_says_that_the_overlay_is_armed_and_others_are_silent(
+    arguments: list[str], lines: int, world: World
+) -> None:
+    world.build()
+    result = succeeded(world.run(f"import sys; sys.argv = {arguments!r}; import vllm", VLLMOVERLAY_PATCHES="none"))
+    said = overlay_lines(result)
+    assert len(said) == lines and all("is armed in vLLM 0.32.0+stub" in line for line in said)
+
+
 def test_a_vllm_without_the_model_says_absent(world: World) -> None:
     world.build({stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": None})
     lines = overlay_lines(succeeded(world.run("import vllm", VLLMOVERLAY_LOG_LEVEL="debug")))

@@ -20,7 +20,8 @@ from overlay.cli import journals
 
 KEYS = st.sampled_from([
     "pid", "role", "started", "patches", "problems", "transformers", "vllm", "overlay", "fingerprint", "verdict", "reason",
-    "module", "methods", "layers", "patched", "refused", "calls", "fake", "dual_stream", "serial", "state", "seconds", "gdn",
+    "module", "methods", "layers", "patched", "refused", "calls", "fake", "dual_stream", "fused", "serial", "state", "seconds",
+    "gdn", "plans", "shape", "hidden", "main", "side", "source", "rows", "tokens", "strategy",
 ])  # fmt: skip
 #: Like a journal in its names, and in nothing else.
 JSON = st.recursive(
@@ -33,6 +34,18 @@ GARBLED = st.dictionaries(KEYS, JSON, max_size=10)
 
 def entry(**fields: Any) -> str:
     return json.dumps({"schema": journals.SCHEMA, "pid": 7, **fields})
+
+
+PLAN = {
+    "shape": {"hidden": 2048, "main": 12288, "side": 64, "takes_slices": True},
+    "layers": 30,
+    "source": "measured",
+    "seconds": 1.25,
+    "rows": [
+        {"tokens": 1, "strategy": "fused", "us": {"serial": 10.0}, "inexact": []},
+        {"tokens": 8, "strategy": "dual", "us": {}, "inexact": ["fused"]},
+    ],
+}
 
 
 def test_a_full_journal() -> None:
@@ -52,13 +65,18 @@ def test_a_full_journal() -> None:
                 "module": "vllm.gdn",
                 "methods": ["forward_cuda"],
                 "layers": {"patched": {"a": {"qkvz": 1, "ba": 2}, "b": {}}, "refused": {"c": "quantized"}},
-                "calls": {"fake": 2, "dual_stream": 5, "serial": {"prefill": 3, "capture": 1}},
+                "calls": {"fake": 2, "dual_stream": 5, "fused": 4, "serial": {"prefill": 3, "capture": 1}},
+                "plans": [PLAN],
             }
         },
     }
     journal = journals.parse(raw)
     (patch,) = journal.patches
-    assert (journal.process_id, journal.role, journal.layers, journal.calls) == (7, "VllmWorker-0", 2, 9)
+    assert (journal.process_id, journal.role, journal.layers, journal.calls) == (7, "VllmWorker-0", 2, 13)
+    assert (patch.dual_stream_calls, patch.fused_calls, patch.calls) == (5, 4, 13)
+    assert patch.plans == (
+        journals.PlanOfShape("2048 to 12288 + 64", 30, "measured", 1.25, ((1, "fused"), (8, "dual"))),
+    )
     assert (patch.verdict, patch.refused, patch.fake_calls) == ("apply", {"c": "quantized"}, 2)
     assert (patch.module, patch.methods) == ("vllm.gdn", ("forward_cuda",))
     assert (journal.transformers, journal.transformers_seconds, journal.problems) == ("imported first", 0.8, ("one",))
@@ -74,6 +92,8 @@ def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -
     record.patched["layers.0"] = {"qkvz": 1}
     record.refuse("layers.1", "quantized")
     record.calls.count_serial("prefill")
+    record.calls.fused += 2
+    record.plans.append(PLAN)
     journal.problem("a problem")
     ((found,), skipped) = journals.load(journal_folder)
     (patch,) = found.patches
@@ -84,6 +104,8 @@ def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -
         {"prefill": 1},
     )
     assert (patch.verdict, patch.methods, found.problems) == ("apply", ("forward_cuda",), ("a problem",))
+    assert patch.fused_calls == 2 and patch.calls == record.calls.total() == 3
+    assert [plan.shape for plan in patch.plans] == ["2048 to 12288 + 64"]
     assert writer.SCHEMA == journals.SCHEMA
 
 
@@ -109,7 +131,8 @@ WHOLE = json.dumps(
                 "verdict": "apply",
                 "methods": ["forward_cuda"],
                 "layers": {"patched": {"a": {"qkvz": 1}}, "refused": {"c": "quantized"}},
-                "calls": {"fake": 2, "dual_stream": 5, "serial": {"prefill": 3}},
+                "calls": {"fake": 2, "dual_stream": 5, "fused": 4, "serial": {"prefill": 3}},
+                "plans": [PLAN],
             }
         },
     }
@@ -136,11 +159,21 @@ def test_no_file_makes_the_reader_fail(content: bytes) -> None:
         for patch in journal.patches:
             assert all(isinstance(text, str) for text in (patch.name, patch.verdict, patch.reason))
             assert all(isinstance(name, str) for name in (*patch.layers, *patch.methods, *patch.refused))
-            assert all(0 <= count < 2**63 for count in (*patch.serial_calls.values(), patch.dual_stream_calls))
+            counts = (*patch.serial_calls.values(), patch.dual_stream_calls, patch.fused_calls)
+            assert all(0 <= count < 2**63 for count in counts)
+            for plan in patch.plans:
+                assert isinstance(plan.shape, str) and isinstance(plan.source, str) and isinstance(plan.seconds, float)
+                assert all(tokens >= 0 and isinstance(strategy, str) for tokens, strategy in plan.strategies)
 
 
 def test_every_field_may_be_missing() -> None:
-    for raw in ({}, {"patches": None}, {"patches": {"gdn": {}}}, {"patches": {"gdn": {"calls": None}}}):
+    for raw in (
+        {},
+        {"patches": None},
+        {"patches": {"gdn": {}}},
+        {"patches": {"gdn": {"calls": None, "plans": None}}},
+        {"patches": {"gdn": {"plans": [None, {}, {"rows": [None, {}], "shape": []}]}}},
+    ):
         journal = journals.parse(raw)  # type: ignore[arg-type]
         assert (journal.layers, journal.calls) == (0, 0)
 

@@ -30,8 +30,34 @@ GDN: dict[str, Any] = {
         "patched": {"layers.0": {}, "layers.1": {}},
         "refused": {"layers.2": "quantized", "layers.3": "quantized"},
     },
-    "calls": {"fake": 4, "dual_stream": 1234, "serial": {"not capturing a CUDA graph": 56}},
+    "calls": {"fake": 4, "dual_stream": 1234, "fused": 789, "serial": {"not capturing a CUDA graph": 56}},
 }
+#: As the journal has them, and as they are shown.
+PLANS: list[dict[str, Any]] = [
+    {
+        "shape": {"hidden": 2048, "main": 12288, "side": 64, "dtype": "torch.bfloat16"},
+        "layers": 2,
+        "source": "measured",
+        "seconds": 1.25,
+        "rows": [
+            {"tokens": 1, "strategy": "fused", "us": {"serial": 10.0, "fused": 8.0}, "inexact": []},
+            {"tokens": 2, "strategy": "fused", "us": {}, "inexact": []},
+            {"tokens": 8, "strategy": "dual", "us": {}, "inexact": ["fused"]},
+            {"tokens": 16, "strategy": "fused", "us": {}, "inexact": []},
+        ],
+    },
+    {"shape": {"hidden": 1, "main": 2, "side": 3}, "layers": 1, "source": "read", "seconds": 0.5, "rows": []},
+]
+SHOWN: list[dict[str, Any]] = [
+    {
+        "shape": "2048 to 12288 + 64",
+        "layers": 2,
+        "source": "measured",
+        "seconds": 1.25,
+        "strategies": {"1": "fused", "2": "fused", "8": "dual", "16": "fused"},
+    },
+    {"shape": "1 to 2 + 3", "layers": 1, "source": "read", "seconds": 0.5, "strategies": {}},
+]
 OTHERS = {name: {"verdict": verdict, "reason": f"{name} is {verdict}"} for name, verdict in [("lora_linear", "landed")]}
 GONE = 2**22 + 1  # larger than any process number of Linux
 
@@ -57,7 +83,7 @@ def invoke(folder: pathlib.Path, *arguments: str) -> Any:
 
 
 def test_json(journal_folder: pathlib.Path) -> None:
-    put(journal_folder)
+    put(journal_folder, patches={"gdn": {**GDN, "plans": PLANS}, **OTHERS})
     (journal_folder / "x.json").write_text("{")
     result = invoke(journal_folder, "--json")
     answer = json.loads(result.stdout)
@@ -69,24 +95,33 @@ def test_json(journal_folder: pathlib.Path) -> None:
     assert process["patches"]["gdn"] == {
         **GDN,
         "layers": {"patched": ["layers.0", "layers.1"], "refused": GDN["layers"]["refused"]},
+        "plans": SHOWN,
     }
+    assert process["patches"]["lora_linear"]["plans"] == []
     assert [one["file"] for one in answer["skipped"]] == ["x.json"]
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_the_table_for_people(journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    put(journal_folder)
-    put(journal_folder, "2", role="VllmWorker-1")
+    patches = {"gdn": {**GDN, "plans": PLANS}, **OTHERS, "deepseek_v4": {"verdict": "ineffective"}}
+    put(journal_folder, patches=patches)
+    put(journal_folder, "2", role="VllmWorker-1", patches=patches)
     result = invoke(journal_folder)
     table = result.stdout[: result.stdout.index("layers stay stock")]
-    for text in ("EngineCore_DP0", "VllmWorker-1", "vLLM 0.33.0", "0123456789abcdef", "2 of 4", "1234", "56", "landed"):
+    for text in ("EngineCore_DP0", "VllmWorker-1", "vLLM 0.33.0", "0123456789abcdef", "2 of 4", "landed"):
         assert text in table
+    title, numbers = (next(line.split() for line in table.splitlines() if word in line) for word in ("dual", "1234"))
+    shown = [numbers[title.index(name) - len(title)] for name in ("dual", "fused", "serial", "traced")]
+    assert shown == ["1234", "789", "56", "4"], "each under its own title"
     notes = " ".join(result.stdout.split())
     pids = f"{os.getpid()}, {os.getpid()}"
     assert f"{pids}: gdn: 2 layers stay stock: quantized" in notes, "what several processes say is said once"
     assert f"{pids}: gdn: 56 calls serial: not capturing a CUDA graph" in notes
     assert f"{pids}: lora_linear: landed: lora_linear is landed" in notes
+    plan = "plan of 2 layers, 2048 to 12288 + 64, measured: 1 to 2 fused, 8 dual, 16 fused"
+    assert f"{pids}: gdn: {plan}" in notes
+    assert f"{pids}: gdn: plan of 1 layers, 1 to 2 + 3, read: no size" in notes
 
 
 @pytest.mark.parametrize("verdict", ["drifted", "ineffective", "refused"])

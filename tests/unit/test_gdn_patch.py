@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +14,16 @@ from hypothesis import strategies as st
 
 vllm = pytest.importorskip("vllm")
 
-from overlay import ops  # noqa: E402
+from overlay import cache_identity, loaded, ops  # noqa: E402
 from overlay.gemms import gemm_of  # noqa: E402
-from overlay.journal import PatchRecord  # noqa: E402
+from overlay.journal import Journal, PatchRecord  # noqa: E402
 from overlay.layers import Refused  # noqa: E402
+from overlay.pair_plans import NOTHING_TO_GAIN, Candidate  # noqa: E402
 from overlay.patches import gdn  # noqa: E402
-from overlay.plan import Plan  # noqa: E402
+from overlay.plan import DUAL, FUSED, Plan, SizePlan  # noqa: E402
+from overlay.settings import Settings  # noqa: E402
+from overlay.verdict import APPLY, INERT, Verdict  # noqa: E402
+from overlay.verdict.gdn import PACKED_SWITCHES  # noqa: E402
 
 namespace = types.SimpleNamespace
 
@@ -158,7 +163,7 @@ def test_a_layer_that_fits_gets_a_pair_with_its_shard_sizes(current: Any) -> Non
     layer = complete_layer()
     current(configuration(layer))
     pair, shown = gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
-    assert (pair.layer_name, pair.qkvz_size, pair.ba_size) == (layer.prefix, 6144, 32)
+    assert (pair.main_size, pair.side_size) == (6144, 32)
     assert shown == {"qkvz": 6144, "ba": 32}
 
 
@@ -200,25 +205,31 @@ def test_one_quantized_projection_is_enough_to_refuse(current: Any, which: str) 
         gdn.make_pair(layer, Plan("dual", 256), PatchRecord())
 
 
+class Projection(torch.nn.Module):
+    """A linear in vLLM's manner, that notes when it is called."""
+
+    def __init__(self, name: str, rows: int, order: list[str], generator: torch.Generator) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = torch.nn.Parameter(torch.randn(rows, 16, generator=generator), requires_grad=False)
+        self.order = order
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.order.append(self.name)
+        return torch.nn.functional.linear(x, self.weight), None
+
+
 class Layer(torch.nn.Module):
     """A layer with the two projections and a forward of the known shape."""
 
     def __init__(self, ba_first: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.qkvz = torch.nn.Parameter(torch.randn(48, 16, generator=generator))
-        self.ba = torch.nn.Parameter(torch.randn(6, 16, generator=generator))
+        self.order: list[str] = []
+        self.in_proj_qkvz = Projection("qkvz", 48, self.order, generator)
+        self.in_proj_ba = Projection("ba", 6, self.order, generator)
         self.prefix = "model.layers.0.linear_attn"
         self.ba_first = ba_first
-        self.order: list[str] = []
-
-    def in_proj_qkvz(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        self.order.append("qkvz")
-        return torch.nn.functional.linear(x, self.qkvz), None
-
-    def in_proj_ba(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        self.order.append("ba")
-        return torch.nn.functional.linear(x, self.ba), None
 
     def scale(self) -> float:
         return 3.0
@@ -236,14 +247,14 @@ class Layer(torch.nn.Module):
 @pytest.fixture(scope="module")
 def record() -> PatchRecord:
     record = PatchRecord()
-    gdn.register_op(record)
+    gdn.register_ops(record)
     return record
 
 
 @pytest.fixture(params=[False, True], ids=["qkvz first", "ba first"])
 def layer(request: pytest.FixtureRequest, record: PatchRecord) -> Iterator[Layer]:
     made = Layer(request.param)
-    setattr(made, gdn.PAIR, gdn.InProjPair(made.prefix, 48, 6, Plan("dual", 256), record))
+    setattr(made, gdn.PAIR, gdn.LinearPair(48, 6, Plan("dual", 256), record))
     context = namespace(no_compile_layers={made.prefix: made})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gdn, "get_forward_context", lambda: context)
@@ -273,8 +284,12 @@ def test_a_layer_without_a_pair_runs_stock(layer: Layer, record: PatchRecord) ->
     assert record.calls.total() == before
 
 
+@pytest.mark.parametrize("one_result", [False, True], ids=["two results", "one result"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_it_compiles_into_one_graph_with_one_op(layer: Layer, record: PatchRecord, backend: str) -> None:
+def test_it_compiles_into_one_graph_with_one_op(
+    layer: Layer, record: PatchRecord, backend: str, one_result: bool
+) -> None:
+    getattr(layer, gdn.PAIR).one_result = one_result
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -288,8 +303,8 @@ def test_it_compiles_into_one_graph_with_one_op(layer: Layer, record: PatchRecor
     x = torch.randn(5, 16)
     assert torch.equal(compiled(layer, x), Layer.forward(layer, x))
     (graph,) = graphs
-    ops = [node for node in graph.graph.nodes if "gdn_in_proj" in str(node.target)]
-    assert len(ops) == 1
+    targets = [str(node.target) for node in graph.graph.nodes if "gdn_in_proj" in str(node.target)]
+    assert [("_one" in target) for target in targets] == [one_result]
     assert record.calls.fake > fakes
     assert torch.equal(compiled(layer, x[:3]), Layer.forward(layer, x[:3]))
 
@@ -298,11 +313,22 @@ def test_the_fake_gives_the_shapes_of_the_real_op(layer: Layer) -> None:
     pair = getattr(layer, gdn.PAIR)
     x = torch.randn(5, 16)
     name = ops.encode_layer_name(layer.prefix)
-    real = torch.ops.vllm_overlay.gdn_in_proj(x, pair.qkvz_size, pair.ba_size, name)
+    real = torch.ops.vllm_overlay.gdn_in_proj(x, pair.main_size, pair.side_size, name)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = torch.ops.vllm_overlay.gdn_in_proj(mode.from_tensor(x), pair.qkvz_size, pair.ba_size, name)
+        fake = torch.ops.vllm_overlay.gdn_in_proj(mode.from_tensor(x), pair.main_size, pair.side_size, name)
     assert [tuple(t.shape) for t in fake] == [tuple(t.shape) for t in real] == [(5, 48), (5, 6)]
     assert [t.dtype for t in fake] == [t.dtype for t in real]
+    real = torch.ops.vllm_overlay.gdn_in_proj_one(x, pair.columns, name)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = torch.ops.vllm_overlay.gdn_in_proj_one(mode.from_tensor(x), pair.columns, name)
+    assert tuple(fake.shape) == tuple(real.shape) == (5, 64)
+    assert (fake.stride(), fake.dtype) == (real.stride(), real.dtype)
+
+
+def test_three_dimensions_get_two_results(layer: Layer) -> None:
+    getattr(layer, gdn.PAIR).one_result = True
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(gdn.overlap_in_projections(Layer.forward)(layer, x), Layer.forward(layer, x))
 
 
 def test_the_layer_name_is_vllms_opaque_type_where_there_is_one() -> None:
@@ -310,3 +336,234 @@ def test_the_layer_name_is_vllms_opaque_type_where_there_is_one() -> None:
 
     assert ops.LayerNameType is torch_utils.LayerNameType
     assert "str layer_name" not in str(torch.ops.vllm_overlay.gdn_in_proj.default._schema)
+
+
+# ---------------------------------------------------------------- the plan, once the weights are there
+
+VERDICT = Verdict(APPLY, "as known", "vllm.gdn", "Layer", ("forward",), takes_slices=True)
+
+
+class Deciding:
+    """Layers with pairs that wait for their weights, and what `settle` is to do with them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self.journal = Journal()
+        self.record = self.journal.patch(gdn.NAME)
+        self.identities: list[tuple[str, tuple[str, ...]]] = []
+        self.seen: list[Candidate] = []
+        self.settle: Any = lambda candidates: {}
+        monkeypatch.setattr(gdn, "journal", self.journal)
+        monkeypatch.setattr(gdn.pair_plans, "settle", self._settle)
+        monkeypatch.setattr(cache_identity, "add", self._add)
+
+    def _settle(self, candidates: Any, worker: Any, settings: Settings, record: PatchRecord) -> dict[str, str]:
+        assert worker == "worker" and record is self.record
+        self.seen = candidates
+        result: dict[str, str] = self.settle(candidates)
+        return result
+
+    def _add(self, patch: str, detail: Any) -> str:
+        self.identities.append((patch, tuple(detail)))
+        return f"fingerprint {len(self.identities)}"
+
+    def waiting(self, verdict: Verdict = VERDICT, **settings: Any) -> gdn.Undecided:
+        return gdn.Undecided(verdict, self.record, Settings(**settings))
+
+    def add(self, undecided: gdn.Undecided, name: str) -> Layer:
+        layer = Layer()
+        layer.prefix = name
+        setattr(layer, gdn.PAIR, gdn.LinearPair(48, 6, Plan("dual", 256), self.record))
+        self.record.patched[name] = {"qkvz": 48, "ba": 6}
+        undecided.add(layer)
+        return layer
+
+
+@pytest.fixture
+def deciding(monkeypatch: pytest.MonkeyPatch) -> Deciding:
+    return Deciding(monkeypatch)
+
+
+def test_a_layer_with_nothing_to_gain_goes_back_to_stock(deciding: Deciding) -> None:
+    undecided = deciding.waiting()
+    first, second = deciding.add(undecided, "a"), deciding.add(undecided, "b")
+    deciding.settle = lambda candidates: {"b": NOTHING_TO_GAIN}
+    undecided.decide("worker")
+    assert getattr(first, gdn.PAIR) is not None and getattr(second, gdn.PAIR) is None
+    assert list(deciding.record.patched) == ["a"] and deciding.record.refused == {"b": NOTHING_TO_GAIN}
+    assert deciding.journal.problems == []
+    (one, _) = deciding.seen
+    assert (one.layer, one.main, one.side, one.takes_slices) == ("a", first.in_proj_qkvz, first.in_proj_ba, True)
+    assert one.pair is getattr(first, gdn.PAIR)
+
+
+@pytest.mark.parametrize("switch", PACKED_SWITCHES)
+@pytest.mark.parametrize(
+    ("verdict_says", "switched", "takes"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_slices_only_where_upstream_takes_them(
+    deciding: Deciding, switch: str, verdict_says: bool, switched: bool, takes: bool
+) -> None:
+    """0.28.0 to 0.31.0 and later releases have another name for the way to their own kernel."""
+    undecided = deciding.waiting(dataclasses.replace(VERDICT, takes_slices=verdict_says))
+    setattr(deciding.add(undecided, "a"), switch, switched)  # the layer is gone by now
+    layer = deciding.add(undecided, "b")
+    setattr(layer, switch, switched)
+    undecided.decide("worker")
+    assert [(one.layer, one.takes_slices) for one in deciding.seen] == [("b", takes)]
+
+
+def test_what_shapes_the_graph_is_in_the_cache_identity(deciding: Deciding) -> None:
+    undecided = deciding.waiting()
+    layers = [deciding.add(undecided, name) for name in ("c", "a", "b")]
+
+    def settle(candidates: list[Candidate]) -> dict[str, str]:
+        candidates[1].pair.one_result = True
+        return {"b": NOTHING_TO_GAIN}
+
+    deciding.settle = settle
+    undecided.decide("worker")
+    assert deciding.identities == [("gdn", ("forward", "a=one result", "b=stock", "c=two results"))]
+    assert deciding.journal.fingerprint == "fingerprint 1" and len(layers) == 3
+
+
+def test_strategies_do_not_shape_the_graph(deciding: Deciding) -> None:
+    """They are chosen inside the op: another measurement must not make vLLM compile anew."""
+    seen = []
+    for strategy in (DUAL, FUSED):
+        undecided = deciding.waiting()
+        layer = deciding.add(undecided, "a")
+        getattr(layer, gdn.PAIR).one_result = True
+        getattr(layer, gdn.PAIR).plan = SizePlan.of({8: strategy})
+        undecided.decide("worker")
+        seen.append(deciding.identities[-1])
+    assert seen[0] == seen[1]
+
+
+def test_a_second_model_keeps_the_first_ones_layouts(deciding: Deciding) -> None:
+    undecided = deciding.waiting()
+    first = deciding.add(undecided, "a")
+    undecided.decide("worker")
+    second = deciding.add(undecided, "b")
+    undecided.decide("worker")
+    assert [one.layer for one in deciding.seen] == ["b"], "what is decided stays so"
+    assert deciding.identities[-1][1] == ("forward", "a=two results", "b=two results")
+    undecided.decide("worker")
+    assert len(deciding.identities) == 2, "a worker without such layers, or one whose class inherits the method"
+    assert first is not second
+
+
+def fail(candidates: list[Candidate]) -> dict[str, str]:
+    candidates[0].pair.plan, candidates[0].pair.one_result = SizePlan.of({8: FUSED}), True
+    raise torch.cuda.OutOfMemoryError("no memory for a plan")
+
+
+def test_a_failure_leaves_all_stock_with_a_warning(deciding: Deciding, caplog: pytest.LogCaptureFixture) -> None:
+    undecided = deciding.waiting()
+    layers = [deciding.add(undecided, name) for name in ("a", "b")]
+    deciding.record.plans.append({"shape": "of another engine"})
+
+    def half_way(candidates: list[Candidate]) -> dict[str, str]:
+        deciding.record.plans.append({"shape": "of layers that run stock"})
+        return fail(candidates)
+
+    deciding.settle = half_way
+    undecided.decide("worker")
+    assert [getattr(layer, gdn.PAIR) for layer in layers] == [None, None]
+    assert deciding.record.patched == {} and deciding.record.refused == dict.fromkeys(("a", "b"), gdn.UNDECIDED)
+    assert deciding.record.plans == [{"shape": "of another engine"}]
+    assert deciding.identities == [("gdn", ("forward", "a=stock", "b=stock"))]
+    (problem,) = deciding.journal.problems
+    assert "OutOfMemoryError: no memory for a plan" in problem and "runs stock" in problem
+    assert [record.levelname for record in caplog.records if "no memory" in record.getMessage()] == ["WARNING"]
+    x = torch.randn(5, 16)
+    assert torch.equal(gdn.overlap_in_projections(Layer.forward)(layers[0], x), Layer.forward(layers[0], x))
+
+
+def test_strict_stops_where_no_plan_can_be_made(deciding: Deciding) -> None:
+    undecided = deciding.waiting(strict=True)
+    layer = deciding.add(undecided, "a")
+    deciding.settle = fail
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        undecided.decide("worker")
+    assert len(deciding.journal.problems) == 1 and layer is not None
+
+
+def test_a_layer_that_vllm_cannot_be_asked_about_is_a_failure_like_any_other(deciding: Deciding) -> None:
+    undecided = deciding.waiting()
+    layer = deciding.add(undecided, "a")
+    del layer.in_proj_ba
+    undecided.decide("worker")
+    assert getattr(layer, gdn.PAIR) is None and "in_proj_ba" in deciding.journal.problems[0]
+
+
+def test_two_layers_of_one_name_are_both_decided(deciding: Deciding) -> None:
+    """A first engine whose loading failed, and whose layers are not gone yet."""
+    undecided = deciding.waiting()
+    layers = [deciding.add(undecided, "a"), deciding.add(undecided, "a")]
+    deciding.settle = lambda candidates: {"a": NOTHING_TO_GAIN}
+    undecided.decide("worker")
+    assert [getattr(layer, gdn.PAIR) for layer in layers] == [None, None]
+
+
+# ---------------------------------------------------------------- the installation
+
+
+def platform(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    monkeypatch.setattr(gdn, "current_platform", namespace(is_cuda_alike=lambda: cuda, device_type="made up"))
+
+
+def module_with(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module with a class of vLLM's kind, whose layers fit."""
+
+    class Fitting(torch.nn.Module):
+        def __init__(self, prefix: str) -> None:
+            super().__init__()
+            self.prefix = prefix
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    module = types.ModuleType("vllm.gdn")
+    module.Layer = Fitting  # type: ignore[attr-defined]
+    monkeypatch.setattr(gdn, "register_ops", lambda record: None)
+    return module
+
+
+def test_a_layer_waits_from_its_making_to_the_end_of_loading(
+    deciding: Deciding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: list[Any] = []
+    monkeypatch.setattr(loaded, "_waiting", waiting)
+    platform(monkeypatch, cuda=True)
+    module = module_with(monkeypatch)
+    pair = gdn.LinearPair(48, 6, Plan("dual", 256), deciding.record)
+    refused = [False]
+
+    def make(layer: Any, plan: Plan, record: PatchRecord) -> Any:
+        if refused[0]:
+            raise Refused("not this one")
+        assert (plan, record) == (Plan("dual", 256), deciding.record)
+        return pair, {"qkvz": 48, "ba": 6}
+
+    monkeypatch.setattr(gdn, "make_pair", make)
+    assert gdn.install(module, VERDICT, Settings()) == VERDICT
+    (decide,) = waiting
+    layer = module.Layer("a")
+    layer.in_proj_qkvz, layer.in_proj_ba = Projection("qkvz", 48, [], torch.Generator()), torch.nn.Identity()
+    refused[0] = True
+    other = module.Layer("b")
+    assert getattr(layer, gdn.PAIR) is pair and getattr(other, gdn.PAIR) is None
+    decide("worker")
+    assert [one.layer for one in deciding.seen] == ["a"], "a layer that was refused waits for nothing"
+
+
+def test_on_another_device_nothing_waits(deciding: Deciding, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[Any] = []
+    monkeypatch.setattr(loaded, "_waiting", waiting)
+    platform(monkeypatch, cuda=False)
+    module = module_with(monkeypatch)
+    before = dict(vars(module.Layer))
+    found = gdn.install(module, VERDICT, Settings())
+    assert (found.state, waiting, dict(vars(module.Layer))) == (INERT, [], before)
+    assert "made up" in found.reason

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from overlay import __version__
 from overlay.journal import Journal
 from tests.conftest import overlay_environment
 
@@ -47,7 +48,8 @@ def test_counts_layers_and_reasons_are_in_the_file(journal_folder: pathlib.Path)
                 "patched": {"model.layers.0.linear_attn": {"qkvz": 384, "ba": 8}},
                 "refused": {"model.layers.1.linear_attn": "batch-invariant mode"},
             },
-            "calls": {"fake": 1, "dual_stream": 2, "serial": {"above the token threshold": 2}},
+            "calls": {"fake": 1, "dual_stream": 2, "fused": 0, "serial": {"above the token threshold": 2}},
+            "plans": [],
         }
     }
     assert record.calls.total() == 4
@@ -80,6 +82,15 @@ def test_a_problem_is_said_once(journal_folder: pathlib.Path, caplog: pytest.Log
     journal.problem("one")
     assert journal.problems == ["one"]
     assert [record.message for record in caplog.records] == ["overlay: one"]
+    (said,) = caplog.records
+    assert said.overlay == {"event": "problem", "version": __version__, "problem": "one"}  # type: ignore[attr-defined]
+
+
+def test_a_layer_that_stays_stock_is_a_line_for_those_who_debug(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="vllm.overlay")
+    Journal().patch("gdn").refuse("layer.1", "batch-invariant mode")
+    (said,) = caplog.records
+    assert said.levelname == "DEBUG" and "layer.1" in said.message
 
 
 def test_a_folder_that_cannot_be_written_costs_one_warning(

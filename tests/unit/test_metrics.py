@@ -28,6 +28,16 @@ GDN = {
     "layers": {"patched": {"a": {}, "b": {}}, "refused": {"c": "quantized"}},
     "calls": {"fake": 9, "dual_stream": 5, "serial": {"above the token threshold": 3}},
 }
+#: With plans: of two shapes measured, and of a third read.
+PLANNED = {
+    **GDN,
+    "calls": {"fake": 9, "dual_stream": 5, "fused": 7, "serial": {}},
+    "plans": [
+        {"shape": {}, "layers": 1, "source": "measured", "seconds": 1.25, "rows": []},
+        {"shape": {}, "layers": 1, "source": "measured", "seconds": 0.5, "rows": []},
+        {"shape": {}, "layers": 1, "source": "read", "seconds": 0.125, "rows": []},
+    ],
+}
 
 
 @pytest.fixture
@@ -93,6 +103,22 @@ def test_the_numbers_of_a_server(
     ]
 
 
+def test_calls_by_one_gemm_and_what_plans_took(
+    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
+) -> None:
+    for _ in range(2):
+        write(journal_folder, process(), os.getpid(), "VllmWorker-0", patches={"gdn": PLANNED})
+    text = page()
+    found = [line for line in samples(text) if "_calls_total{" in line or "tuning" in line]
+    assert found == [
+        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="dual_stream"} 10.0',
+        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="fused"} 14.0',
+        'vllm_overlay_tuning_seconds{patch="gdn",process="VllmWorker-0",source="measured"} 3.5',
+        'vllm_overlay_tuning_seconds{patch="gdn",process="VllmWorker-0",source="read"} 0.25',
+    ]
+    assert "# TYPE vllm_overlay_tuning_seconds gauge" in text
+
+
 def test_one_of_several_api_servers_speaks_for_all(
     journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
 ) -> None:
@@ -150,7 +176,12 @@ JOURNALS = st.lists(
         "patches": st.dictionaries(st.text(max_size=3), st.fixed_dictionaries({
             "verdict": VALUES,
             "layers": st.fixed_dictionaries({"patched": st.dictionaries(st.text(max_size=3), VALUES, max_size=2)}),
-            "calls": st.fixed_dictionaries({"dual_stream": VALUES, "serial": st.dictionaries(st.text(max_size=200), VALUES, max_size=3)}),
+            "calls": st.fixed_dictionaries({
+                "dual_stream": VALUES, "fused": VALUES, "serial": st.dictionaries(st.text(max_size=200), VALUES, max_size=3),
+            }),
+            "plans": VALUES | st.lists(VALUES | st.fixed_dictionaries({
+                "source": VALUES | st.text(max_size=200), "seconds": VALUES | st.floats(), "shape": VALUES, "rows": VALUES,
+            }), max_size=3),
         }), max_size=3),
     }),
     max_size=4,

@@ -26,13 +26,30 @@ def test_every_setting_can_be_set() -> None:
             "VLLMOVERLAY_PATCHES": "gdn",
             "VLLMOVERLAY_STRICT": "1",
             "VLLMOVERLAY_PLAN": "serial",
+            "VLLMOVERLAY_INEXACT": "yes",
             "VLLMOVERLAY_TOKEN_THRESHOLD": "64",
             "VLLMOVERLAY_SERIAL_PASS_THROUGH": "yes",
             "VLLMOVERLAY_LOG_LEVEL": "debug",
             "VLLMOVERLAY_JOURNAL_DIR": "/var/run/overlay",
         }
     )
-    assert loaded == Settings(True, ("gdn",), True, "serial", 64, True, "debug", "/var/run/overlay")
+    assert loaded == Settings(True, ("gdn",), True, "serial", True, 64, True, "debug", "/var/run/overlay")
+    assert len(settings._VARIABLES) == len(dataclasses.fields(Settings)), "no setting is left out here"
+
+
+def test_plans_are_measured_and_exact_unless_something_else_was_asked_for() -> None:
+    assert (load({}).plan, load({}).inexact) == ("auto", False)
+    assert load({"VLLMOVERLAY_PLAN": " Fused ", "VLLMOVERLAY_INEXACT": "1"}).plan == "fused"
+
+
+@pytest.mark.parametrize("plan", settings.PLANS)
+def test_a_patch_that_measures_nothing_forks_unless_it_is_to_be_serial(plan: str) -> None:
+    assert load({"VLLMOVERLAY_PLAN": plan}).forks == ("serial" if plan == "serial" else "dual")
+
+
+@pytest.mark.parametrize(("value", "tokens"), [("", 256), ("0", 0), ("64", 64)])
+def test_a_token_threshold_that_was_set_counts_for_every_patch(value: str, tokens: int) -> None:
+    assert load({"VLLMOVERLAY_TOKEN_THRESHOLD": value}).tokens_or(256) == tokens
 
 
 def test_frozen() -> None:
@@ -47,7 +64,8 @@ def test_frozen() -> None:
         ("VLLMOVERLAY_STRICT", "2", "0, false, off, no"),
         ("VLLMOVERLAY_PATCHES", "gnd", "gdn"),
         ("VLLMOVERLAY_PATCHES", ",", "gdn"),
-        ("VLLMOVERLAY_PLAN", "fast", "dual, serial"),
+        ("VLLMOVERLAY_PLAN", "fast", "auto, dual, serial, fused"),
+        ("VLLMOVERLAY_INEXACT", "auto", "0, false, off, no"),
         ("VLLMOVERLAY_TOKEN_THRESHOLD", "many", "whole number"),
         ("VLLMOVERLAY_TOKEN_THRESHOLD", "-1", "whole number"),
         ("VLLMOVERLAY_TOKEN_THRESHOLD", "1000001", "whole number"),

@@ -224,12 +224,12 @@ def test_two_main_streams_share_no_auxiliary_stream() -> None:
 
 
 @pytest.mark.parametrize("handed_out", [1, 2, 4, 5, 7])
-def test_torch_hands_out_the_same_streams_again(handed_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_hands_out_the_same_streams_again(handed_out: int) -> None:
     """A new stream may be the main stream or another slot's; then the next one is taken, and at last the main stream."""
-    with fake_cuda() as cuda:
+    with fake_cuda() as cuda, pytest.MonkeyPatch.context() as patch:
         pool = [cuda.main, *(FakeStream(f"pool{index}", cuda.log) for index in range(handed_out - 1))]
         turn = itertools.cycle(pool)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(turn))
+        patch.setattr(torch.cuda, "Stream", lambda device: next(turn))
         region = ParallelRegion(slots=4)
         region.prepare(torch.device("cuda:0"))
         own = [stream for stream in region._auxiliary_streams if stream is not cuda.main]
@@ -242,15 +242,36 @@ def test_torch_hands_out_the_same_streams_again(handed_out: int, monkeypatch: py
         )
 
 
-def test_an_allocator_that_shares_blocks_between_streams_means_serial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocator_that_shares_blocks_between_streams_means_serial() -> None:
     """cudaMallocAsync may give a block that the main stream still reads to any stream."""
-    with fake_cuda() as cuda:
-        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    with fake_cuda() as cuda, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
         cuda.prepared(slots=2).run(cuda.work("default"), callables(cuda, [RETURNS, NONE]))
     assert [entry for entry in cuda.log if entry[0] == "work"] == [
         ("work", "slot0", "main"),
         ("work", "default", "main"),
     ]
+
+
+def test_a_stream_for_something_else_is_nobodys() -> None:
+    """A measurement's main stream: its auxiliary ones are forgotten at the end, and nobody else's may be."""
+    with fake_cuda() as cuda, pytest.MonkeyPatch.context() as patch:
+        region = cuda.prepared(slots=2)
+        taken = [cuda.main, *region._auxiliary_streams]
+        pool = [*taken, FakeStream("free", cuda.log)]
+        turn = itertools.cycle(pool)
+        patch.setattr(torch.cuda, "Stream", lambda device: next(turn))
+        free = streams.unused_stream(torch.device("cuda:0"))
+        assert free is pool[-1]
+        with cuda.stream(free):
+            patch.setattr(torch.cuda, "Stream", cuda.make_stream)
+            other = ParallelRegion(slots=1)
+            other.prepare(torch.device("cuda:0"))
+        streams.forget(free)
+        assert list(streams._streams.values()) == region._auxiliary_streams
+        turn = itertools.cycle(taken)
+        patch.setattr(torch.cuda, "Stream", lambda device: next(turn))
+        assert streams.unused_stream(torch.device("cuda:0")) is None
 
 
 def test_preparing_again_changes_nothing() -> None:

@@ -1,0 +1,136 @@
+"""Measured plans on disk, so that the next start need not measure.
+
+One JSON file per key. The key is everything that the times depend on (GPU, driver, torch, vLLM, shapes, sizes); it stands
+in the file in full and is compared, so a file of another machine is not used. Nothing of a file is evaluated: it is
+bounded, checked field by field, and left alone with a reason if anything is off. The folder has to be this user's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from overlay import safety
+from overlay.plan import DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL
+from overlay.tuning import Row
+
+SCHEMA = 1
+LARGEST_BYTES = 256 << 10
+MOST_ROWS = 4096
+STRATEGIES = (SERIAL, DUAL, DUAL_MAIN_FIRST, FUSED)
+
+
+class Unusable(Exception):
+    """Why a file is not used. The message names it."""
+
+
+def path_of(folder: str, key: Mapping[str, Any]) -> str:
+    """Where the plan of a key is."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return os.path.join(folder, f"plan-{digest[:24]}.json")
+
+
+def load(folder: str, key: Mapping[str, Any]) -> tuple[list[Row], bool] | None:
+    """The rows of a key and whether one result tensor is exact, or None where there is no file. Raises Unusable."""
+    path = path_of(folder, key)
+    try:
+        safety.check_journal_folder(folder)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror or error}") from error
+    try:
+        information = os.fstat(descriptor)
+        if not stat.S_ISREG(information.st_mode) or information.st_uid not in (os.geteuid(), 0):
+            raise Unusable(f"{path}: not a file of this user's")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            raw = file.read(LARGEST_BYTES + 1)
+    except OSError as error:
+        raise Unusable(f"{path}: {error.strerror or error}") from error
+    finally:
+        os.close(descriptor)
+    if len(raw) > LARGEST_BYTES:
+        raise Unusable(f"{path}: larger than {LARGEST_BYTES} bytes")
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{path}: not JSON: {error}") from error
+    return _checked(path, content, key)
+
+
+def _checked(path: str, content: Any, key: Mapping[str, Any]) -> tuple[list[Row], bool]:
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise Unusable(f"{path}: not a plan of schema {SCHEMA}")
+    if content.get("key") != json.loads(json.dumps(key)):
+        raise Unusable(f"{path}: measured for something else")
+    raw_rows, one_result = content.get("rows"), content.get("one_result")
+    if not isinstance(raw_rows, list) or len(raw_rows) > MOST_ROWS or not isinstance(one_result, bool):
+        raise Unusable(f"{path}: its rows are not as they should be")
+    rows = []
+    for number, raw in enumerate(raw_rows):
+        row = _row(raw)
+        if row is None:
+            raise Unusable(f"{path}: row {number} is not as it should be")
+        rows.append(row)
+    if [row.tokens for row in rows] != sorted({row.tokens for row in rows}):
+        raise Unusable(f"{path}: its rows are not in order")
+    return rows, one_result
+
+
+def _row(raw: Any) -> Row | None:
+    if not isinstance(raw, dict):
+        return None
+    tokens, times, strategy = raw.get("tokens"), raw.get("microseconds"), raw.get("strategy")
+    inexact = raw.get("inexact")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 0 < tokens <= 1 << 24:
+        return None
+    if strategy not in STRATEGIES or not isinstance(times, dict) or not isinstance(inexact, list):
+        return None
+    if not all(name in STRATEGIES and _is_time(value) for name, value in times.items()):
+        return None
+    if times and not {SERIAL, strategy} <= set(times):
+        return None
+    if not all(name in STRATEGIES for name in inexact):
+        return None
+    return Row(tokens, {name: float(value) for name, value in times.items()}, strategy, tuple(inexact))
+
+
+def _is_time(value: Any) -> bool:
+    """A number of microseconds that a GEMM can take."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12
+
+
+def store(folder: str, key: Mapping[str, Any], rows: list[Row], one_result: bool) -> None:
+    """Write the plan of a key, for this user's eyes: a temporary file, then a rename. Raises OSError."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    safety.check_journal_folder(folder)
+    content = {
+        "schema": SCHEMA,
+        "key": dict(key),
+        "one_result": one_result,
+        "rows": [
+            {
+                "tokens": row.tokens,
+                "microseconds": row.microseconds,
+                "strategy": row.strategy,
+                "inexact": list(row.inexact),
+            }
+            for row in rows
+        ],
+    }
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".plan-")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(content, file)
+        os.replace(temporary, path_of(folder, key))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,102 @@
+"""The moment between the weights and the first trace."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pathlib
+import types
+from typing import Any
+
+import pytest
+
+from overlay import effect, loaded
+
+
+@pytest.fixture(autouse=True)
+def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "_waiting", [])
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.weights: str | None = None
+
+    def load_model(self, weights: str, *, dummy: bool = False) -> str:
+        if weights == "none":
+            raise FileNotFoundError(weights)
+        self.weights = weights
+        return f"loaded {weights}, {dummy}"
+
+
+def module_of(name: str, worker: type) -> types.ModuleType:
+    module = types.ModuleType(name)
+    setattr(module, effect.WORKERS[name], type(worker.__name__, (worker,), dict(vars(worker))))
+    return module
+
+
+@pytest.mark.parametrize("name", effect.WORKERS)
+def test_who_waits_is_called_when_the_weights_are_there(name: str) -> None:
+    module = module_of(name, Worker)
+    loaded.watch(module)
+    seen: list[Any] = []
+    loaded.when_loaded(lambda worker: seen.append(("first", worker.weights)))
+    loaded.when_loaded(lambda worker: seen.append(("second", worker.weights)))
+    worker = getattr(module, effect.WORKERS[name])()
+    assert seen == []
+    assert worker.load_model("real", dummy=True) == "loaded real, True"
+    assert seen == [("first", "real"), ("second", "real")]
+    worker.load_model("other")
+    assert seen[2:] == [("first", "other"), ("second", "other")]
+
+
+def test_nobody_is_called_for_a_model_that_was_not_loaded() -> None:
+    name = next(iter(effect.WORKERS))
+    module = module_of(name, Worker)
+    loaded.watch(module)
+    seen: list[Any] = []
+    loaded.when_loaded(seen.append)
+    with pytest.raises(FileNotFoundError):
+        getattr(module, effect.WORKERS[name])().load_model("none")
+    assert seen == []
+
+
+def test_what_strict_raises_reaches_the_worker() -> None:
+    name = next(iter(effect.WORKERS))
+    module = module_of(name, Worker)
+    loaded.watch(module)
+
+    def stop(worker: Any) -> None:
+        raise RuntimeError("strict")
+
+    loaded.when_loaded(stop)
+    with pytest.raises(RuntimeError, match="strict"):
+        getattr(module, effect.WORKERS[name])().load_model("real")
+
+
+def test_a_worker_that_inherits_the_method_calls_who_waits_for_each_class() -> None:
+    """vLLM's CPU worker inherits from the GPU's: who waits has to bear a second call with nothing new."""
+    gpu, cpu = effect.WORKERS
+    first = module_of(gpu, Worker)
+    second = types.ModuleType(cpu)
+    setattr(second, effect.WORKERS[cpu], type("CPUWorker", (getattr(first, effect.WORKERS[gpu]),), {}))
+    loaded.watch(first)
+    loaded.watch(second)
+    seen: list[Any] = []
+    loaded.when_loaded(seen.append)
+    worker = getattr(second, effect.WORKERS[cpu])()
+    worker.load_model("real")
+    assert seen == [worker, worker]
+    getattr(first, effect.WORKERS[gpu])().load_model("real")
+    assert len(seen) == 3
+
+
+def test_vllms_workers_have_the_method() -> None:
+    """Read, not imported: the import takes ten seconds."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        pytest.skip("vLLM is not installed")
+    root = pathlib.Path(found.origin).parent
+    tree = ast.parse((root / "v1" / "worker" / "gpu_worker.py").read_text("utf-8"))
+    (worker,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Worker")
+    assert "load_model" in {node.name for node in worker.body if isinstance(node, ast.FunctionDef)}
