@@ -75,14 +75,16 @@ def settle(candidates: Sequence[Candidate], worker: Any, settings: Settings, rec
     sizes = _captured_sizes(worker.vllm_config, settings)
     if not sizes:
         return stock | {one.layer: NO_CAPTURE for one in left}
-    if settings.plan == DUAL:
-        return stock
     shapes: dict[str, list[Candidate]] = {}
     for one in left:
         try:
             shapes.setdefault(str(one.shape()), []).append(one)
         except Refused as refused:  # loading has given it another kernel
             stock[one.layer] = str(refused)
+        else:
+            one.pair.as_compiled = _is_compiled(worker.vllm_config) and is_plain(one.main) and is_plain(one.side)
+    if settings.plan == DUAL:
+        return stock
     for group in shapes.values():
         for layer in _settle_shape(group, sizes, worker, settings, record):
             stock[layer] = NOTHING_TO_GAIN
@@ -104,6 +106,7 @@ def _settle_shape(
         "sizes": list(sizes),
         "largest": largest,
         "fusable": fusable,
+        "as_compiled": group[0].pair.as_compiled,
         "inexact": inexact,
         "vllm": journal.vllm_version,
     }
@@ -244,6 +247,12 @@ def _captured_sizes(config: Any, settings: Settings) -> list[int]:
     sizes |= {rounded for size in sizes if (rounded := -(-size // per_request) * per_request) <= max(sizes)}
     limit = settings.token_threshold
     return sorted(size for size in sizes if limit is None or size <= limit)
+
+
+def _is_compiled(config: Any) -> bool:
+    """Whether Inductor compiles the model: vLLM's modes 1 and 3, unless another backend was asked for."""
+    mode, backend = getattr(config.compilation_config, "mode", None), getattr(config.compilation_config, "backend", "")
+    return mode in (1, 3) and backend in ("", "inductor")
 
 
 def _fusable(group: Sequence[Candidate], config: Any) -> bool:

@@ -91,12 +91,13 @@ def test_every_linear_of_qwen3_goes_through_the_op(both: Both) -> None:
     assert calls["serial"]["serial pass-through"] % len(layers["patched"]) == 0, "some layers went around the op"
 
 
-def test_gdn_and_lora_on_the_same_layers(both: Both) -> None:
+def test_gdn_leaves_layers_with_adapters_to_lora(both: Both) -> None:
     _, overlay = both("qwen3_5_text")
     (worker,) = overlay.workers
     patches = worker.raw["patches"]
-    assert len(patches["gdn"]["layers"]["patched"]) == tiny_models.gdn_layers("qwen3_5_text")
-    assert sum(patches["gdn"]["calls"]["serial"].values()) > 0
+    assert patches["gdn"]["layers"]["patched"] == {} and patches["gdn"]["calls"]["serial"] == {}
+    reasons = list(patches["gdn"]["layers"]["refused"].values())
+    assert reasons == ["LoRA on the projections"] * tiny_models.gdn_layers("qwen3_5_text")
     taken = {name.rpartition(".")[2] for name in patches["lora_linear"]["layers"]["patched"]}
     assert {"in_proj_qkvz", "in_proj_ba", "out_proj"} <= taken
     assert sum(patches["lora_linear"]["calls"]["serial"].values()) > 0

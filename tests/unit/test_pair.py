@@ -343,3 +343,31 @@ def test_linears_that_are_more_than_a_gemm_are_called(monkeypatch: pytest.Monkey
         calls = main.calls
         pair.project(main, side, inputs_of(4, cuda=True))
     assert main.calls == calls + 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_beside_a_compiled_graph_it_makes_the_graphs_own_call(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor calls mm.out where eager code calls linear; the op stands for the one that stock would make."""
+    pair, main, side = made()
+    pair.as_compiled = True
+    inputs, calls = numbers(5, HIDDEN), []
+    matmul = torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        calls.append((tuple(out.shape), out.is_contiguous()))
+        return matmul(left, right, out=out)
+
+    monkeypatch.setattr(pair_module, "linear", None)
+    monkeypatch.setattr(torch, "mm", mm)
+    big, small = pair.run(strategy, main, side, inputs)
+    assert sorted(calls) == [((5, 6), True), ((5, 48), True)] and main.calls == side.calls == 0
+    assert torch.equal(big, inputs @ main.weight.t()) and torch.equal(small, inputs @ side.weight.t())
+
+
+def test_beside_a_compiled_graph_three_dimensions_go_through_the_linears() -> None:
+    pair, main, side = made()
+    pair.as_compiled = True
+    inputs = numbers(2, 3, HIDDEN)
+    big, small = pair.run(SERIAL, main, side, inputs)
+    assert main.calls == side.calls == 1
+    assert torch.equal(big, linear(inputs, main.weight)) and torch.equal(small, linear(inputs, side.weight))

@@ -260,6 +260,19 @@ def test_layers_that_are_on_no_gpu_keep_what_they_have(gpu: Gpu, monkeypatch: py
     assert group[0].pair.plan is FIXED
 
 
+@pytest.mark.parametrize(
+    ("mode", "backend", "compiled"),
+    [(3, "inductor", True), (3, "", True), (1, "inductor", True), (3, "eager", False), (2, "", False), (0, "", False)],
+)
+@pytest.mark.parametrize("plan", ["auto", "dual"])
+def test_which_call_stock_makes(gpu: Gpu, mode: int, backend: str, compiled: bool, plan: str) -> None:
+    group, of_vllm = candidates(), worker()
+    of_vllm.vllm_config.compilation_config.mode = mode
+    of_vllm.vllm_config.compilation_config.backend = backend
+    pair_plans.settle(group, of_vllm, Settings(plan=plan), PatchRecord())
+    assert [one.pair.as_compiled for one in group] == [compiled] * 3
+
+
 def test_no_layer_is_nothing_to_do(gpu: Gpu) -> None:
     assert pair_plans.settle([], None, Settings(), PatchRecord()) == {}
 
