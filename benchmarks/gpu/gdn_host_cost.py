@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the GDN op costs the host per layer in an eager step, against the two GEMM calls of stock's compiled graph.
 
-    python3 benchmarks/gpu/gdn_host_cost.py --out FILE.json        (vLLM and this repository on PYTHONPATH)
+    cd benchmarks && python3 -m gpu.gdn_host_cost --out FILE.json        (vLLM and this repository on PYTHONPATH)
 
 Both sides are compiled by Inductor without CUDA graphs, LAYERS layers in one graph, with weights so small that the GPU
 never falls behind; what is timed is the host. Sides take turns; medians, microseconds per layer.
@@ -20,45 +20,10 @@ from typing import Any
 
 import torch
 
+from gpu.micro import Layer
+
 LAYERS, HIDDEN, QKVZ, BA = 30, 64, 128, 16
 CALLS, ROUNDS = 60, 15
-
-
-class UnquantizedLinearMethod:
-    """Tells the overlay, which goes by this name, that the GEMM is torch's own."""
-
-    @staticmethod
-    def default_unquantized_gemm() -> None: ...
-
-    _gemm_impl = default_unquantized_gemm
-
-
-class Linear(torch.nn.Module):
-    """A linear in vLLM's manner: gives its result and no bias."""
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        super().__init__()
-        weight = torch.randn(columns, HIDDEN, device=device, dtype=torch.bfloat16)
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.quant_method = UnquantizedLinearMethod()
-
-    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.nn.functional.linear(inputs, self.weight), None
-
-
-class Layer(torch.nn.Module):
-    """Two projections of one input, as the GDN layer has them."""
-
-    def __init__(self, number: int, device: torch.device) -> None:
-        super().__init__()
-        self.prefix = f"layers.{number}"
-        self.in_proj_qkvz = Linear(QKVZ, device)
-        self.in_proj_ba = Linear(BA, device)
-
-    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        big, _ = self.in_proj_qkvz(inputs)
-        small, _ = self.in_proj_ba(inputs)
-        return big, small
 
 
 def sides(device: torch.device, tokens: int) -> dict[str, Callable[[], Any]]:
@@ -73,16 +38,16 @@ def sides(device: torch.device, tokens: int) -> dict[str, Callable[[], Any]]:
     inputs = torch.randn(tokens, HIDDEN, device=device, dtype=torch.bfloat16)
     known: dict[str, Layer] = {}
     gdn.get_forward_context = lambda: types.SimpleNamespace(no_compile_layers=known)
-    patched = gdn.overlap_in_projections(Layer.forward)
+    patched = gdn.overlap_in_projections(Layer.serial)
 
     def compiled(name: str, forward: Callable[..., Any], one_result: bool | None = None) -> Callable[[], Any]:
-        layers = [Layer(number, device) for number in range(LAYERS)]
-        for layer in layers:
-            layer.prefix = f"{name}.{layer.prefix}"
+        layers = [Layer(HIDDEN, QKVZ, BA, device, torch.bfloat16) for _ in range(LAYERS)]
+        for number, layer in enumerate(layers):
+            layer.prefix = f"{name}.{number}"
             known[layer.prefix] = layer
             if one_result is not None:
                 pair = LinearPair(QKVZ, BA, Plan("dual", 256), record)
-                pair.one_result = one_result
+                pair.one_result, pair.as_compiled = one_result, True
                 setattr(layer, gdn.PAIR, pair)
 
         def model(inputs: torch.Tensor) -> list[Any]:
@@ -92,7 +57,7 @@ def sides(device: torch.device, tokens: int) -> dict[str, Callable[[], Any]]:
         return lambda: call(inputs)
 
     return {
-        "stock": compiled("stock", Layer.forward),
+        "stock": compiled("stock", Layer.serial),
         "op, two results": compiled("two", patched, False),
         "op, one result": compiled("one", patched, True),
     }

@@ -47,12 +47,12 @@ class UnquantizedLinearMethod:
     _gemm_impl = default_unquantized_gemm
 
 
-class _Linear(torch.nn.Module):
+class Linear(torch.nn.Module):
     """A linear in vLLM's manner: gives its result and no bias."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.quant_method = UnquantizedLinearMethod()
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -65,11 +65,13 @@ class Layer(torch.nn.Module):
     def __init__(self, hidden: int, qkvz: int, ba: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         scale = hidden**-0.5
-        self.in_proj_qkvz = _Linear(torch.randn(qkvz, hidden, device=device, dtype=dtype) * scale)
-        self.in_proj_ba = _Linear(torch.randn(ba, hidden, device=device, dtype=dtype) * scale)
+        self.in_proj_qkvz = Linear(torch.randn(qkvz, hidden, device=device, dtype=dtype) * scale)
+        self.in_proj_ba = Linear(torch.randn(ba, hidden, device=device, dtype=dtype) * scale)
 
     def serial(self, hidden_states: torch.Tensor) -> Pair:
-        return self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0]
+        big, _ = self.in_proj_qkvz(hidden_states)
+        small, _ = self.in_proj_ba(hidden_states)
+        return big, small
 
 
 def overlay_projection(layer: Layer, qkvz: int, ba: int, device: torch.device) -> tuple[str, Callable[..., Pair]]:
