@@ -31,9 +31,8 @@ from overlay import __version__, cache_identity
 from overlay.journal import journal
 from overlay.settings import Settings
 
-#: vLLM's modules with the function after which a worker is in its world, and before which no runner or layer exists.
-#: The second imports it from the first by name (vLLM 0.17.1 to 0.33.0).
-WORKERS = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker")
+#: The function of effect.WORKERS' modules after which a worker is in its world, and before which no runner or layer
+#: exists. The second module imports it from the first by name (vLLM 0.17.1 to 0.33.0).
 JOINS_WORLD = "init_worker_distributed_environment"
 
 #: Paid only where a rank is missing. The ranks have just made their process groups together, so they come within

@@ -87,10 +87,9 @@ def _set_hooks(settings: Settings) -> None:
             hook = _guarded(patch, lambda module, patch=patch: _patch(patch, module, settings), settings)  # type: ignore[misc]
             register_post_import_hook(hook, module_name)
     register_post_import_hook(_guarded("metrics", _publish_metrics, settings), METRICS_MODULE)
-    for module_name in agreement.WORKERS:
+    for module_name in effect.WORKERS:
         hook = _guarded("agreement of the ranks", lambda module: agreement.watch(module, settings), settings)
         register_post_import_hook(hook, module_name)
-    for module_name in effect.WORKERS:
         hook = _guarded("proof of effect", lambda module: effect.watch(module, settings, _sources), settings)
         register_post_import_hook(hook, module_name)
         register_post_import_hook(_guarded("loaded models", loaded.watch, settings), module_name)

@@ -14,13 +14,12 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from overlay import __version__, safety
+from overlay import __version__, files, safety
 from overlay.log import fields, logger
 
 SCHEMA = 1
@@ -125,7 +124,7 @@ class Journal:
         """Name the file and clean up after processes that are gone. A folder that cannot be used costs a WARNING."""
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            safety.check_journal_folder(folder)
+            safety.check_own_folder(folder)
             _remove_stale(folder)
             self._path = os.path.join(folder, f"{os.getpid()}-{int(self._started)}.json")
             self.write()
@@ -176,7 +175,7 @@ class Journal:
         }
 
     def write(self) -> None:
-        """Write the file if anything has changed: a temporary file, then a rename, so that readers never see half."""
+        """Write the file if anything has changed."""
         path = self._path
         if path is None:
             return
@@ -185,15 +184,7 @@ class Journal:
             if text == self._written:
                 return
             try:
-                descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".journal-")
-                try:
-                    with os.fdopen(descriptor, "w") as file:
-                        file.write(text)
-                    os.replace(temporary, path)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        os.unlink(temporary)
-                    raise
+                files.replace(path, text, ".journal-")
                 self._written = text
             except OSError as error:
                 self._path = None

@@ -21,6 +21,7 @@ from overlay.plan import ABOVE_THRESHOLD, DUAL_MAIN_FIRST, FUSED, NOT_CAPTURING,
 from overlay.streams import ParallelRegion
 
 BEFORE_CAPTURE = "no call before the capture"
+ADAPTERS = "LoRA on the projections"
 MOVED_WEIGHTS = "the weights have left their common buffer"
 TWO_RESULTS = "one GEMM gives one result, and this graph takes two"
 #: Columns of the common result are a multiple of this: rows stay aligned for the kernels that read slices of it.
@@ -156,7 +157,7 @@ class LinearPair:
         if not inputs.is_cuda:
             self._always_serial = "serial pass-through"
         elif has_adapters(main) or has_adapters(side):
-            self._always_serial = "LoRA on the projections"
+            self._always_serial = ADAPTERS
         else:
             self.region.prepare(inputs.device)
             self.region.run(lambda: None, [lambda: side(inputs)])

@@ -23,14 +23,13 @@ from overlay.gemms import gemm_of, is_plain
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused
 from overlay.log import logger
-from overlay.pair import LinearPair, has_adapters
+from overlay.pair import ADAPTERS, LinearPair, has_adapters
 from overlay.plan import DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL, SizePlan
 from overlay.settings import Settings
 from overlay.tuning import Bench, Row
 
 NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 NOTHING_TO_GAIN = "serial was measured to be fastest at every captured size"
-ADAPTERS = "LoRA on the projections"
 #: Seconds for one shape before what is left is taken from its neighbours.
 SECONDS_PER_SHAPE = 2.0
 #: Sizes outside CUDA graphs at which one result tensor is compared with two, up to the largest batch.

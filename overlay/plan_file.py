@@ -7,16 +7,14 @@ bounded, checked field by field, and left alone with a reason if anything is off
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from overlay import safety
+from overlay import files, safety
 from overlay.plan import DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL
 from overlay.tuning import Row
 
@@ -40,7 +38,7 @@ def load(folder: str, key: Mapping[str, Any]) -> tuple[list[Row], bool] | None:
     """The rows of a key and whether one result tensor is exact, or None where there is no file. Raises Unusable."""
     path = path_of(folder, key)
     try:
-        safety.check_journal_folder(folder)
+        safety.check_own_folder(folder)
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -108,9 +106,9 @@ def _is_time(value: Any) -> bool:
 
 
 def store(folder: str, key: Mapping[str, Any], rows: list[Row], one_result: bool) -> None:
-    """Write the plan of a key, for this user's eyes: a temporary file, then a rename. Raises OSError."""
+    """Write the plan of a key, for this user's eyes. Raises OSError."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    safety.check_journal_folder(folder)
+    safety.check_own_folder(folder)
     content = {
         "schema": SCHEMA,
         "key": dict(key),
@@ -125,12 +123,4 @@ def store(folder: str, key: Mapping[str, Any], rows: list[Row], one_result: bool
             for row in rows
         ],
     }
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".plan-")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file)
-        os.replace(temporary, path_of(folder, key))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    files.replace(path_of(folder, key), json.dumps(content), ".plan-")

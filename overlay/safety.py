@@ -62,7 +62,7 @@ def check_code(package: str) -> None:
     )
 
 
-def check_journal_folder(folder: str) -> None:
+def check_own_folder(folder: str) -> None:
     """Raise NotOurs unless the existing `folder` is this user's own, and closed to the writing of others.
 
     The default name in /tmp can be foreseen, so anybody may have made it first, or a link to a folder where this user's

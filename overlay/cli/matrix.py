@@ -13,12 +13,9 @@ JSON (schema 1)::
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from overlay import __version__, verdict
+from overlay import __version__, files, verdict
 from overlay.cli import check, releases, vllms
 from overlay.cli.failure import CommandError
 from overlay.cli.vllms import Vllm
@@ -250,16 +247,7 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 def write_whole(path: Path, text: str) -> None:
     """Write the file in one step, or leave the one that is there."""
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        files.replace(path, text, f".{path.name}-", mode=0o644)
     except OSError as error:
         raise CommandError(f"{path} cannot be written ({error}); name another file with --output") from error
 

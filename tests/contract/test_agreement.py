@@ -6,8 +6,8 @@ import ast
 
 import pytest
 
-from overlay.agreement import JOINS_WORLD, WORKERS
-from overlay.effect import WORKERS as WORKER_CLASSES
+from overlay.agreement import JOINS_WORLD
+from overlay.effect import WORKERS
 from overlay.verdict.shapes import find_class, methods_of
 from tests.contract import released
 
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.contract
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
 def test_every_worker_joins_its_world_by_one_function_before_it_makes_its_runner(version: str) -> None:
-    for module in WORKERS:
+    for module, class_name in WORKERS.items():
         source = released.tree(version).read(module)
         assert source is not None
         tree = source.parse()
         names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         names.update(alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names)
         assert JOINS_WORLD in names, f"vLLM {version}: {module} has no {JOINS_WORLD}"
-        worker = find_class(tree, WORKER_CLASSES[module])
+        worker = find_class(tree, class_name)
         assert worker is not None
         calls = [
             (node.lineno, ast.unparse(node.func))

@@ -20,7 +20,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from overlay import agreement, cache_identity, layers
+from overlay import agreement, cache_identity, effect, layers
 from overlay.journal import Journal
 from overlay.settings import Settings
 from tests.conftest import REPOSITORY, overlay_environment
@@ -276,7 +276,7 @@ def test_a_worker_that_never_asked_stays_stock_unless_it_is_alone(
     strict: bool, in_world: Callable[..., None], journal: Journal
 ) -> None:
     """Somebody's own worker, or a vLLM without the function."""
-    agreement.watch(types.ModuleType(agreement.WORKERS[0]), Settings())
+    agreement.watch(types.ModuleType(next(iter(effect.WORKERS))), Settings())
     in_world(1, no_store)
     assert agreement.reason_for_stock(Settings(strict=True)) is None
     in_world(2, no_store)
@@ -289,7 +289,7 @@ def test_a_worker_asks_once_after_it_has_joined_whichever_module_it_is_of(
     monkeypatch: pytest.MonkeyPatch, journal: Journal
 ) -> None:
     happened: list[str] = []
-    first, second = (types.ModuleType(name) for name in agreement.WORKERS)
+    first, second = (types.ModuleType(name) for name in effect.WORKERS)
 
     def join(*ranks: int, backend: str) -> str:
         happened.append(f"joined {ranks} {backend}")
