@@ -38,6 +38,7 @@ class Calls:
     """How often a custom op was called, by strategy."""
 
     fake: int = 0
+    lowered: int = 0  #: places in compiled graphs that got stock's calls back (overlay.lowering)
     dual_stream: int = 0
     fused: int = 0
     serial: dict[str, int] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class PatchRecord:
             "plans": list(self.plans),
             "calls": {
                 "fake": self.calls.fake,
+                "lowered": self.calls.lowered,
                 "dual_stream": self.calls.dual_stream,
                 "fused": self.calls.fused,
                 "serial": dict(self.calls.serial),

@@ -22,13 +22,22 @@ resolve_layer_name = getattr(torch_utils, "_resolve_layer_name", str)
 _libraries: list[torch.library.Library] = []  # an op lives as long as its library object
 
 
-def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any], schema: dict[str, Any]) -> None:
-    """Define ``vllm_overlay::<name>`` for the platform's device; it mutates nothing.
+def register(
+    name: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    schema: dict[str, Any],
+    tags: tuple[torch.Tag, ...] = (),
+) -> Any:
+    """Define ``vllm_overlay::<name>`` for the platform's device, and give it; it mutates nothing.
 
     `schema` has the type of each argument in order, and of ``return``. The types are real ones, from which torch makes the
     op's schema; annotations in a file are text.
     """
     implementation.__annotations__ = schema
     library = torch.library.Library(LIBRARY, "FRAGMENT")
-    torch_utils.direct_register_custom_op(name, implementation, mutates_args=[], fake_impl=fake, target_lib=library)
+    torch_utils.direct_register_custom_op(
+        name, implementation, mutates_args=[], fake_impl=fake, target_lib=library, tags=tags
+    )
     _libraries.append(library)
+    return getattr(getattr(torch.ops, LIBRARY), name)

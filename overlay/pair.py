@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from overlay.gemms import is_plain
 from overlay.journal import PatchRecord
 from overlay.plan import ABOVE_THRESHOLD, DUAL_MAIN_FIRST, FUSED, NOT_CAPTURING, SERIAL, Plan
 from overlay.streams import ParallelRegion
@@ -39,13 +38,11 @@ class LinearPair:
         self.columns = -(-(main_size + side_size) // ALIGNMENT) * ALIGNMENT
         self.plan = plan
         self.one_result = False  #: whether the traced graph has the op that gives one tensor
-        #: Whether both linears are plain and stock's graph is compiled: then it calls mm.out where eager code has linear.
-        self.as_compiled = False
+        self.plain = False  #: whether each linear is a GEMM of its weight and nothing else
         self.region = ParallelRegion(slots=1)
         self._record = record
         self._prepared = False
         self._always_serial: str | None = None
-        self._plain = False
         self.common: torch.Tensor | None = None  #: both weights, (columns, hidden), where they have been put into one
 
     # ---- the op's two ways
@@ -53,11 +50,8 @@ class LinearPair:
     def project(self, main: torch.nn.Module, side: torch.nn.Module, inputs: torch.Tensor) -> Pair:
         """(tokens, hidden) to (tokens, main_size) and (tokens, side_size)."""
         if self._is_plain_prompt(inputs):
-            return self._gemm(inputs, main._parameters["weight"]), self._gemm(inputs, side._parameters["weight"])
-        strategy = self._strategy(main, side, inputs, one_result=False)
-        if strategy == SERIAL and self._plain:
-            return self._gemm(inputs, main.weight), self._gemm(inputs, side.weight)
-        return self.run(strategy, main, side, inputs)
+            return linear(inputs, main._parameters["weight"]), linear(inputs, side._parameters["weight"])
+        return self.run(self._strategy(main, side, inputs, one_result=False), main, side, inputs)
 
     def project_into_one(self, main: torch.nn.Module, side: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         """(tokens, hidden) to (tokens, columns): main's result, side's, and what is left over of the alignment."""
@@ -71,7 +65,7 @@ class LinearPair:
         Such a step is Python on the host, layer by layer, and a short prompt waits for it. So these calls take the
         shortest way, and get the weights without asking the modules, which takes a microsecond each.
         """
-        if not self._plain or inputs.shape[0] <= self.plan.token_threshold:
+        if not self.plain or not self._prepared or inputs.shape[0] <= self.plan.token_threshold:
             return False
         self._record.calls.count_serial(ABOVE_THRESHOLD)
         return True
@@ -85,18 +79,11 @@ class LinearPair:
 
     def run(self, strategy: str, main: torch.nn.Module, side: torch.nn.Module, inputs: torch.Tensor) -> Pair:
         """Both results as the linears give them, by a strategy that has been chosen already."""
-        if self.as_compiled and inputs.dim() == 2:
-            return self._order(
-                strategy, lambda: self._gemm(inputs, main.weight), lambda: self._gemm(inputs, side.weight)
-            )
+        if self.plain:
+            return self._order(strategy, lambda: linear(inputs, main.weight), lambda: linear(inputs, side.weight))
+        inputs = inputs.contiguous()  # Inductor may have given it other strides, and not every kernel takes those
         (big, _), (small, _) = self._order(strategy, lambda: main(inputs), lambda: side(inputs))
         return big, small
-
-    def _gemm(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A plain linear by the call that stock makes for it."""
-        if not self.as_compiled or inputs.dim() != 2:
-            return linear(inputs, weight)
-        return torch.mm(inputs, weight.t(), out=inputs.new_empty((inputs.shape[0], weight.shape[0])))
 
     def run_into_one(
         self, strategy: str, main: torch.nn.Module, side: torch.nn.Module, inputs: torch.Tensor
@@ -161,7 +148,6 @@ class LinearPair:
         else:
             self.region.prepare(inputs.device)
             self.region.run(lambda: None, [lambda: side(inputs)])
-            self._plain = is_plain(main) and is_plain(side)
 
     # ---- one buffer for both weights
 

@@ -3,9 +3,10 @@
 Layers of one shape share a plan. Every strategy in a plan gives serial's bits (unless the setting allows otherwise), so the
 ranks of a tensor-parallel group need not agree: each measures for itself.
 
-One GEMM is a strategy only where the setting says so. It needs the weights in one buffer and the results in one tensor; at
-the sizes where two GEMMs run into that tensor it costs the host more than two tensors do (H200, vLLM 0.33.0, 24 layers, time
-to first token of 600 to 8192 tokens, bound by the host's CPU: 1.02 to 1.04 of stock).
+One GEMM needs the weights in one buffer and the results in one tensor. At the sizes where two GEMMs run into that tensor it
+costs the host more than two tensors do (H200, vLLM 0.33.0, 24 layers, time to first token of 600 to 8192 tokens, bound by the
+host's CPU: 1.02 to 1.04 of stock). So it is among the strategies where the op runs in CUDA graphs alone, because larger
+steps have a graph of stock's (overlay.lowering), or where the setting asks for it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 NOTHING_TO_GAIN = "serial was measured to be fastest at every captured size"
 #: Seconds for one shape before what is left is taken from its neighbours.
 SECONDS_PER_SHAPE = 2.0
+#: Modes in which vLLM pads every step to a captured size, up to the largest.
+MIXED_GRAPHS = ("FULL", "PIECEWISE", "FULL_AND_PIECEWISE")
+ONE_RESULT = "two GEMMs into one tensor"
 #: Sizes outside CUDA graphs at which one result tensor is compared with two, up to the largest batch.
 STEPS_BETWEEN_POWERS = (1.0, 1.02, 1.27, 1.5, 1.77)
 EMPTY_CACHE_AFTER_BYTES = 256 << 20
@@ -62,10 +66,13 @@ class Candidate:
         }
 
 
-def settle(candidates: Sequence[Candidate], worker: Any, settings: Settings, record: PatchRecord) -> dict[str, str]:
+def settle(
+    candidates: Sequence[Candidate], worker: Any, settings: Settings, record: PatchRecord, above_is_stock: bool
+) -> dict[str, str]:
     """Give each pair its plan, before vLLM traces; the layers that are better off stock, with the reason.
 
-    `worker` is vLLM's, with its model loaded. Layers that run on no GPU keep what they have.
+    `worker` is vLLM's, with its model loaded; `above_is_stock`: steps above the captured sizes run stock's graph. Layers that
+    run on no GPU keep what they have.
     """
     stock = {one.layer: ADAPTERS for one in candidates if has_adapters(one.main) or has_adapters(one.side)}
     left = [one for one in candidates if one.layer not in stock and _device(one).type == "cuda"]
@@ -80,32 +87,36 @@ def settle(candidates: Sequence[Candidate], worker: Any, settings: Settings, rec
             shapes.setdefault(str(one.shape()), []).append(one)
         except Refused as refused:  # loading has given it another kernel
             stock[one.layer] = str(refused)
-        else:
-            one.pair.as_compiled = _is_compiled(worker.vllm_config) and is_plain(one.main) and is_plain(one.side)
     if settings.plan == DUAL:
         return stock
     for group in shapes.values():
-        for layer in _settle_shape(group, sizes, worker, settings, record):
+        for layer in _settle_shape(group, sizes, worker, settings, record, above_is_stock):
             stock[layer] = NOTHING_TO_GAIN
     return stock
 
 
 def _settle_shape(
-    group: Sequence[Candidate], sizes: Sequence[int], worker: Any, settings: Settings, record: PatchRecord
+    group: Sequence[Candidate],
+    sizes: Sequence[int],
+    worker: Any,
+    settings: Settings,
+    record: PatchRecord,
+    above_is_stock: bool,
 ) -> list[str]:
     begin = time.perf_counter()
     say = logger.info if not getattr(worker, "rank", 0) else logger.debug
     shape, device = group[0].shape(), _device(group[0])
-    largest = int(worker.vllm_config.scheduler_config.max_num_batched_tokens)
-    fusable = settings.plan == FUSED and _fusable(group, worker.vllm_config)
-    inexact = fusable and settings.inexact
+    config = worker.vllm_config
+    only_graphs = above_is_stock and _mode(config) in MIXED_GRAPHS
+    largest = int(config.scheduler_config.max_num_batched_tokens)
+    fusable = (settings.plan == FUSED or only_graphs) and _fusable(group, config)
+    inexact = fusable and settings.plan == FUSED and settings.inexact
     key = _machine(device) | {
         "overlay": cache_identity.source_hash(),  # another way to measure is another plan
         "shape": shape,
         "sizes": list(sizes),
         "largest": largest,
         "fusable": fusable,
-        "as_compiled": group[0].pair.as_compiled,
         "inexact": inexact,
         "vllm": journal.vllm_version,
     }
@@ -117,7 +128,8 @@ def _settle_shape(
         source = "measured"
     else:
         (rows, one_result), source = found, "read"
-    rows = [_as_set(row, one_result, inexact) for row in rows]
+    if settings.plan == FUSED and one_result:
+        rows = [_fixed(row, inexact) for row in rows]
     strategies = {row.tokens: row.strategy for row in rows}
     if FUSED in strategies.values():
         _fuse(group)
@@ -142,27 +154,20 @@ def _settle_shape(
     return [] if plan.token_threshold else [one.layer for one in group]
 
 
-def _as_set(row: Row, one_result: bool, inexact: bool) -> Row:
-    """The row with the strategy that holds. FUSED needs one result tensor. Where it may change bits it is taken at every
-    size, for the ranks of a group must not differ in that."""
-    strategy = row.strategy
-    if inexact:
-        strategy = FUSED
-    elif strategy == FUSED and not one_result:
-        usable = {name: value for name, value in row.microseconds.items() if name != FUSED}
-        strategy = tuning.best(usable) if usable else SERIAL
-    return Row(row.tokens, row.microseconds, strategy, row.inexact)
+def _fixed(row: Row, inexact: bool) -> Row:
+    """The row with one GEMM wherever it may be. Where it may change bits that is at every size, for the ranks of a group must
+    not differ in that."""
+    return replace(row, strategy=FUSED) if inexact or FUSED not in row.inexact else row
 
 
 def _measure(
     group: Sequence[Candidate], sizes: Sequence[int], largest: int, fusable: bool, inexact: bool
 ) -> tuple[list[Row], bool]:
-    """The rows of a shape, and whether one result tensor has the bits of two at every size that was tried."""
+    """The rows of a shape, and whether one GEMM is among the strategies: then one result tensor has the bits of two at every
+    size that was tried up to `largest`."""
     device = _device(group[0])
     probes = list(group[: tuning.layers_for(_weight_bytes(group[0]), len(group), device)])
-    if fusable:
-        _fuse(probes)
-    linears: list[tuple[LinearPair, Any, Any]] = [(one.pair.probe(), one.main, one.side) for one in probes]
+    linears: list[tuple[LinearPair, Any, Any]] = []
 
     def apart(strategy: str) -> tuning.Work:
         def work(layer: int, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -179,8 +184,6 @@ def _measure(
         return work
 
     works = {strategy: apart(strategy) for strategy in (SERIAL, DUAL, DUAL_MAIN_FIRST)}
-    if fusable:
-        works[FUSED] = in_one(FUSED)
     bench = Bench(
         works,
         len(probes),
@@ -188,23 +191,31 @@ def _measure(
         _input_dtype(probes[0]),
         device,
         inexact,
-        cancels=fusable,
         same_kernels=(DUAL, DUAL_MAIN_FIRST),
     )
     with bench:
+        if fusable:
+            bench.cancels = True
+            linears.append(_cancelling(probes[0], bench))  # stays the last one, which is number CANCELLING
+            bench.works = {SERIAL: works[SERIAL], FUSED: in_one(FUSED), ONE_RESULT: in_one(SERIAL)}
+            fusable = inexact or _is_exact(bench, sizes, largest)
+            bench.works = works
+        if fusable:
+            _fuse(probes)
+            works[FUSED] = in_one(FUSED)
+        linears[:0] = [(one.pair.probe(), one.main, one.side) for one in probes]
         with torch.cuda.stream(bench.stream):
-            if fusable:
-                linears.append(_cancelling(probes[0], bench))  # the last one, which is number CANCELLING
-            for number in range(len(linears)):
-                linears[number][0].region.prepare(device)
+            for pair, _, _ in linears:
+                pair.region.prepare(device)
         rows = bench.rows(sizes, SECONDS_PER_SHAPE)
-        one_result = fusable and (inexact or any(FUSED not in row.inexact for row in rows))
-        if one_result and not inexact:
-            tried = _sizes_to_compare(sizes, largest)
-            bench.works = {SERIAL: works[SERIAL], "in one": in_one(SERIAL)}
-            one_result = bench.exact_at("in one", tried) == tried
         linears.clear()
-    return rows, one_result
+    return rows, fusable
+
+
+def _is_exact(bench: Bench, sizes: Sequence[int], largest: int) -> bool:
+    """Whether one GEMM has serial's bits at one of the sizes at least, and two GEMMs into one tensor at all."""
+    tried = _sizes_to_compare(sizes, largest)
+    return bool(bench.exact_at(FUSED, sizes)) and bench.exact_at(ONE_RESULT, tried) == tried
 
 
 def _cancelling(one: Candidate, bench: Bench) -> tuple[LinearPair, Any, Any]:
@@ -226,7 +237,7 @@ class _Weights:
 
 
 def _sizes_to_compare(sizes: Sequence[int], largest: int) -> list[int]:
-    """Every captured size, and five between each two powers of two up to the largest batch."""
+    """Every captured size, and five between each two powers of two up to the largest number of tokens that the op sees."""
     between = (int(step * 2**power) for power in range(largest.bit_length()) for step in STEPS_BETWEEN_POWERS)
     return sorted({*sizes, largest, *(tokens for tokens in between if tokens <= largest)})
 
@@ -238,8 +249,7 @@ def _captured_sizes(config: Any, settings: Settings) -> list[int]:
     are among them.
     """
     compilation = config.compilation_config
-    mode = getattr(compilation.cudagraph_mode, "name", "")
-    if mode == "NONE":
+    if _mode(config) == "NONE":
         return []
     sizes = {int(size) for size in compilation.cudagraph_capture_sizes or []}
     per_request = 1 + (getattr(getattr(config, "speculative_config", None), "num_speculative_tokens", None) or 0)
@@ -248,10 +258,9 @@ def _captured_sizes(config: Any, settings: Settings) -> list[int]:
     return sorted(size for size in sizes if limit is None or size <= limit)
 
 
-def _is_compiled(config: Any) -> bool:
-    """Whether Inductor compiles the model: vLLM's modes 1 and 3, unless another backend was asked for."""
-    mode, backend = getattr(config.compilation_config, "mode", None), getattr(config.compilation_config, "backend", "")
-    return mode in (1, 3) and backend in ("", "inductor")
+def _mode(config: Any) -> str:
+    """The name of vLLM's CUDAGraphMode."""
+    return getattr(config.compilation_config.cudagraph_mode, "name", "")
 
 
 def _fusable(group: Sequence[Candidate], config: Any) -> bool:

@@ -47,7 +47,7 @@ def sides(device: torch.device, tokens: int) -> dict[str, Callable[[], Any]]:
             known[layer.prefix] = layer
             if one_result is not None:
                 pair = LinearPair(QKVZ, BA, Plan("dual", 256), record)
-                pair.one_result, pair.as_compiled = one_result, True
+                pair.one_result, pair.plain = one_result, True
                 setattr(layer, gdn.PAIR, pair)
 
         def model(inputs: torch.Tensor) -> list[Any]:

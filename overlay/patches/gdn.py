@@ -11,7 +11,8 @@ both as one GEMM, or one after the other; whichever was measured to be fastest f
 results. No line of upstream is repeated here, and a changed signature (0.25 to 0.26) does not matter.
 
 A layer is made with a pair, and the pair is settled when the weights are there, before vLLM traces: a layer that has
-nothing to gain goes back to stock, op and all; one that gains by one GEMM gets the op that gives one tensor.
+nothing to gain goes back to stock, op and all; one that gains by one GEMM gets the op that gives one tensor. Steps above the
+captured sizes have a compiled graph without the op (overlay.lowering), for which the op takes the weights along.
 
 Upstream: vLLM #36795 did it and #38152 took it back (the op took the layer name as ``str``: every layer became a compile
 artifact of its own); #39748 closed, #42301 open; #41457 would fuse the two GEMMs instead.
@@ -22,6 +23,7 @@ Remove when: the verdict on your vLLM (in the log, and in the journal) is ``land
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,11 +37,11 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
-from overlay import cache_identity, loaded, ops, pair_plans
-from overlay.gemms import gemm_of
+from overlay import cache_identity, loaded, lowering, ops, pair_plans
+from overlay.gemms import gemm_of, is_plain
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
-from overlay.pair import LinearPair
+from overlay.pair import LinearPair, has_adapters
 from overlay.pair_plans import Candidate
 from overlay.plan import Plan
 from overlay.settings import Settings
@@ -73,13 +75,16 @@ class InProjView:
 
     def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._results is None:
-            pair = self._pair
-            name = ops.encode_layer_name(self._layer.prefix)
+            layer, pair = self._layer, self._pair
+            name = ops.encode_layer_name(layer.prefix)
+            weights = (layer.in_proj_qkvz.weight, layer.in_proj_ba.weight) if pair.plain else (None, None)
             if pair.one_result and hidden_states.dim() == 2:
-                result = torch.ops.vllm_overlay.gdn_in_proj_one(hidden_states, pair.columns, name)
+                result = torch.ops.vllm_overlay.gdn_in_proj_one(hidden_states, *weights, pair.columns, name)
                 self._results = pair.slices(result)
             else:
-                self._results = torch.ops.vllm_overlay.gdn_in_proj(hidden_states, pair.main_size, pair.side_size, name)
+                self._results = torch.ops.vllm_overlay.gdn_in_proj(
+                    hidden_states, *weights, pair.main_size, pair.side_size, name
+                )
         return self._results
 
     def in_proj_qkvz(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -106,35 +111,79 @@ def overlap_in_projections(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register_ops(record: PatchRecord) -> None:
-    """Define ``vllm_overlay::gdn_in_proj`` (two results) and ``gdn_in_proj_one`` (one) for the platform's device."""
+    """Define ``vllm_overlay::gdn_in_proj`` (two results) and ``gdn_in_proj_one`` (one) for the platform's device.
+
+    The weights are there for the graph, in which stock's calls may need them; the ops ask the layer, whose linears can be
+    more than a weight. Inductor may choose the layout of their input, as it may for stock's GEMMs: to bring about a certain
+    one it would put the op's name into the kernel that makes the input, and time it apart from stock's kernel of the same
+    text. The block size it found then was another one at times, which adds in another order (seen in vLLM 0.33.0).
+    """
 
     def layer_of(name: Any) -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
         """The layer and its modules, without torch.nn.Module's own look-up: a microsecond for each name."""
         layer = get_forward_context().no_compile_layers[ops.resolve_layer_name(name)]
         return layer, layer._modules
 
-    def two(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
+    def two(hidden_states, qkvz, ba, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
         layer, linears = layer_of(layer_name)
         return layer.__dict__[PAIR].project(linears["in_proj_qkvz"], linears["in_proj_ba"], hidden_states)
 
-    def fake_two(hidden_states, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
+    def fake_two(hidden_states, qkvz, ba, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
         record.calls.fake += 1
         leading = hidden_states.shape[:-1]
         return hidden_states.new_empty((*leading, qkvz_size)), hidden_states.new_empty((*leading, ba_size))
 
-    def one(hidden_states, columns, layer_name):  # type: ignore[no-untyped-def]
+    def one(hidden_states, qkvz, ba, columns, layer_name):  # type: ignore[no-untyped-def]
         layer, linears = layer_of(layer_name)
         return layer.__dict__[PAIR].project_into_one(linears["in_proj_qkvz"], linears["in_proj_ba"], hidden_states)
 
-    def fake_one(hidden_states, columns, layer_name):  # type: ignore[no-untyped-def]
+    def fake_one(hidden_states, qkvz, ba, columns, layer_name):  # type: ignore[no-untyped-def]
         record.calls.fake += 1
         return hidden_states.new_empty((hidden_states.shape[0], columns))
 
-    tensor, name = torch.Tensor, ops.LayerNameType
-    types: dict[str, Any] = {"hidden_states": tensor, "qkvz_size": int, "ba_size": int, "layer_name": name}
-    ops.register(OP_NAME, two, fake_two, {**types, "return": tuple[tensor, tensor]})  # type: ignore[valid-type]
-    types = {"hidden_states": tensor, "columns": int, "layer_name": name}
-    ops.register(OP_NAME_ONE, one, fake_one, {**types, "return": tensor})
+    tensor, name, tags = torch.Tensor, ops.LayerNameType, (torch.Tag.flexible_layout,)
+    inputs: dict[str, Any] = {"hidden_states": tensor, "qkvz": tensor | None, "ba": tensor | None}
+    types = {**inputs, "qkvz_size": int, "ba_size": int, "layer_name": name, "return": tuple[tensor, tensor]}  # type: ignore[valid-type]
+    lowering.register(ops.register(OP_NAME, two, fake_two, types, tags), lower_two, record)
+    types = {**inputs, "columns": int, "layer_name": name, "return": tensor}
+    lowering.register(ops.register(OP_NAME_ONE, one, fake_one, types, tags), lower_one, record)
+
+
+def lower_two(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
+    """Stock's two linears in the place of ``gdn_in_proj`` and of what takes its results apart."""
+    taken = {taker: taker.args[1] if taker.target is operator.getitem else None for taker in node.users}
+    if None in node.args[1:3] or not {0, 1}.issuperset(taken.values()):
+        return False
+    results = _linears(graph, node)
+    for taker, index in taken.items():
+        result = results[index]  # type: ignore[index]
+        result.meta = dict(taker.meta)
+        taker.replace_all_uses_with(result)
+        graph.erase_node(taker)
+    graph.erase_node(node)
+    return True
+
+
+def lower_one(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
+    """Stock's two linears in the place of ``gdn_in_proj_one``, into one tensor: slices of it go on to other compiled pieces,
+    which have been traced with its strides. Inductor lets the two GEMMs write where they should, without a copy."""
+    weights: list[Any] = list(node.args[1:3])
+    if None in weights or sum(weight.meta["example_value"].shape[0] for weight in weights) != node.args[3]:
+        return False  # the columns that only align it would cost a kernel
+    results = _linears(graph, node)
+    with graph.inserting_before(node):
+        result = graph.call_function(torch.cat, (results, 1))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return True
+
+
+def _linears(graph: torch.fx.Graph, node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Stock's two calls, before an op's node."""
+    inputs, *weights = node.args[:3]
+    with graph.inserting_before(node):
+        return [graph.call_function(torch._C._nn.linear, (inputs, weight, None)) for weight in weights]
 
 
 def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
@@ -186,10 +235,19 @@ class Undecided:
         """Give every waiting layer its plan, or leave it stock: where deciding fails, too. Only strict lets that out."""
         layers = [layer for layer in (reference() for reference in self._layers) if layer is not None]
         self._layers.clear()
+        if not layers:
+            return
         plans = len(self._record.plans)
+        config = worker.vllm_config
+        endpoints = config.compilation_config.compile_ranges_endpoints
         try:
+            for layer in layers:
+                getattr(layer, PAIR).plain = _is_plain(layer)
+            above_is_stock = all(getattr(layer, PAIR).plain for layer in layers) and lowering.split_ranges(
+                config.compilation_config, self._settings.strict
+            )
             stock = pair_plans.settle(
-                [self._candidate(layer) for layer in layers], worker, self._settings, self._record
+                [self._candidate(layer) for layer in layers], worker, self._settings, self._record, above_is_stock
             )
         except Exception as error:
             journal.problem(f"{NAME}: {UNDECIDED}, vLLM runs stock here: {type(error).__name__}: {error}")
@@ -203,10 +261,13 @@ class Undecided:
                 self._record.patched.pop(layer.prefix, None)
                 self._record.refuse(layer.prefix, stock[layer.prefix])
             self._layouts[layer.prefix] = _layout(layer)
-        if layers:
-            shaping = sorted(f"{name}={layout}" for name, layout in self._layouts.items())
-            journal.fingerprint = cache_identity.add(NAME, (*self._verdict.methods, *shaping))
-            journal.write()
+        alone = config.parallel_config.world_size_across_dp == 1
+        if alone and all(getattr(layer, PAIR) is None for layer in layers):
+            config.compilation_config.compile_ranges_endpoints = endpoints
+        shaping = sorted(f"{name}={layout}" for name, layout in self._layouts.items())
+        ranges = f"ranges={config.compilation_config.compile_ranges_endpoints}"
+        journal.fingerprint = cache_identity.add(NAME, (*self._verdict.methods, *shaping, ranges))
+        journal.write()
 
     def _candidate(self, layer: torch.nn.Module) -> Candidate:
         packed = any(getattr(layer, switch, False) for switch in PACKED_SWITCHES)
@@ -214,12 +275,21 @@ class Undecided:
         return Candidate(layer.prefix, getattr(layer, PAIR), layer.in_proj_qkvz, layer.in_proj_ba, takes_slices)
 
 
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Whether both projections are GEMMs of their weights and nothing else, now that they are loaded."""
+    projections = layer.in_proj_qkvz, layer.in_proj_ba
+    try:
+        return not any(map(has_adapters, projections)) and all(map(is_plain, projections))
+    except Refused:
+        return False
+
+
 def _layout(layer: torch.nn.Module) -> str:
     """What of a layer's pair shapes the graph that vLLM traces."""
     pair = getattr(layer, PAIR)
     if pair is None:
         return "stock"
-    return "one result" if pair.one_result else "two results"
+    return f"{'one result' if pair.one_result else 'two results'}{'' if pair.plain else ' of its linears'}"
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:

@@ -14,6 +14,8 @@ from packaging.version import Version
 
 from overlay import log
 from overlay.effect import WARM_UP, WORKERS
+from overlay.lowering import VLLM_COMPILE
+from overlay.pair_plans import MIXED_GRAPHS
 from overlay.verdict import APPLY, judge
 from overlay.verdict.shapes import find_class, methods_of
 from tests.conftest import REPOSITORY
@@ -22,7 +24,7 @@ from tests.contract import released
 pytestmark = pytest.mark.contract
 PATCHES = sorted(path.stem for path in (REPOSITORY / "overlay" / "patches").glob("[a-z]*.py"))
 #: What every patch is built on.
-SHARED = ("effect", "gemms", "ops")
+SHARED = ("effect", "gemms", "lowering", "ops")
 
 
 def imports_of_vllm(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -130,6 +132,10 @@ def test_the_cache_key_is_made_of_the_table_that_the_fingerprint_is_in(version: 
     [
         ("vllm.config.parallel", "ParallelConfig", "use_ubatching"),
         ("vllm.config.compilation", "CompilationConfig", "static_forward_context"),
+        ("vllm.config.compilation", "CompilationConfig", "compile_ranges_endpoints"),
+        ("vllm.config.compilation", "CompilationConfig", "cudagraph_capture_sizes"),
+        ("vllm.config.compilation", "CompilationConfig", "compile_mm_encoder"),
+        ("vllm.config.parallel", "ParallelConfig", "world_size_across_dp"),
         ("vllm.forward_context", "ForwardContext", "no_compile_layers"),
         ("vllm.model_executor.layers.linear", "ColumnParallelLinear", "output_size_per_partition"),
         ("vllm.model_executor.layers.linear", "LinearBase", "quant_method"),
@@ -184,3 +190,43 @@ def test_marlin_makes_a_workspace_per_layer_up_to_0_30_0(version: str) -> None:
     }
     own = {"workspace", "marlin_make_workspace_new"} <= mentioned
     assert own == (Version(version) < Version("0.31.0"))
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+def test_a_range_is_compiled_by_the_call_that_is_watched(version: str) -> None:
+    manager = methods_of(class_of(parsed(version, "vllm.compilation.backends"), "CompilerManager"))
+    named = {argument.arg for argument in manager["compile"].args.args}
+    assert {"graph", "compilation_config", "compile_range"} <= named
+    calls = [
+        node
+        for node in ast.walk(parsed(version, "vllm.compilation.piecewise_backend"))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("compiler_manager.compile")
+    ]
+    assert calls
+    assert {"start", "end"} <= names_in(class_of(parsed(version, "vllm.config.utils"), "Range"))
+    modes = class_of(parsed(version, "vllm.config.compilation"), "CompilationMode")
+    values = {ast.unparse(one.targets[0]): ast.unparse(one.value) for one in modes.body if isinstance(one, ast.Assign)}
+    assert values["VLLM_COMPILE"] == str(VLLM_COMPILE)
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+def test_ranges_are_read_from_the_endpoints_when_a_piece_is_compiled(version: str) -> None:
+    """So that endpoints that come after loading the model still count."""
+    source = released.tree(version).read("vllm.compilation.piecewise_backend")
+    assert source is not None and "self.compilation_config.get_compile_ranges()" in source.text
+    ranges = methods_of(class_of(parsed(version, "vllm.config.compilation"), "CompilationConfig"))["get_compile_ranges"]
+    assert "self.compile_ranges_endpoints" in ast.unparse(ranges)
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+def test_an_op_can_be_given_tags(version: str) -> None:
+    functions = {
+        node.name: node for node in parsed(version, "vllm.utils.torch_utils").body if isinstance(node, ast.FunctionDef)
+    }
+    assert "tags" in [argument.arg for argument in functions["direct_register_custom_op"].args.args]
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+def test_the_modes_in_which_every_step_is_captured_are_vllms(version: str) -> None:
+    modes = names_in(class_of(parsed(version, "vllm.config.compilation"), "CUDAGraphMode"))
+    assert {"NONE", *MIXED_GRAPHS} <= modes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 vllm = pytest.importorskip("vllm")
 
-from overlay import cache_identity, loaded, ops  # noqa: E402
+from overlay import cache_identity, loaded, lowering, ops  # noqa: E402
 from overlay.gemms import gemm_of  # noqa: E402
 from overlay.journal import Journal, PatchRecord  # noqa: E402
 from overlay.layers import Refused  # noqa: E402
-from overlay.pair_plans import NOTHING_TO_GAIN, Candidate  # noqa: E402
+from overlay.pair_plans import ADAPTERS, NOTHING_TO_GAIN, Candidate  # noqa: E402
 from overlay.patches import gdn  # noqa: E402
 from overlay.plan import DUAL, FUSED, Plan, SizePlan  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
@@ -211,6 +211,7 @@ class Projection(torch.nn.Module):
     def __init__(self, name: str, rows: int, order: list[str], generator: torch.Generator) -> None:
         super().__init__()
         self.name = name
+        self.quant_method = unquantized()
         self.weight = torch.nn.Parameter(torch.randn(rows, 16, generator=generator), requires_grad=False)
         self.order = order
 
@@ -245,10 +246,14 @@ class Layer(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def record() -> PatchRecord:
-    record = PatchRecord()
+def record() -> Iterator[PatchRecord]:
+    """Where the ops count, which are there for the tests of this file."""
+    record, others = PatchRecord(), len(ops._libraries)
     gdn.register_ops(record)
-    return record
+    yield record
+    for library in ops._libraries[others:]:
+        library._destroy()
+    del ops._libraries[others:]
 
 
 @pytest.fixture(params=[False, True], ids=["qkvz first", "ba first"])
@@ -284,12 +289,14 @@ def test_a_layer_without_a_pair_runs_stock(layer: Layer, record: PatchRecord) ->
     assert record.calls.total() == before
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["its linears", "plain"])
 @pytest.mark.parametrize("one_result", [False, True], ids=["two results", "one result"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_it_compiles_into_one_graph_with_one_op(
-    layer: Layer, record: PatchRecord, backend: str, one_result: bool
+    layer: Layer, record: PatchRecord, backend: str, one_result: bool, plain: bool
 ) -> None:
-    getattr(layer, gdn.PAIR).one_result = one_result
+    """The weights are in the graph beside the op, for stock's calls, where those would need nothing else."""
+    getattr(layer, gdn.PAIR).one_result, getattr(layer, gdn.PAIR).plain = one_result, plain
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -303,26 +310,51 @@ def test_it_compiles_into_one_graph_with_one_op(
     x = torch.randn(5, 16)
     assert torch.equal(compiled(layer, x), Layer.forward(layer, x))
     (graph,) = graphs
-    targets = [str(node.target) for node in graph.graph.nodes if "gdn_in_proj" in str(node.target)]
-    assert [("_one" in target) for target in targets] == [one_result]
+    (node,) = [node for node in graph.graph.nodes if "gdn_in_proj" in str(node.target)]
+    assert ("_one" in str(node.target)) == one_result
+    weights = [weight and weight.meta["example_value"].shape for weight in node.args[1:3]]
+    assert weights == ([(48, 16), (6, 16)] if plain else [None, None])
     assert record.calls.fake > fakes
     assert torch.equal(compiled(layer, x[:3]), Layer.forward(layer, x[:3]))
 
 
-def test_the_fake_gives_the_shapes_of_the_real_op(layer: Layer) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["its linears", "plain"])
+def test_the_fake_gives_the_shapes_of_the_real_op(layer: Layer, plain: bool) -> None:
     pair = getattr(layer, gdn.PAIR)
-    x = torch.randn(5, 16)
+    pair.plain = plain
+    tensors = [torch.randn(5, 16), *((layer.in_proj_qkvz.weight, layer.in_proj_ba.weight) if plain else (None, None))]
     name = ops.encode_layer_name(layer.prefix)
-    real = torch.ops.vllm_overlay.gdn_in_proj(x, pair.main_size, pair.side_size, name)
+    real = torch.ops.vllm_overlay.gdn_in_proj(*tensors, pair.main_size, pair.side_size, name)
+    real_one = torch.ops.vllm_overlay.gdn_in_proj_one(*tensors, pair.columns, name)
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = torch.ops.vllm_overlay.gdn_in_proj(mode.from_tensor(x), pair.main_size, pair.side_size, name)
+        fakes = [None if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+        fake = torch.ops.vllm_overlay.gdn_in_proj(*fakes, pair.main_size, pair.side_size, name)
+        fake_one = torch.ops.vllm_overlay.gdn_in_proj_one(*fakes, pair.columns, name)
     assert [tuple(t.shape) for t in fake] == [tuple(t.shape) for t in real] == [(5, 48), (5, 6)]
-    assert [t.dtype for t in fake] == [t.dtype for t in real]
-    real = torch.ops.vllm_overlay.gdn_in_proj_one(x, pair.columns, name)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = torch.ops.vllm_overlay.gdn_in_proj_one(mode.from_tensor(x), pair.columns, name)
-    assert tuple(fake.shape) == tuple(real.shape) == (5, 64)
-    assert (fake.stride(), fake.dtype) == (real.stride(), real.dtype)
+    assert [(t.stride(), t.dtype) for t in fake] == [(t.stride(), t.dtype) for t in real]
+    assert tuple(fake_one.shape) == tuple(real_one.shape) == (5, 64)
+    assert (fake_one.stride(), fake_one.dtype) == (real_one.stride(), real_one.dtype)
+
+
+def test_the_op_asks_the_layer_and_not_the_weights_beside_it(layer: Layer) -> None:
+    """They are there for the graph: a linear can be more than its weight."""
+    x, name = torch.randn(5, 16), ops.encode_layer_name(layer.prefix)
+    others = torch.full((48, 16), torch.nan), torch.full((6, 16), torch.nan)
+    results = torch.ops.vllm_overlay.gdn_in_proj(x, *others, 48, 6, name)
+    assert torch.equal(results[0], layer.in_proj_qkvz(x)[0]) and torch.equal(results[1], layer.in_proj_ba(x)[0])
+    result = torch.ops.vllm_overlay.gdn_in_proj_one(x, *others, 64, name)
+    assert torch.equal(result[:, :48], results[0]) and torch.equal(result[:, 48:54], results[1])
+
+
+@pytest.mark.parametrize(("op", "lower"), [("gdn_in_proj", gdn.lower_two), ("gdn_in_proj_one", gdn.lower_one)])
+def test_inductor_may_lay_out_the_ops_inputs_and_stock_has_calls_for_it(
+    record: PatchRecord, op: str, lower: Callable[..., bool]
+) -> None:
+    """With other tags Inductor makes inputs of eager's strides for it, by another kernel than stock's."""
+    found = getattr(torch.ops.vllm_overlay, op)
+    assert torch.Tag.flexible_layout in found.default.tags
+    assert not {torch.Tag.needs_fixed_stride_order, torch.Tag.needs_exact_strides} & {*found.default.tags}
+    assert lowering._lowered[found] == (lower, record)
 
 
 def test_three_dimensions_get_two_results(layer: Layer) -> None:
@@ -331,7 +363,7 @@ def test_three_dimensions_get_two_results(layer: Layer) -> None:
     assert torch.equal(gdn.overlap_in_projections(Layer.forward)(layer, x), Layer.forward(layer, x))
 
 
-def test_the_layer_name_is_vllms_opaque_type_where_there_is_one() -> None:
+def test_the_layer_name_is_vllms_opaque_type_where_there_is_one(record: PatchRecord) -> None:
     from vllm.utils import torch_utils
 
     assert ops.LayerNameType is torch_utils.LayerNameType
@@ -343,25 +375,56 @@ def test_the_layer_name_is_vllms_opaque_type_where_there_is_one() -> None:
 VERDICT = Verdict(APPLY, "as known", "vllm.gdn", "Layer", ("forward",), takes_slices=True)
 
 
+GRAPHS, LARGEST = 512, 8192
+
+
+def worker(ranks: int = 1) -> Any:
+    """vLLM's, with what of its configuration is asked for."""
+    config = namespace(
+        compilation_config=namespace(compile_ranges_endpoints=[LARGEST]),
+        parallel_config=namespace(world_size_across_dp=ranks),
+    )
+    return namespace(vllm_config=config)
+
+
+def endpoints(of_vllm: Any) -> list[int]:
+    found: list[int] = of_vllm.vllm_config.compilation_config.compile_ranges_endpoints
+    return found
+
+
 class Deciding:
-    """Layers with pairs that wait for their weights, and what `settle` is to do with them."""
+    """Layers with pairs that wait for their weights, and what `settle` and `split_ranges` are to do with them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch = monkeypatch
         self.journal = Journal()
         self.record = self.journal.patch(gdn.NAME)
         self.identities: list[tuple[str, tuple[str, ...]]] = []
         self.seen: list[Candidate] = []
+        self.above_is_stock: list[bool] = []
+        self.endpoints: list[list[int]] = []  #: when a plan was asked for
+        self.strict: list[bool] = []  #: when ranges were split
+        self.has_ranges = True
         self.settle: Any = lambda candidates: {}
         monkeypatch.setattr(gdn, "journal", self.journal)
         monkeypatch.setattr(gdn.pair_plans, "settle", self._settle)
+        monkeypatch.setattr(gdn.lowering, "split_ranges", self._split)
         monkeypatch.setattr(cache_identity, "add", self._add)
 
-    def _settle(self, candidates: Any, worker: Any, settings: Settings, record: PatchRecord) -> dict[str, str]:
-        assert worker == "worker" and record is self.record
+    def _settle(
+        self, candidates: Any, of_vllm: Any, settings: Settings, record: PatchRecord, above_is_stock: bool
+    ) -> dict[str, str]:
+        assert record is self.record
         self.seen = candidates
+        self.above_is_stock.append(above_is_stock)
+        self.endpoints.append(endpoints(of_vllm))
         result: dict[str, str] = self.settle(candidates)
         return result
+
+    def _split(self, compilation: Any, strict: bool) -> bool:
+        self.strict.append(strict)
+        if self.has_ranges:
+            compilation.compile_ranges_endpoints = [GRAPHS, LARGEST]
+        return self.has_ranges
 
     def _add(self, patch: str, detail: Any) -> str:
         self.identities.append((patch, tuple(detail)))
@@ -388,7 +451,7 @@ def test_a_layer_with_nothing_to_gain_goes_back_to_stock(deciding: Deciding) -> 
     undecided = deciding.waiting()
     first, second = deciding.add(undecided, "a"), deciding.add(undecided, "b")
     deciding.settle = lambda candidates: {"b": NOTHING_TO_GAIN}
-    undecided.decide("worker")
+    undecided.decide(worker())
     assert getattr(first, gdn.PAIR) is not None and getattr(second, gdn.PAIR) is None
     assert list(deciding.record.patched) == ["a"] and deciding.record.refused == {"b": NOTHING_TO_GAIN}
     assert deciding.journal.problems == []
@@ -409,7 +472,7 @@ def test_slices_only_where_upstream_takes_them(
     setattr(deciding.add(undecided, "a"), switch, switched)  # the layer is gone by now
     layer = deciding.add(undecided, "b")
     setattr(layer, switch, switched)
-    undecided.decide("worker")
+    undecided.decide(worker())
     assert [(one.layer, one.takes_slices) for one in deciding.seen] == [("b", takes)]
 
 
@@ -422,8 +485,9 @@ def test_what_shapes_the_graph_is_in_the_cache_identity(deciding: Deciding) -> N
         return {"b": NOTHING_TO_GAIN}
 
     deciding.settle = settle
-    undecided.decide("worker")
-    assert deciding.identities == [("gdn", ("forward", "a=one result", "b=stock", "c=two results"))]
+    undecided.decide(worker())
+    shaping = ("forward", "a=one result", "b=stock", "c=two results", f"ranges=[{GRAPHS}, {LARGEST}]")
+    assert deciding.identities == [("gdn", shaping)]
     assert deciding.journal.fingerprint == "fingerprint 1" and len(layers) == 3
 
 
@@ -435,7 +499,7 @@ def test_strategies_do_not_shape_the_graph(deciding: Deciding) -> None:
         layer = deciding.add(undecided, "a")
         getattr(layer, gdn.PAIR).one_result = True
         getattr(layer, gdn.PAIR).plan = SizePlan.of({8: strategy})
-        undecided.decide("worker")
+        undecided.decide(worker())
         seen.append(deciding.identities[-1])
     assert seen[0] == seen[1]
 
@@ -443,14 +507,22 @@ def test_strategies_do_not_shape_the_graph(deciding: Deciding) -> None:
 def test_a_second_model_keeps_the_first_ones_layouts(deciding: Deciding) -> None:
     undecided = deciding.waiting()
     first = deciding.add(undecided, "a")
-    undecided.decide("worker")
+    undecided.decide(worker())
     second = deciding.add(undecided, "b")
-    undecided.decide("worker")
+    undecided.decide(worker())
     assert [one.layer for one in deciding.seen] == ["b"], "what is decided stays so"
-    assert deciding.identities[-1][1] == ("forward", "a=two results", "b=two results")
-    undecided.decide("worker")
-    assert len(deciding.identities) == 2, "a worker without such layers, or one whose class inherits the method"
+    assert deciding.identities[-1][1][:3] == ("forward", "a=two results", "b=two results")
     assert first is not second
+
+
+def test_without_a_layer_nothing_is_done(deciding: Deciding) -> None:
+    """A worker without such layers, or one whose class inherits the method."""
+    undecided = deciding.waiting()
+    other = object()
+    undecided.decide(other)
+    deciding.add(undecided, "a")  # the layer is gone by now
+    undecided.decide(other)
+    assert deciding.identities == deciding.strict == deciding.above_is_stock == deciding.journal.problems == []
 
 
 def fail(candidates: list[Candidate]) -> dict[str, str]:
@@ -468,11 +540,11 @@ def test_a_failure_leaves_all_stock_with_a_warning(deciding: Deciding, caplog: p
         return fail(candidates)
 
     deciding.settle = half_way
-    undecided.decide("worker")
+    undecided.decide(worker())
     assert [getattr(layer, gdn.PAIR) for layer in layers] == [None, None]
     assert deciding.record.patched == {} and deciding.record.refused == dict.fromkeys(("a", "b"), gdn.UNDECIDED)
     assert deciding.record.plans == [{"shape": "of another engine"}]
-    assert deciding.identities == [("gdn", ("forward", "a=stock", "b=stock"))]
+    assert deciding.identities == [("gdn", ("forward", "a=stock", "b=stock", f"ranges=[{LARGEST}]"))]
     (problem,) = deciding.journal.problems
     assert "OutOfMemoryError: no memory for a plan" in problem and "runs stock" in problem
     assert [record.levelname for record in caplog.records if "no memory" in record.getMessage()] == ["WARNING"]
@@ -485,7 +557,7 @@ def test_strict_stops_where_no_plan_can_be_made(deciding: Deciding) -> None:
     layer = deciding.add(undecided, "a")
     deciding.settle = fail
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        undecided.decide("worker")
+        undecided.decide(worker())
     assert len(deciding.journal.problems) == 1 and layer is not None
 
 
@@ -493,7 +565,7 @@ def test_a_layer_that_vllm_cannot_be_asked_about_is_a_failure_like_any_other(dec
     undecided = deciding.waiting()
     layer = deciding.add(undecided, "a")
     del layer.in_proj_ba
-    undecided.decide("worker")
+    undecided.decide(worker())
     assert getattr(layer, gdn.PAIR) is None and "in_proj_ba" in deciding.journal.problems[0]
 
 
@@ -502,8 +574,182 @@ def test_two_layers_of_one_name_are_both_decided(deciding: Deciding) -> None:
     undecided = deciding.waiting()
     layers = [deciding.add(undecided, "a"), deciding.add(undecided, "a")]
     deciding.settle = lambda candidates: {"a": NOTHING_TO_GAIN}
-    undecided.decide("worker")
+    undecided.decide(worker())
     assert [getattr(layer, gdn.PAIR) for layer in layers] == [None, None]
+
+
+# ---------------------------------------------------------------- the ranges, and what is plain
+
+
+def bias(projection: Any) -> None:
+    projection.bias = torch.nn.Parameter(torch.zeros(projection.weight.shape[0]))
+
+
+def quantized(name: str) -> Callable[[Any], None]:
+    def put(projection: Any) -> None:
+        projection.quant_method = method_named(name)
+
+    return put
+
+
+def through_marlin(projection: Any) -> None:
+    projection.quant_method = method_named("GPTQMarlinLinearMethod", kernel=marlin(OwnWorkspace))
+
+
+more_than_a_gemm = pytest.mark.parametrize(
+    "spoil",
+    [
+        bias,
+        lambda projection: projection.register_forward_hook(lambda *_: None),
+        lambda projection: projection.register_forward_pre_hook(lambda *_: None),
+        quantized("Fp8LinearMethod"),
+        through_marlin,
+    ],
+    ids=["bias", "hook", "hook before", "another kernel", "marlin"],
+)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("has_ranges", [False, True])
+def test_plain_layers_have_stocks_graph_above_the_captured_sizes(
+    deciding: Deciding, has_ranges: bool, strict: bool
+) -> None:
+    """The ranges are split before the plan is made, which goes by whether they could be."""
+    deciding.has_ranges = has_ranges
+    undecided = deciding.waiting(strict=strict)
+    layers = [deciding.add(undecided, name) for name in ("a", "b")]
+    undecided.decide(of_vllm := worker())
+    assert all(getattr(layer, gdn.PAIR).plain for layer in layers)
+    assert deciding.above_is_stock == [has_ranges] and deciding.strict == [strict]
+    split = [GRAPHS, LARGEST] if has_ranges else [LARGEST]
+    assert deciding.endpoints == [split] and endpoints(of_vllm) == split
+    assert deciding.identities[-1][1][1:] == ("a=two results", "b=two results", f"ranges={split}")
+
+
+@pytest.mark.parametrize("which", ["in_proj_qkvz", "in_proj_ba"])
+@more_than_a_gemm
+def test_one_linear_that_is_more_than_a_gemm_keeps_the_op_everywhere(
+    deciding: Deciding, spoil: Callable[[Any], None], which: str
+) -> None:
+    """It has no stock calls to give back, and one graph serves every number of tokens."""
+    undecided = deciding.waiting()
+    layers = {name: deciding.add(undecided, name) for name in ("a", "b", "c")}
+    spoil(getattr(layers["b"], which))
+    undecided.decide(of_vllm := worker())
+    assert [getattr(layer, gdn.PAIR).plain for layer in layers.values()] == [True, False, True]
+    assert deciding.above_is_stock == [False] and deciding.strict == []
+    assert endpoints(of_vllm) == [LARGEST] and deciding.journal.problems == []
+    layouts = ("a=two results", "b=two results of its linears", "c=two results")
+    assert deciding.identities[-1][1] == ("forward", *layouts, f"ranges=[{LARGEST}]")
+
+
+class Adapted(torch.nn.Module):
+    """What vLLM puts in a linear's place under LoRA."""
+
+    def __init__(self, base_layer: Projection) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+class Forwarding(Adapted):
+    """From 0.29.0 on: every public name that it does not have is its base layer's."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._modules:
+            return self._modules[name]
+        return getattr(self._modules["base_layer"], name)
+
+
+@pytest.mark.parametrize("kind", [Adapted, Forwarding], ids=["0.19 to 0.28", "0.29 and later"])
+def test_linears_with_adapters_are_not_plain_and_no_failure(deciding: Deciding, kind: type[Adapted]) -> None:
+    undecided = deciding.waiting()
+    layer = deciding.add(undecided, "a")
+    for name in ("in_proj_qkvz", "in_proj_ba"):
+        setattr(layer, name, kind(getattr(layer, name)))
+    deciding.settle = lambda candidates: {one.layer: ADAPTERS for one in candidates}
+    undecided.decide(worker())
+    assert deciding.journal.problems == [] and deciding.record.refused == {"a": ADAPTERS}
+    assert deciding.strict == [], "no range is split for them"
+
+
+def test_ranges_are_put_back_where_two_stock_layers_have_one_name(deciding: Deciding) -> None:
+    undecided = deciding.waiting()
+    layers = [deciding.add(undecided, "a"), deciding.add(undecided, "a")]
+    deciding.settle = lambda candidates: {"a": NOTHING_TO_GAIN}
+    undecided.decide(of_vllm := worker())
+    assert [getattr(layer, gdn.PAIR) for layer in layers] == [None, None] and endpoints(of_vllm) == [LARGEST]
+
+
+def test_what_is_plain_is_known_when_the_plan_is_made(deciding: Deciding) -> None:
+    undecided = deciding.waiting()
+    layers = [deciding.add(undecided, name) for name in ("a", "b")]
+    bias(layers[1].in_proj_ba)
+    plain: list[bool] = []
+    deciding.settle = lambda candidates: plain.extend(one.pair.plain for one in candidates) or {}
+    undecided.decide(worker())
+    assert plain == [True, False]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("stock", [[], ["a"], ["a", "b"]], ids=["none", "one", "all"])
+def test_ranges_are_put_back_where_every_layer_of_a_single_rank_is_stock(
+    deciding: Deciding, stock: list[str], ranks: int
+) -> None:
+    """Another range is another pass through Inductor, and another step to warm up: all ranks have to do it, or none."""
+    undecided = deciding.waiting()
+    layers = [deciding.add(undecided, name) for name in ("a", "b")]
+    deciding.settle = lambda candidates: dict.fromkeys(stock, NOTHING_TO_GAIN)
+    undecided.decide(of_vllm := worker(ranks))
+    assert [getattr(layer, gdn.PAIR) is None for layer in layers] == [name in stock for name in ("a", "b")]
+    back = len(stock) == 2 and ranks == 1
+    assert endpoints(of_vllm) == ([LARGEST] if back else [GRAPHS, LARGEST])
+    assert deciding.identities[-1][1][-1] == f"ranges={endpoints(of_vllm)}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_failure_after_the_split_is_like_layers_that_are_stock(deciding: Deciding, ranks: int) -> None:
+    undecided = deciding.waiting()
+    layer = deciding.add(undecided, "a")
+    deciding.settle = fail
+    undecided.decide(of_vllm := worker(ranks))
+    assert getattr(layer, gdn.PAIR) is None
+    assert endpoints(of_vllm) == ([LARGEST] if ranks == 1 else [GRAPHS, LARGEST])
+    assert deciding.identities[-1][1][-1] == f"ranges={endpoints(of_vllm)}"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_ranges_that_cannot_be_split_leave_all_stock(
+    deciding: Deciding, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    def fails(compilation: Any, strict: bool) -> bool:
+        compilation.compile_ranges_endpoints = [GRAPHS, LARGEST]
+        raise AttributeError("vllm.compilation.backends has no CompilerManager")
+
+    monkeypatch.setattr(lowering, "split_ranges", fails)
+    undecided = deciding.waiting(strict=strict)
+    layers = [deciding.add(undecided, name) for name in ("a", "b")]
+    of_vllm = worker()
+    if strict:
+        with pytest.raises(AttributeError, match="CompilerManager"):
+            undecided.decide(of_vllm)
+    else:
+        undecided.decide(of_vllm)
+        assert [getattr(layer, gdn.PAIR) for layer in layers] == [None, None] and endpoints(of_vllm) == [LARGEST]
+        assert deciding.record.refused == dict.fromkeys(("a", "b"), gdn.UNDECIDED)
+    (problem,) = deciding.journal.problems
+    assert "CompilerManager" in problem and "runs stock" in problem
+    assert deciding.above_is_stock == [], "no plan is made"
+
+
+def test_a_second_model_that_is_stock_leaves_the_first_ones_ranges(deciding: Deciding) -> None:
+    undecided, of_vllm = deciding.waiting(), worker()
+    first = deciding.add(undecided, "a")
+    undecided.decide(of_vllm)
+    second = deciding.add(undecided, "b")
+    deciding.settle = lambda candidates: {"b": NOTHING_TO_GAIN}
+    undecided.decide(of_vllm)
+    assert getattr(first, gdn.PAIR) is not None and getattr(second, gdn.PAIR) is None
+    assert endpoints(of_vllm) == [GRAPHS, LARGEST]
 
 
 # ---------------------------------------------------------------- the installation
@@ -550,11 +796,13 @@ def test_a_layer_waits_from_its_making_to_the_end_of_loading(
     assert gdn.install(module, VERDICT, Settings()) == VERDICT
     (decide,) = waiting
     layer = module.Layer("a")
-    layer.in_proj_qkvz, layer.in_proj_ba = Projection("qkvz", 48, [], torch.Generator()), torch.nn.Identity()
+    layer.in_proj_qkvz, layer.in_proj_ba = (
+        Projection(name, rows, [], torch.Generator()) for name, rows in (("qkvz", 48), ("ba", 6))
+    )
     refused[0] = True
     other = module.Layer("b")
     assert getattr(layer, gdn.PAIR) is pair and getattr(other, gdn.PAIR) is None
-    decide("worker")
+    decide(worker())
     assert [one.layer for one in deciding.seen] == ["a"], "a layer that was refused waits for nothing"
 
 

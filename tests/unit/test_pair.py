@@ -41,15 +41,17 @@ STRATEGIES = (SERIAL, DUAL, DUAL_MAIN_FIRST)
 
 
 class Linear(torch.nn.Module):
-    """A linear in vLLM's manner, that notes when it is called."""
+    """A linear in vLLM's manner, that notes when it is called, and with contiguous inputs or not."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(numbers(rows, HIDDEN), requires_grad=False)
         self.calls = 0
+        self.contiguous: list[bool] = []
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         self.calls += 1
+        self.contiguous.append(inputs.is_contiguous())
         return linear(inputs, self.weight), None
 
 
@@ -75,20 +77,20 @@ class OnTheCpu:
         return default(), (auxiliary[0](),)
 
 
-def made(main_size: int = 48, side_size: int = 6, plan: Plan | None = None) -> tuple[LinearPair, Linear, Linear]:
+def made(
+    main_size: int = 48, side_size: int = 6, plan: Plan | None = None, plain: bool = False
+) -> tuple[LinearPair, Linear, Linear]:
     pair = LinearPair(main_size, side_size, plan or Plan(DUAL, 256), PatchRecord())
+    pair.plain = plain
     pair.region = OnTheCpu()  # type: ignore[assignment]
     return pair, Linear(main_size), Linear(side_size)
 
 
 @contextlib.contextmanager
-def on_gpu(
-    monkeypatch: pytest.MonkeyPatch, capturing: bool = True, is_plain: Callable[[Any], bool] = lambda projection: True
-) -> Iterator[None]:
-    """What a tensor of a GPU says, and the driver of a capture."""
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capturing: bool = True) -> Iterator[None]:
+    """What the driver says of a capture."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-        patch.setattr(pair_module, "is_plain", is_plain)
         yield
 
 
@@ -109,16 +111,17 @@ sizes = st.integers(1, 70)
 
 
 @settings(deadline=None)
-@given(sizes, sizes, st.integers(1, 9), st.sampled_from(STRATEGIES), st.booleans())
+@given(sizes, sizes, st.integers(1, 9), st.sampled_from(STRATEGIES), st.booleans(), st.booleans())
 def test_every_strategy_gives_the_linears_results(
-    main_size: int, side_size: int, tokens: int, strategy: str, fused: bool
+    main_size: int, side_size: int, tokens: int, strategy: str, fused: bool, plain: bool
 ) -> None:
-    pair, main, side = made(main_size, side_size)
+    pair, main, side = made(main_size, side_size, plain=plain)
     inputs = inputs_of(tokens)
     if fused:
         pair.fuse(main, side)
     big, small = pair.run(strategy, main, side, inputs)
     assert torch.equal(big, linear(inputs, main.weight)) and torch.equal(small, linear(inputs, side.weight))
+    assert main.calls == side.calls == (0 if plain else 1), "linears that are a GEMM and nothing else are not called"
     result = pair.run_into_one(strategy, main, side, inputs)
     assert result.shape == (tokens, pair.columns) and pair.columns % ALIGNMENT == 0
     assert 0 <= pair.columns - main_size - side_size < ALIGNMENT
@@ -144,8 +147,9 @@ def test_one_gemm_is_one_linear_of_both_weights(main_size: int, side_size: int, 
 @pytest.mark.parametrize(
     ("strategy", "order"), [(SERIAL, "serial"), (DUAL, "side first"), (DUAL_MAIN_FIRST, "main first")]
 )
-def test_a_strategy_is_the_way_that_the_region_runs(strategy: str, order: str) -> None:
-    pair, main, side = made()
+@pytest.mark.parametrize("plain", [False, True], ids=["modules", "plain"])
+def test_a_strategy_is_the_way_that_the_region_runs(strategy: str, order: str, plain: bool) -> None:
+    pair, main, side = made(plain=plain)
     pair.run(strategy, main, side, inputs_of(3))
     pair.run_into_one(strategy, main, side, inputs_of(3))
     assert pair.region.runs == ([order] if strategy == SERIAL else [order, order])  # type: ignore[attr-defined]
@@ -272,9 +276,11 @@ def test_a_capture_without_a_call_before_it_is_serial(monkeypatch: pytest.Monkey
     assert pair._record.calls.dual_stream == 1
 
 
-def prepared(plan: Plan, monkeypatch: pytest.MonkeyPatch, fused: bool = False) -> tuple[LinearPair, Linear, Linear]:
+def prepared(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, fused: bool = False, plain: bool = True
+) -> tuple[LinearPair, Linear, Linear]:
     """A pair after the eager call that comes before every capture, with nothing counted yet."""
-    pair, main, side = made(plan=plan)
+    pair, main, side = made(plan=plan, plain=plain)
     if fused:
         pair.fuse(main, side)
     with on_gpu(monkeypatch, capturing=False):
@@ -325,49 +331,93 @@ def test_a_graph_with_two_results_is_never_one_gemm(monkeypatch: pytest.MonkeyPa
     assert pair._record.calls.fused == 0 and pair._record.calls.serial == {TWO_RESULTS: 1}
 
 
-def test_an_eager_step_goes_past_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them costs some microseconds of Python."""
-    pair, main, side = prepared(MEASURED, monkeypatch)
-    inputs = inputs_of(4, cuda=True)
+@pytest.mark.parametrize("tokens", [4, 33], ids=["of a captured size", "above them"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "more than a GEMM"])
+def test_an_eager_step_goes_past_modules_that_are_plain(
+    plain: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them costs some microseconds of Python; what is more than a GEMM has to be called."""
+    pair, main, side = prepared(MEASURED, monkeypatch, plain=plain)
+    inputs = inputs_of(tokens, cuda=True)
     with on_gpu(monkeypatch, capturing=False):
         big, small = pair.project(main, side, inputs)
     assert torch.equal(big, linear(inputs, main.weight)) and torch.equal(small, linear(inputs, side.weight))
-    assert (main.calls, side.calls, pair.region.runs) == (0, 0, [])  # type: ignore[attr-defined]
-    assert pair._record.calls.serial == {NOT_CAPTURING: 1}
+    assert main.calls == side.calls == (0 if plain else 1)
+    assert pair._record.calls.serial == {NOT_CAPTURING if tokens == 4 else ABOVE_THRESHOLD: 1}
 
 
-def test_linears_that_are_more_than_a_gemm_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, main, side = made()
-    with on_gpu(monkeypatch, capturing=False, is_plain=lambda projection: projection is main):
-        pair.project(main, side, inputs_of(4, cuda=True))
-        calls = main.calls
-        pair.project(main, side, inputs_of(4, cuda=True))
-    assert main.calls == calls + 1
+@pytest.mark.parametrize("one_result", [False, True], ids=["two results", "one result"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "more than a GEMM"])
+def test_a_prompt_above_the_captured_sizes_takes_the_shortest_way(
+    plain: bool, one_result: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the modules, their look-up of a parameter, and the region; counted once all the same."""
+    pair, main, side = prepared(MEASURED, monkeypatch, plain=plain)
+    inputs = inputs_of(33, cuda=True)
+    looked_up: list[str] = []
 
+    def look_up(module: torch.nn.Module, name: str) -> Any:
+        looked_up.append(name)
+        return torch.nn.Module.__getattr__(module, name)
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_beside_a_compiled_graph_it_makes_the_graphs_own_call(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor calls mm.out where eager code calls linear; the op stands for the one that stock would make."""
-    pair, main, side = made()
-    pair.as_compiled = True
-    inputs, calls = numbers(5, HIDDEN), []
-    matmul = torch.mm
-
-    def mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        calls.append((tuple(out.shape), out.is_contiguous()))
-        return matmul(left, right, out=out)
-
-    monkeypatch.setattr(pair_module, "linear", None)
-    monkeypatch.setattr(torch, "mm", mm)
-    big, small = pair.run(strategy, main, side, inputs)
-    assert sorted(calls) == [((5, 6), True), ((5, 48), True)] and main.calls == side.calls == 0
-    assert torch.equal(big, inputs @ main.weight.t()) and torch.equal(small, inputs @ side.weight.t())
-
-
-def test_beside_a_compiled_graph_three_dimensions_go_through_the_linears() -> None:
-    pair, main, side = made()
-    pair.as_compiled = True
-    inputs = numbers(2, 3, HIDDEN)
-    big, small = pair.run(SERIAL, main, side, inputs)
-    assert main.calls == side.calls == 1
+    monkeypatch.setattr(Linear, "__getattr__", look_up)
+    with on_gpu(monkeypatch, capturing=False):
+        if one_result:
+            big, small = pair.slices(pair.project_into_one(main, side, inputs))
+        else:
+            big, small = pair.project(main, side, inputs)
+    assert (looked_up == []) == plain
     assert torch.equal(big, linear(inputs, main.weight)) and torch.equal(small, linear(inputs, side.weight))
+    assert pair.region.runs == ([] if plain or one_result else ["serial"])  # type: ignore[attr-defined]
+    assert pair._record.calls.serial == {ABOVE_THRESHOLD: 1}
+
+
+@pytest.mark.parametrize("one_result", [False, True], ids=["two results", "one result"])
+def test_a_prompt_can_be_the_first_call_of_all(one_result: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM profiles with its largest batch; what a capture needs has to be made then."""
+    pair, main, side = made(plan=MEASURED, plain=True)
+    project = pair.project_into_one if one_result else pair.project
+    with on_gpu(monkeypatch, capturing=False):
+        project(main, side, inputs_of(33, cuda=True))
+    assert pair.region.prepared == 1 and pair._record.calls.serial == {NOT_CAPTURING: 1}  # type: ignore[attr-defined]
+    with on_gpu(monkeypatch):
+        project(main, side, inputs_of(2, cuda=True))
+    assert pair._record.calls.dual_stream == 1
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> torch.Tensor:
+    """Inputs as Inductor may lay them out: with two or three dimensions, rows apart or columns first."""
+    leading = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    if draw(st.booleans()):
+        return numbers(*leading, HIDDEN + draw(st.integers(0, 3)))[..., :HIDDEN]
+    return numbers(HIDDEN, *leading).movedim(0, -1)
+
+
+@settings(deadline=None)
+@given(strided(), st.sampled_from(STRATEGIES))
+def test_modules_are_called_with_contiguous_inputs(inputs: torch.Tensor, strategy: str) -> None:
+    """Not every kernel takes other strides than those that vLLM's own graph gives it."""
+    pair, main, side = made()
+    big, small = pair.run(strategy, main, side, inputs)
+    assert main.contiguous == side.contiguous == [True]
+    assert torch.equal(big, linear(inputs, main.weight)) and torch.equal(small, linear(inputs, side.weight))
+
+
+@settings(deadline=None)
+@given(strided(), st.sampled_from(STRATEGIES))
+def test_a_plain_pair_is_torchs_linear_of_the_inputs_as_they_are(inputs: torch.Tensor, strategy: str) -> None:
+    """The call that stock's graph makes, without a copy before it."""
+    pair, main, side = made(plain=True)
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def recorded(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        given.append((inputs, weight))
+        return linear(inputs, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_module, "linear", recorded)
+        pair.run(strategy, main, side, inputs)
+    order = [main, side] if strategy != DUAL else [side, main]
+    assert len(given) == 2 and all(one[0] is inputs for one in given)
+    assert all(one[1] is module.weight for one, module in zip(given, order, strict=True))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import pathlib
+import tempfile
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -17,19 +19,27 @@ import torch
 pytest.importorskip("vllm")
 
 from hypothesis import given
+from hypothesis import settings as with_settings
 from hypothesis import strategies as st
+from vllm.config import CUDAGraphMode
 
-from overlay import pair_plans, plan_file
+from overlay import pair as pair_module
+from overlay import pair_plans, plan_file, tuning
 from overlay.journal import PatchRecord
 from overlay.pair import LinearPair
 from overlay.pair_plans import ADAPTERS, NO_CAPTURE, NOTHING_TO_GAIN, Candidate
 from overlay.plan import ABOVE_THRESHOLD, DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL, Plan, SizePlan
 from overlay.settings import Settings
-from overlay.tuning import Row
+from overlay.tuning import CANCELLING, Bench, Row
 
 namespace = types.SimpleNamespace
 SIZES = [1, 2, 4, 8, 16, 32]
 FIXED = Plan("dual", 256)
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Whole numbers: their sums are the same in every order, so results can be compared bit by bit."""
+    return torch.randint(-4, 5, shape).float()
 
 
 class UnquantizedLinearMethod:
@@ -47,9 +57,12 @@ class Fp8LinearMethod: ...
 class Linear(torch.nn.Module):
     def __init__(self, hidden: int, columns: int) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(columns, hidden), requires_grad=False)
+        self.weight = torch.nn.Parameter(numbers(columns, hidden), requires_grad=False)
         self.quant_method: Any = UnquantizedLinearMethod()
         self.input_size, self.params_dtype = hidden, torch.float32
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.linear(inputs, self.weight), None
 
 
 def candidates(
@@ -84,16 +97,17 @@ def row(tokens: int, inexact: tuple[str, ...] = (), **times: float) -> Row:
     return Row(tokens, times, best({name: t for name, t in times.items() if name not in inexact}), inexact)
 
 
-#: What a GPU could say: one GEMM up to 8 tokens, two streams up to 16, then nothing.
-def usual(sizes: Sequence[int], fusable: bool) -> list[Row]:
+def without_one_gemm(one: Row) -> Row:
+    times = {name: time for name, time in one.microseconds.items() if name != FUSED}
+    return row(one.tokens, tuple(name for name in one.inexact if name != FUSED), **times)
+
+
+def usual(sizes: Sequence[int]) -> list[Row]:
+    """What a GPU could say: one GEMM up to 8 tokens, two streams up to 16, then nothing."""
     rows = []
     for tokens in sizes:
-        times = {SERIAL: 10.0, DUAL: 9.0 if tokens <= 16 else 11.0, DUAL_MAIN_FIRST: 9.5}
-        if tokens > 16:
-            times[DUAL_MAIN_FIRST] = 10.5
-        if fusable:
-            times[FUSED] = 8.0 if tokens <= 8 else 12.0
-        rows.append(row(tokens, **times))
+        times = {SERIAL: 10.0, DUAL: 9.0 if tokens <= 16 else 11.0, DUAL_MAIN_FIRST: 9.5 if tokens <= 16 else 10.5}
+        rows.append(row(tokens, **times, **{FUSED: 8.0 if tokens <= 8 else 12.0}))
     return rows
 
 
@@ -102,34 +116,46 @@ class Gpu:
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], list[int], int, bool, bool]] = []
-        self.answer: Callable[[Sequence[int], bool], list[Row]] = usual
+        self.answer: Callable[[Sequence[int]], list[Row]] = usual
         self.one_result_is_exact = True
 
     def measure(
         self, group: Sequence[Candidate], sizes: Sequence[int], largest: int, fusable: bool, inexact: bool
     ) -> tuple[list[Row], bool]:
         self.asked.append(([one.layer for one in group], list(sizes), largest, fusable, inexact))
-        return self.answer(sizes, fusable), fusable and (self.one_result_is_exact or inexact)
+        fused = fusable and (self.one_result_is_exact or inexact)
+        return [one if fused else without_one_gemm(one) for one in self.answer(sizes)], fused
+
+    def take_the_place(self, patch: pytest.MonkeyPatch, folder: pathlib.Path) -> None:
+        patch.setattr(pair_plans, "_measure", self.measure)
+        patch.setattr(pair_plans, "_device", lambda one: torch.device("cuda", 0))
+        patch.setattr(pair_plans, "_machine", lambda device: {"gpu": "made up"})
+        patch.setattr(pair_plans, "_folder", lambda: str(folder / "plans"))
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Gpu:
     made = Gpu()
-    monkeypatch.setattr(pair_plans, "_measure", made.measure)
-    monkeypatch.setattr(pair_plans, "_device", lambda one: torch.device("cuda", 0))
-    monkeypatch.setattr(pair_plans, "_machine", lambda device: {"gpu": "made up"})
-    monkeypatch.setattr(pair_plans, "_folder", lambda: str(tmp_path / "plans"))
+    made.take_the_place(monkeypatch, tmp_path)
     return made
 
 
-def settle(group: Sequence[Candidate], settings: Settings | None = None, **of_worker: Any) -> tuple[Any, PatchRecord]:
+def settle(
+    group: Sequence[Candidate], settings: Settings | None = None, above_is_stock: bool = True, **of_worker: Any
+) -> tuple[Any, PatchRecord]:
+    """By default plan auto, where the steps above the captured sizes run stock's graph."""
     record = PatchRecord()
-    return pair_plans.settle(group, worker(**of_worker), settings or Settings(plan="fused"), record), record
+    return pair_plans.settle(group, worker(**of_worker), settings or Settings(), record, above_is_stock), record
 
 
 def strategies(one: Candidate) -> list[str]:
     assert isinstance(one.pair.plan, SizePlan)
     return [one.pair.plan.strategies[tokens] for tokens in SIZES]
+
+
+def places(group: Sequence[Candidate]) -> list[tuple[int, int]]:
+    """Where the weights lie."""
+    return [(one.main.weight.data_ptr(), one.side.weight.data_ptr()) for one in group]
 
 
 def is_fused(one: Candidate) -> bool:
@@ -139,7 +165,7 @@ def is_fused(one: Candidate) -> bool:
 # ---------------------------------------------------------------- the settings
 
 
-def test_fused_takes_what_was_measured(gpu: Gpu) -> None:
+def test_auto_takes_what_was_measured(gpu: Gpu) -> None:
     group = candidates()
     before = [one.main.weight.clone() for one in group]
     stock, record = settle(group)
@@ -159,8 +185,21 @@ def test_fused_takes_what_was_measured(gpu: Gpu) -> None:
     json.dumps(shown)
 
 
-def test_auto_leaves_one_gemm_out_and_the_weights_where_they_are(gpu: Gpu) -> None:
-    unfused(gpu, candidates(), Settings())
+@pytest.mark.parametrize("above_is_stock", [True, False])
+@pytest.mark.parametrize("mode", [mode for mode in CUDAGraphMode if mode is not CUDAGraphMode.NONE], ids=str)
+def test_auto_has_one_gemm_where_no_step_outside_of_a_graph_has_the_op(
+    gpu: Gpu, mode: CUDAGraphMode, above_is_stock: bool
+) -> None:
+    """Above the captured sizes a step runs stock's graph; below them it has a CUDA graph, if mixed batches have one."""
+    expected = above_is_stock and mode.mixed_mode() is not CUDAGraphMode.NONE
+    group = candidates()
+    if not expected:
+        unfused(gpu, group, above_is_stock=above_is_stock, mode=mode.name)
+        return
+    assert settle(group, above_is_stock=above_is_stock, mode=mode.name)[0] == {}
+    assert [asked[3] for asked in gpu.asked] == [True]
+    assert strategies(group[0]) == [FUSED] * 4 + [DUAL, SERIAL]
+    assert all(one.pair.one_result and is_fused(one) for one in group)
 
 
 @pytest.mark.parametrize("plan", ["dual", "serial"])
@@ -171,19 +210,58 @@ def test_a_fixed_plan_measures_nothing_and_moves_nothing(gpu: Gpu, plan: str) ->
     assert all(one.pair.plan is FIXED and not one.pair.one_result and one.pair.common is None for one in group)
 
 
-def differing(sizes: Sequence[int], fusable: bool) -> list[Row]:
+times = st.sampled_from([7.0, 9.0, 10.0, 12.0])
+
+
+def differing(sizes: Sequence[int]) -> list[Row]:
     """One GEMM has other bits at 4 and 8 tokens."""
     return [
         row(tokens, (FUSED,) if tokens in (4, 8) else (), **{SERIAL: 10.0, DUAL: 9.0, FUSED: 8.0}) for tokens in sizes
     ]
 
 
-def test_fused_is_fused_wherever_bits_allow(gpu: Gpu) -> None:
+@pytest.mark.parametrize("above_is_stock", [True, False])
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_fused_is_fused_wherever_bits_allow(gpu: Gpu, mode: str, above_is_stock: bool) -> None:
     gpu.answer = differing
     group = candidates()
-    assert settle(group, Settings(plan="fused"))[0] == {}
+    assert settle(group, Settings(plan="fused"), above_is_stock=above_is_stock, mode=mode)[0] == {}
     assert strategies(group[0]) == [FUSED, FUSED, DUAL, DUAL, FUSED, FUSED]
     assert all(one.pair.one_result and is_fused(one) for one in group)
+
+
+@with_settings(deadline=None)
+@given(
+    st.fixed_dictionaries(dict.fromkeys(SIZES, st.fixed_dictionaries(dict.fromkeys((SERIAL, DUAL, FUSED), times)))),
+    st.sets(st.sampled_from(SIZES)),
+    st.booleans(),
+)
+def test_fused_does_not_ask_what_is_fastest(
+    measured: dict[int, dict[str, float]], differs: set[int], inexact: bool
+) -> None:
+    """A fixed choice: one GEMM wherever its bits are serial's, or may differ; elsewhere what was measured, and the journal
+    has the times."""
+    rows = [row(tokens, (FUSED,) if tokens in differs else (), **measured[tokens]) for tokens in SIZES]
+    group = candidates()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        gpu = Gpu()
+        gpu.take_the_place(patch, pathlib.Path(folder))
+        gpu.answer = lambda sizes: rows
+        _, record = settle(group, Settings(plan="fused", inexact=inexact))
+    expected = [FUSED if inexact or one.tokens not in differs else one.strategy for one in rows]
+    assert strategies(group[0]) == expected and is_fused(group[0]) == (FUSED in expected)
+    shown = record.plans[0]["rows"]
+    assert [(one["strategy"], one["us"]) for one in shown] == [
+        (strategy, measured[tokens]) for strategy, tokens in zip(expected, SIZES, strict=True)
+    ]
+    assert [one["inexact"] == [FUSED] for one in shown] == [tokens in differs for tokens in SIZES]
+
+
+def test_fused_is_fused_where_nothing_is_gained(gpu: Gpu) -> None:
+    gpu.answer = lambda sizes: [row(tokens, serial=10.0, dual=11.0, fused=12.0) for tokens in sizes]
+    group = candidates()
+    assert settle(group, Settings(plan="fused"))[0] == {}
+    assert strategies(group[0]) == [FUSED] * 6 and is_fused(group[0])
 
 
 def test_fused_and_inexact_is_fused_everywhere(gpu: Gpu) -> None:
@@ -197,22 +275,27 @@ def test_fused_and_inexact_is_fused_everywhere(gpu: Gpu) -> None:
 
 def test_inexact_alone_changes_nothing(gpu: Gpu) -> None:
     """It belongs to the fused plan: nobody gets other bits by a measurement."""
-    unfused(gpu, candidates(), Settings(inexact=True))
+    gpu.answer = differing
+    group = candidates()
+    settle(group, Settings(inexact=True))
+    assert strategies(group[0]) == [FUSED, FUSED, DUAL, DUAL, FUSED, FUSED]
     assert gpu.asked[0][-1] is False
 
 
-def test_one_gemm_needs_one_result(gpu: Gpu) -> None:
+@pytest.mark.parametrize("plan", ["auto", "fused"])
+def test_one_gemm_needs_one_result(gpu: Gpu, plan: str) -> None:
     """Where slices of one tensor have other bits than two tensors, the best of the rest is taken."""
     gpu.one_result_is_exact = False
     group = candidates()
-    settle(group)
+    settle(group, Settings(plan=plan))
+    assert gpu.asked[0][3] is True
     assert strategies(group[0]) == [DUAL] * 5 + [SERIAL]
-    assert not any(one.pair.one_result for one in group)
+    assert not any(one.pair.one_result or is_fused(one) for one in group)
 
 
 def test_no_size_with_one_gemm_needs_no_one_result(gpu: Gpu) -> None:
     """Where one GEMM is exact and slow, the graph keeps two results, and the weights their place."""
-    gpu.answer = lambda sizes, fusable: [row(tokens, serial=10.0, dual=9.0, fused=11.0) for tokens in sizes]
+    gpu.answer = lambda sizes: [row(tokens, serial=10.0, dual=9.0, fused=11.0) for tokens in sizes]
     group = candidates()
     settle(group)
     assert strategies(group[0]) == [DUAL] * 6
@@ -260,51 +343,52 @@ def test_layers_that_are_on_no_gpu_keep_what_they_have(gpu: Gpu, monkeypatch: py
     assert group[0].pair.plan is FIXED
 
 
-@pytest.mark.parametrize(
-    ("mode", "backend", "compiled"),
-    [(3, "inductor", True), (3, "", True), (1, "inductor", True), (3, "eager", False), (2, "", False), (0, "", False)],
-)
-@pytest.mark.parametrize("plan", ["auto", "dual"])
-def test_which_call_stock_makes(gpu: Gpu, mode: int, backend: str, compiled: bool, plan: str) -> None:
-    group, of_vllm = candidates(), worker()
-    of_vllm.vllm_config.compilation_config.mode = mode
-    of_vllm.vllm_config.compilation_config.backend = backend
-    pair_plans.settle(group, of_vllm, Settings(plan=plan), PatchRecord())
-    assert [one.pair.as_compiled for one in group] == [compiled] * 3
-
-
 def test_no_layer_is_nothing_to_do(gpu: Gpu) -> None:
-    assert pair_plans.settle([], None, Settings(), PatchRecord()) == {}
+    assert pair_plans.settle([], None, Settings(), PatchRecord(), True) == {}
 
 
 def unfused(gpu: Gpu, group: list[Candidate], settings: Settings | None = None, **of_worker: Any) -> None:
     """Measured without one GEMM, and the weights stay where they are."""
-    places = [one.main.weight.data_ptr() for one in group]
+    before = places(group)
     assert settle(group, settings, **of_worker)[0] == {}
-    assert [asked[3] for asked in gpu.asked] == [False]
+    assert [asked[3:] for asked in gpu.asked] == [(False, False)]
     assert strategies(group[0]) == [DUAL] * 5 + [SERIAL]
     assert not any(one.pair.one_result or one.pair.common is not None for one in group)
-    assert [one.main.weight.data_ptr() for one in group] == places
+    assert places(group) == before
 
 
+#: The plans that have one GEMM, if they may.
+with_one_gemm = pytest.mark.parametrize(
+    "settings",
+    [Settings(), Settings(plan="fused"), Settings(plan="fused", inexact=True)],
+    ids=["auto", "fused", "inexact"],
+)
+
+
+@with_one_gemm
 @pytest.mark.parametrize("name", ["enable_sleep_mode", "enable_cumem_allocator"])
-def test_weights_in_a_pool_of_their_own_stay_there(gpu: Gpu, name: str) -> None:
-    unfused(gpu, candidates(), **{name: True})
+def test_weights_in_a_pool_of_their_own_stay_there(gpu: Gpu, name: str, settings: Settings) -> None:
+    unfused(gpu, candidates(), settings, **{name: True})
 
 
-def test_weights_that_vllm_moves_stay_where_it_puts_them(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+@with_one_gemm
+def test_weights_that_vllm_moves_stay_where_it_puts_them(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
     """An offloader copies to where the parameters pointed at the start; a buffer of ours would keep the first weights."""
     from vllm.model_executor.offloader import base
 
     assert not pair_plans._offloads()
     monkeypatch.setattr(base, "_instance", type("PrefetchOffloader", (base.NoopOffloader,), {})())
-    unfused(gpu, candidates())
+    unfused(gpu, candidates(), settings)
 
 
-def test_an_upstream_that_does_not_take_slices(gpu: Gpu) -> None:
-    unfused(gpu, candidates(takes_slices=False))
+@with_one_gemm
+def test_an_upstream_that_does_not_take_slices(gpu: Gpu, settings: Settings) -> None:
+    unfused(gpu, candidates(takes_slices=False), settings)
 
 
+@with_one_gemm
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -316,10 +400,10 @@ def test_an_upstream_that_does_not_take_slices(gpu: Gpu) -> None:
     ],
     ids=["bias", "hook", "hook before", "padded", "another type"],
 )
-def test_linears_that_one_gemm_cannot_replace(gpu: Gpu, spoil: Callable[[Any], Any]) -> None:
+def test_linears_that_one_gemm_cannot_replace(gpu: Gpu, spoil: Callable[[Any], Any], settings: Settings) -> None:
     group = candidates()
     spoil(group[2].side)
-    unfused(gpu, group)
+    unfused(gpu, group, settings)
 
 
 def test_a_linear_that_got_another_kernel_while_it_was_loaded(gpu: Gpu) -> None:
@@ -331,7 +415,7 @@ def test_a_linear_that_got_another_kernel_while_it_was_loaded(gpu: Gpu) -> None:
 
 
 def test_nothing_to_gain_is_stock(gpu: Gpu) -> None:
-    gpu.answer = lambda sizes, fusable: [row(tokens, serial=10.0, dual=10.0, fused=9.95) for tokens in sizes]
+    gpu.answer = lambda sizes: [row(tokens, serial=10.0, dual=10.0, fused=9.95) for tokens in sizes]
     stock, record = settle(candidates())
     assert stock == {f"layers.{index}": NOTHING_TO_GAIN for index in range(3)}
     assert {one["strategy"] for one in record.plans[0]["rows"]} == {SERIAL}, "the journal shows why"
@@ -359,8 +443,8 @@ def test_layers_of_one_shape_share_a_plan(gpu: Gpu) -> None:
 
 
 def test_one_shape_can_be_stock_and_another_not(gpu: Gpu) -> None:
-    answers = [usual(SIZES, True), [row(tokens, serial=10.0, dual=11.0) for tokens in SIZES]]
-    gpu.answer = lambda sizes, fusable: answers.pop(0)
+    answers = [usual(SIZES), [row(tokens, serial=10.0, dual=11.0) for tokens in SIZES]]
+    gpu.answer = lambda sizes: answers.pop(0)
     group = [*candidates(1), *candidates(1, hidden=32, first=1)]
     assert settle(group)[0] == {"layers.1": NOTHING_TO_GAIN}
     assert is_fused(group[0]) and not is_fused(group[1])
@@ -419,18 +503,30 @@ def test_another_machine_or_program_measures_anew(
 @pytest.mark.parametrize(
     ("settings", "which"),
     [
-        (Settings(), {}),
+        (Settings(), {"above_is_stock": False}),
+        (Settings(), {"mode": "FULL_DECODE_ONLY"}),
         (Settings(plan="fused", inexact=True), {}),
-        (Settings(plan="fused", token_threshold=8), {}),
-        (Settings(plan="fused"), {"sizes": [1, 2]}),
-        (Settings(plan="fused"), {"draft": 2}),
+        (Settings(token_threshold=8), {}),
+        (Settings(), {"sizes": [1, 2]}),
+        (Settings(), {"draft": 2}),
     ],
-    ids=["auto", "inexact", "threshold", "sizes", "speculation"],
+    ids=["op above the graphs", "op in eager steps", "inexact", "threshold", "sizes", "speculation"],
 )
 def test_another_question_is_measured(gpu: Gpu, settings: Settings, which: dict[str, Any]) -> None:
     settle(candidates())
     settle(candidates(), settings, **which)
     assert len(gpu.asked) == 2
+
+
+def test_auto_and_fused_ask_the_same_question(gpu: Gpu) -> None:
+    """What is on disk is what was measured; what a setting makes of it is no part of it."""
+    found = []
+    for settings in (Settings(plan="fused"), Settings(), Settings(plan="fused"), Settings(inexact=True)):
+        group = candidates()
+        settle(group, settings)
+        found.append(strategies(group[0]))
+    fixed, fastest = [FUSED] * 6, [FUSED] * 4 + [DUAL, SERIAL]
+    assert found == [fixed, fastest, fixed, fastest] and len(gpu.asked) == 1
 
 
 def test_an_exact_plan_is_no_answer_where_bits_may_differ(gpu: Gpu) -> None:
@@ -529,3 +625,121 @@ def test_what_is_written_can_be_read(gpu: Gpu) -> None:
     folder = pair_plans._folder()
     plan_file.store(folder, {"a": 1}, rows, True)
     assert plan_file.load(folder, {"a": 1}) == (rows, True)
+
+
+# ---------------------------------------------------------------- where weights lie while it is measured
+
+
+class Region:
+    """Stands for a region's streams: runs nothing beside anything before it has been prepared."""
+
+    def __init__(self, slots: int) -> None:
+        self.prepared = False
+
+    def prepare(self, device: torch.device) -> None:
+        self.prepared = True
+
+    def run(self, default: Callable[[], Any], auxiliary: list[Callable[[], Any]], main_first: bool = False) -> Any:
+        assert self.prepared
+        return default(), (auxiliary[0](),)
+
+    def run_serially(self, default: Callable[[], Any], auxiliary: list[Callable[[], Any]]) -> Any:
+        return default(), (auxiliary[0](),)
+
+
+class Compared(Bench):
+    """A bench that has no GPU: the sizes at which bits are serial's come from a table, and works run once per layer."""
+
+    exact: Mapping[str, set[int]]
+    group: Sequence[Candidate]
+
+    def __enter__(self) -> Compared:
+        self.stream = None  # type: ignore[assignment]
+        self.compared: dict[str, list[int]] = {}
+        self.places_then: list[list[tuple[int, int]]] = []
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def exact_at(self, name: str, sizes: Sequence[int]) -> list[int]:
+        self.compared[name] = list(sizes)
+        self.places_then.append(places(self.group))
+        self._cancel(name)
+        return [tokens for tokens in sizes if tokens in self.exact[name]]
+
+    def rows(self, sizes: Sequence[int], seconds: float) -> list[Row]:
+        self.timed = list(self.works)
+        for name, work in self.works.items():
+            for number, one in enumerate(self.group[: self.layers]):
+                inputs = numbers(3, self.hidden)
+                big, small = work(number, inputs)
+                assert torch.equal(big, one.main(inputs)[0]) and torch.equal(small, one.side(inputs)[0])
+            if self.cancels:
+                self._cancel(name)
+        return []
+
+    def _cancel(self, name: str) -> None:
+        """By a strategy and serially: the same numbers, but for the order of what is added."""
+        inputs = torch.randn(3, self.hidden)
+        found, expected = (self.works[strategy](CANCELLING, inputs) for strategy in (name, SERIAL))
+        assert all(torch.allclose(*both, rtol=1e-3, atol=1e-2) for both in zip(found, expected, strict=True))
+
+
+def measure(
+    group: Sequence[Candidate], exact: Mapping[str, set[int]], fusable: bool = True, inexact: bool = False
+) -> tuple[Compared, bool]:
+    """Measure with two of the candidates; the bench, and whether one GEMM was found to be a strategy."""
+    benches: list[Compared] = []
+
+    def bench(*arguments: Any, **options: Any) -> Compared:
+        benches.append(Compared(*arguments, **options))
+        benches[-1].exact, benches[-1].group = exact, group
+        return benches[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_plans, "Bench", bench)
+        patch.setattr(tuning, "layers_for", lambda weight_bytes, available, device: 2)
+        patch.setattr(pair_module, "ParallelRegion", Region)
+        patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        _, fused = pair_plans._measure(group, SIZES, 100, fusable, inexact)
+    return benches[0], fused
+
+
+EVERY = set(range(1, 101))
+
+
+@with_settings(deadline=None, max_examples=40)
+@given(st.sets(st.sampled_from(SIZES)), st.sets(st.sampled_from([*SIZES, 100]), max_size=1))
+def test_weights_are_moved_only_where_one_gemm_can_be_a_strategy(exact: set[int], differs: set[int]) -> None:
+    """One GEMM has serial's bits at one captured size at least, and two GEMMs into one tensor at every size up to the largest
+    batch. That shows on weights of the measurement's own, so nobody's are moved to find out."""
+    group = candidates()
+    before = places(group)
+    bench, fused = measure(group, {FUSED: exact, pair_plans.ONE_RESULT: EVERY - differs})
+    assert fused == (bool(exact) and not differs)
+    assert all(then == before for then in bench.places_then), "not while it is being compared"
+    assert bench.compared[FUSED] == SIZES
+    if exact:
+        assert {*SIZES, 100} <= set(bench.compared[pair_plans.ONE_RESULT])
+    assert [is_fused(one) for one in group] == [fused, fused, False], "only what is measured"
+    after = places(group)
+    assert [before[index] == after[index] for index in range(3)] == [not fused, not fused, True]
+    assert bench.timed == [SERIAL, DUAL, DUAL_MAIN_FIRST, *([FUSED] if fused else [])]
+    assert not any(one.pair.one_result for one in group)
+
+
+def test_where_bits_may_differ_none_are_compared_before() -> None:
+    group = candidates()
+    bench, fused = measure(group, {}, inexact=True)
+    assert fused and bench.compared == {} and bench.inexact
+    assert bench.timed == [SERIAL, DUAL, DUAL_MAIN_FIRST, FUSED]
+    assert [is_fused(one) for one in group] == [True, True, False]
+
+
+def test_without_one_gemm_the_layers_own_weights_are_compared() -> None:
+    group = candidates()
+    before = places(group)
+    bench, fused = measure(group, {}, fusable=False)
+    assert not fused and bench.compared == {} and not bench.cancels
+    assert bench.timed == [SERIAL, DUAL, DUAL_MAIN_FIRST]
+    assert places(group) == before

@@ -1,0 +1,115 @@
+"""Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for.
+
+Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece, and where the host is
+the limit an op that is written in Python makes the first token wait for it, layer by layer. There is nothing to gain there:
+outside a CUDA graph the op is serial.
+
+Cause: vLLM traces once, and one compiled graph serves every number of tokens.
+
+Fix: vLLM compiles a graph per range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on). The
+largest captured size becomes one. When a range above it is compiled, each op that a patch has registered here is replaced by
+stock's calls first, on a copy of the graph that Dynamo traced, so that everything behind it (Inductor, vLLM's passes and
+caches) sees what it sees in stock. It costs a second pass through Inductor at a cold start; a warm one finds both ranges in
+vLLM's cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import wrapt
+
+from overlay.journal import PatchRecord, journal
+
+#: Puts stock's calls into a graph in the place of a node; False where the node is not of a form that it knows.
+Lower = Callable[[torch.fx.Graph, torch.fx.Node], bool]
+#: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
+VLLM_COMPILE = 3
+
+_lowered: dict[object, tuple[Lower, PatchRecord]] = {}
+_watched = False
+
+
+def register(op: Any, lower: Lower, record: PatchRecord) -> None:
+    """Have an op (``torch.ops.<library>.<name>``) lowered by `lower`, and counted in `record`."""
+    _lowered[op] = lower, record
+
+
+def largest_captured(compilation: Any) -> int:
+    """Tokens of the largest CUDA graph that vLLM is going to capture, of a CompilationConfig; 0 where there is none."""
+    return max(map(int, compilation.cudagraph_capture_sizes or [0]))
+
+
+def split_ranges(compilation: Any, strict: bool) -> bool:
+    """Give the steps above the captured sizes a compiled graph of their own, before vLLM traces. False where it has no ranges.
+
+    The same on all ranks of a model, whatever their layers do: a rank with another range would run another warm-up step, and
+    the others would wait for it. Under `strict` a graph that cannot be lowered stops vLLM.
+    """
+    endpoints = getattr(compilation, "compile_ranges_endpoints", None)
+    limit = largest_captured(compilation)
+    if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
+        return False
+    if getattr(
+        compilation, "compile_mm_encoder", False
+    ):  # compiled by the same ranges, and vLLM allows static shapes one only
+        return False
+    if limit < max(endpoints):
+        compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
+    _watch(strict)
+    return True
+
+
+def _watch(strict: bool) -> None:
+    global _watched
+    if _watched:
+        return
+    from vllm.compilation import backends
+
+    def compile_range(wrapped: Callable[..., Any], _: object, args: Any, kwargs: Any) -> Any:
+        try:
+            args, kwargs = _with_stocks_calls(wrapped, args, kwargs)
+        except Exception as error:  # the graph stays as it was traced, which is right and only slower
+            reason = f"{type(error).__name__}: {error}"
+            journal.problem(f"lowering: graphs above the captured sizes keep their ops: {reason}")
+            if strict:
+                raise
+        return wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(backends, "CompilerManager.compile", compile_range)
+    _watched = True
+
+
+def _with_stocks_calls(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a compilation, with the graph lowered if its range is above the captured sizes."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    limit = largest_captured(call.arguments["compilation_config"])
+    if call.arguments["compile_range"].start > limit:
+        call.arguments["graph"] = lower(call.arguments["graph"])
+    return call.args, call.kwargs
+
+
+def lower(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A graph with stock's calls in the place of every registered op; the same object where there is nothing to lower."""
+    if not any(_op_of(node) in _lowered for node in module.graph.nodes):
+        return module
+    graph = copy.deepcopy(module.graph)
+    for node in list(graph.nodes):
+        op = _op_of(node)
+        if op in _lowered:
+            put_calls, record = _lowered[op]
+            if put_calls(graph, node):
+                record.calls.lowered += 1
+    graph.lint()
+    lowered = torch.fx.GraphModule(module, graph)
+    lowered.meta = dict(module.meta)
+    return lowered
+
+
+def _op_of(node: torch.fx.Node) -> object:
+    """What a node calls; of an op's overload the op."""
+    return getattr(node.target, "overloadpacket", node.target) if node.op == "call_function" else None
