@@ -95,7 +95,7 @@ class Bench:
         self._keeps_workspaces = _graphs_exist()
         # A main stream of somebody else's would lose its auxiliary streams at the end.
         self.stream = streams.unused_stream(self.device) or torch.cuda.Stream(self.device)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.wait()
         self._pool = torch.cuda.graph_pool_handle()
         self._anchor = torch.cuda.CUDAGraph()  # a pool lives as long as a graph of it
         with torch.cuda.stream(self.stream):
@@ -115,6 +115,10 @@ class Bench:
         if clear is not None and not self._keeps_workspaces:
             clear()
         torch.cuda.empty_cache()
+
+    def wait(self) -> None:
+        """Have the stream wait for what has been done on the current one."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def weights(self, rows: int) -> torch.Tensor:
         """(rows, hidden) weights for the layer CANCELLING."""
