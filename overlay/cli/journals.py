@@ -50,6 +50,7 @@ class Patch:
     fake_calls: int = 0
     dual_stream_calls: int = 0
     fused_calls: int = 0
+    lowered: int = 0
     serial_calls: dict[str, int] = field(default_factory=dict)
     plans: tuple[PlanOfShape, ...] = ()
 
@@ -177,6 +178,7 @@ def _parse_patch(name: str, raw: Any) -> Patch:
         fake_calls=_count(calls.get("fake")),
         dual_stream_calls=_count(calls.get("dual_stream")),
         fused_calls=_count(calls.get("fused")),
+        lowered=_count(calls.get("lowered")),
         serial_calls={reason: _count(count) for reason, count in _table(calls, "serial").items()},
         plans=tuple(_parse_plan(plan) for plan in _list(raw, "plans")),
     )

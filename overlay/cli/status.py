@@ -7,7 +7,8 @@ JSON (schema 1)::
                     "overlay": "0.1.0" | null, "fingerprint": "…" | null, "problems": ["…"],
                     "patches": {"gdn": {"verdict": "apply", "reason": "…", "module": "vllm.…" | null, "methods": ["…"],
                                         "layers": {"patched": ["…"], "refused": {"layer": "reason"}},
-                                        "calls": {"fake": 0, "dual_stream": 0, "fused": 0, "serial": {"reason": 0}},
+                                        "calls": {"fake": 0, "lowered": 0, "dual_stream": 0, "fused": 0,
+                                                  "serial": {"reason": 0}},
                                         "plans": [{"shape": "2048 to 12288 + 64", "layers": 30, "seconds": 1.5,
                                                    "source": "measured" | "read",
                                                    "strategies": {"<tokens>": "serial" | "dual" | "dual_main_first" |
@@ -152,6 +153,7 @@ def _patch_as_dict(patch: Patch) -> dict[str, Any]:
         "layers": {"patched": list(patch.layers), "refused": patch.refused},
         "calls": {
             "fake": patch.fake_calls,
+            "lowered": patch.lowered,
             "dual_stream": patch.dual_stream_calls,
             "fused": patch.fused_calls,
             "serial": patch.serial_calls,

@@ -390,6 +390,18 @@ def data() -> dict[str, Any]:
     }
 
 
+def test_processes_on_unequal_cpus_are_named(data: dict[str, Any]) -> None:
+    """Else the ratio of a time that waits for the host is taken for the overlay's doing."""
+    rounds = range(10)
+    data["host_python"] = engines.paired_row(
+        {"stock": [1.0 for _ in rounds], "overlay": [1.17 for _ in rounds], "fused": [1.004 for _ in rounds]}
+    )
+    (line,) = [text.plain for text in report.notes(data) if text.plain.startswith("host: ")]
+    assert "took 1.17 of stock's time in the process of overlay (1.17 to 1.17)" in line
+    del data["host_python"]
+    assert not any(text.plain.startswith("host: ") for text in report.notes(data))
+
+
 def test_every_table_is_shown_and_kept(data: dict[str, Any], tmp_path: Path) -> None:
     report.show(data, Console(width=120, file=(tmp_path / "terminal").open("w")), tmp_path / "report.txt")
     shown = (tmp_path / "report.txt").read_text()

@@ -30,7 +30,7 @@ GDN: dict[str, Any] = {
         "patched": {"layers.0": {}, "layers.1": {}},
         "refused": {"layers.2": "quantized", "layers.3": "quantized"},
     },
-    "calls": {"fake": 4, "dual_stream": 1234, "fused": 789, "serial": {"not capturing a CUDA graph": 56}},
+    "calls": {"fake": 4, "lowered": 9, "dual_stream": 1234, "fused": 789, "serial": {"not capturing a CUDA graph": 56}},
 }
 #: As the journal has them, and as they are shown.
 PLANS: list[dict[str, Any]] = [

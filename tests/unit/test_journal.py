@@ -48,7 +48,13 @@ def test_counts_layers_and_reasons_are_in_the_file(journal_folder: pathlib.Path)
                 "patched": {"model.layers.0.linear_attn": {"qkvz": 384, "ba": 8}},
                 "refused": {"model.layers.1.linear_attn": "batch-invariant mode"},
             },
-            "calls": {"fake": 1, "dual_stream": 2, "fused": 0, "serial": {"above the token threshold": 2}},
+            "calls": {
+                "fake": 1,
+                "lowered": 0,
+                "dual_stream": 2,
+                "fused": 0,
+                "serial": {"above the token threshold": 2},
+            },
             "plans": [],
         }
     }

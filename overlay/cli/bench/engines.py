@@ -159,13 +159,18 @@ class Engines:
             self.results.put("tokens", value=rows)
 
     def first_token(self, lengths: Sequence[int], rounds: int, repetitions: int) -> None:
-        """Latency of one request with one token, the engines taking turns."""
+        """Latency of one request with one token, the engines taking turns.
+
+        Each round also times a fixed piece of Python in every process (`host`): where a step waits for the host's CPU, and the
+        processes' CPUs are not equally fast, the latencies differ by as much.
+        """
         self.progress.phase("time to first token", (2 + rounds) * len(lengths))
         for warm in range(2):
             for length in lengths:
                 self.progress.step(f"warm-up, prompt {length}")
                 self.all("first_token", length=length, repetitions=2, seed=warm)
         times: dict[int, dict[str, list[float]]] = {length: {arm: [] for arm in self.workers} for length in lengths}
+        host: dict[str, list[float]] = {arm: [] for arm in self.workers}
         for index in range(rounds):
             if self.setup.remaining() < RESERVE_SECONDS:
                 self.results.unfinished(f"time to first token: out of time after {index} of {rounds} rounds")
@@ -181,7 +186,10 @@ class Engines:
                 row = {"prompt": length, **paired_row(times[length])}
                 row |= {f"{arm}_minimum": min(values) for arm, values in times[length].items()}
                 rows.append(row)
+            for arm, seconds in self.all("host", index).items():
+                host[arm].append(seconds)
             self.results.put("first_token", value=rows)
+            self.results.put("host_python", value=paired_row(host))
         self.results.put("first_token_samples", value=times)
 
     def decode(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: A report in a file has no terminal's width.
 FILE_COLUMNS = 170
+#: Processes whose Python is no further apart than this have equal CPUs.
+EVEN_HOST = 0.01
 
 
 def table(title: str, *columns: str) -> Table:
@@ -57,10 +59,21 @@ def tables(data: dict[str, Any]) -> list[Any]:
 
 def notes(data: dict[str, Any]) -> list[Text]:
     """What went wrong or was left out, the worst last: there it is seen."""
-    shown = [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
+    shown = [Text(text, style="yellow") for text in uneven_hosts(data.get("host_python"))]
+    shown += [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
     shown += [Text(f"PROBLEM {text[:800]}", style="bold red") for text in data.get("problems", [])]
     shown += [Text(f"TOKENS DIFFER: {text}", style="bold red") for text in different(data)]
     return shown
+
+
+def uneven_hosts(row: dict[str, Any] | None) -> list[str]:
+    """A line for each arm whose process had another CPU than stock's, by the same piece of Python timed in both."""
+    return [
+        f"host: the same Python took {found['ratio']:.2f} of stock's time in the process of {arm} "
+        f"({found['low']:.2f} to {found['high']:.2f}); where a step waits for the host, so does its time"
+        for arm, found in (row or {}).get("arms", {}).items()
+        if abs(found["ratio"] - 1.0) > EVEN_HOST
+    ]
 
 
 def head(data: dict[str, Any]) -> str:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+#: About 5 ms: long enough to tell a slow CPU, short enough to ask in every round.
+HOST_STEPS = 100_000
+
+
 def make_prompt(length: int, seed: int, vocabulary: int) -> list[int]:
     """Token ids of one prompt, from a seed; the last ids of the vocabulary are kept for special tokens."""
     generator = random.Random(seed)
@@ -278,6 +282,18 @@ class EngineWorker:
         finally:
             gc.enable()
         return times
+
+    def do_host(self) -> float:
+        """Seconds of a fixed piece of Python that has nothing to do with vLLM: how fast this process's CPU is just now."""
+
+        def once() -> float:
+            begin = time.perf_counter()
+            total = 0
+            for number in range(HOST_STEPS):
+                total += number & 7
+            return time.perf_counter() - begin
+
+        return min(once() for _ in range(3))
 
     def do_trace(
         self, requests: int, steps: int, path: str, seed: int, adapters: list[str | None] | None = None
