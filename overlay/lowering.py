@@ -51,12 +51,12 @@ def split_ranges(compilation: Any, strict: bool) -> bool:
     the others would wait for it. Under `strict` a graph that cannot be lowered stops vLLM.
     """
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
-    limit = largest_captured(compilation)
+    captures = getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE"
+    limit = largest_captured(compilation) if captures else 0
     if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
         return False
-    if getattr(
-        compilation, "compile_mm_encoder", False
-    ):  # compiled by the same ranges, and vLLM allows static shapes one only
+    # An encoder is compiled by the same ranges, and vLLM allows shapes that are static in one range only.
+    if getattr(compilation, "compile_mm_encoder", False):
         return False
     if limit < max(endpoints):
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from torch.nn.functional import linear
 from vllm.compilation import backends
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
 from overlay import lowering
@@ -84,6 +84,15 @@ def configuration(endpoints: list[int] | None = None, **changes: Any) -> VllmCon
     compilation.splitting_ops, compilation.compile_sizes = [], []
     vars(compilation).update(changes)
     return config
+
+
+def split(compilation: Any, strict: bool, mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> bool:
+    """With CUDA graphs for as long as it takes: a CPU has none to compile for."""
+    before, compilation.cudagraph_mode = compilation.cudagraph_mode, mode
+    try:
+        return lowering.split_ranges(compilation, strict)
+    finally:
+        compilation.cudagraph_mode = before
 
 
 class Compiled:
@@ -167,7 +176,7 @@ def test_above_the_captured_sizes_the_graph_is_stocks(
 ) -> None:
     expected = {tokens: stock(tokens) for tokens in (LARGEST, CAPTURED + 1, CAPTURED, 1)}
     config = configuration()
-    assert lowering.split_ranges(config.compilation_config, strict=True)
+    assert split(config.compilation_config, strict=True)
     assert config.compilation_config.compile_ranges_endpoints == [CAPTURED, LARGEST]
     lowered = record.calls.lowered
     torch._dynamo.reset()
@@ -189,7 +198,7 @@ def test_above_the_captured_sizes_the_graph_is_stocks(
 def test_one_result_is_written_in_place_above(record: PatchRecord, stock: Compiled) -> None:
     """The two GEMMs write into their part of the one tensor; nothing is copied together."""
     config = configuration()
-    lowering.split_ranges(config.compilation_config, strict=True)
+    split(config.compilation_config, strict=True)
     torch._dynamo.reset()
     overlay = Compiled(config, record, one_result=True)
     overlay(LARGEST)
@@ -203,7 +212,7 @@ def test_one_result_is_written_in_place_above(record: PatchRecord, stock: Compil
 
 def test_linears_that_are_more_than_their_weights_keep_the_op(record: PatchRecord, stock: Compiled) -> None:
     config = configuration()
-    lowering.split_ranges(config.compilation_config, strict=True)
+    split(config.compilation_config, strict=True)
     torch._dynamo.reset()
     overlay = Compiled(config, record, plain=False)
     before, lowered = record.calls.total(), record.calls.lowered
@@ -247,7 +256,7 @@ def test_a_graph_that_cannot_be_lowered_keeps_its_ops(
 ) -> None:
     monkeypatch.setattr(lowering, "_lowered", {torch.ops.vllm_overlay.gdn_in_proj: (refuse, record)})
     config = configuration()
-    lowering.split_ranges(config.compilation_config, strict)
+    split(config.compilation_config, strict)
     torch._dynamo.reset()
     overlay = Compiled(config, record)
     if strict:
@@ -270,20 +279,33 @@ def test_a_graph_that_cannot_be_lowered_keeps_its_ops(
         ({"compile_ranges_endpoints": None}, None),
         ({"compile_mm_encoder": True}, [LARGEST]),
     ],
-    ids=["no ranges in this mode", "no mode", "nothing captured", "no sizes", "no endpoints", "an encoder"],
+    ids=[
+        "no ranges in this mode",
+        "no mode",
+        "nothing captured",
+        "no sizes",
+        "no endpoints",
+        "an encoder",
+    ],
 )
 def test_where_vllm_has_no_ranges_nothing_is_changed(changes: dict[str, Any], endpoints: Any) -> None:
     config = configuration(**changes)
-    assert not lowering.split_ranges(config.compilation_config, strict=False)
+    assert not split(config.compilation_config, strict=False)
     assert config.compilation_config.compile_ranges_endpoints == endpoints
+
+
+def test_where_no_graph_is_captured_nothing_is_changed() -> None:
+    compilation = configuration().compilation_config
+    assert not split(compilation, strict=False, mode=CUDAGraphMode.NONE)
+    assert compilation.compile_ranges_endpoints == [LARGEST]
 
 
 def test_endpoints_that_are_there_stay(record: PatchRecord) -> None:
     config = configuration([4, 32, LARGEST]).compilation_config
-    assert lowering.split_ranges(config, strict=False) and lowering.split_ranges(config, strict=False)
+    assert split(config, strict=False) and split(config, strict=False)
     assert config.compile_ranges_endpoints == [4, CAPTURED, 32, LARGEST]
     all_captured = configuration([CAPTURED]).compilation_config
-    assert lowering.split_ranges(all_captured, strict=False) and all_captured.compile_ranges_endpoints == [CAPTURED]
+    assert split(all_captured, strict=False) and all_captured.compile_ranges_endpoints == [CAPTURED]
 
 
 def test_a_graph_without_an_op_is_left_as_it_is(record: PatchRecord) -> None:
