@@ -239,12 +239,13 @@ class Undecided:
             return
         plans = len(self._record.plans)
         config = worker.vllm_config
-        endpoints = config.compilation_config.compile_ranges_endpoints
+        compilation = config.compilation_config
+        endpoints = getattr(compilation, "compile_ranges_endpoints", None)
         try:
             for layer in layers:
                 getattr(layer, PAIR).plain = _is_plain(layer)
             above_is_stock = all(getattr(layer, PAIR).plain for layer in layers) and lowering.split_ranges(
-                config.compilation_config, self._settings.strict
+                compilation, self._settings.strict
             )
             stock = pair_plans.settle(
                 [self._candidate(layer) for layer in layers], worker, self._settings, self._record, above_is_stock
@@ -261,11 +262,11 @@ class Undecided:
                 self._record.patched.pop(layer.prefix, None)
                 self._record.refuse(layer.prefix, stock[layer.prefix])
             self._layouts[layer.prefix] = _layout(layer)
-        alone = config.parallel_config.world_size_across_dp == 1
-        if alone and all(getattr(layer, PAIR) is None for layer in layers):
-            config.compilation_config.compile_ranges_endpoints = endpoints
+        alone = getattr(config.parallel_config, "world_size_across_dp", None) == 1
+        if endpoints and alone and all(getattr(layer, PAIR) is None for layer in layers):
+            compilation.compile_ranges_endpoints = endpoints
         shaping = sorted(f"{name}={layout}" for name, layout in self._layouts.items())
-        ranges = f"ranges={config.compilation_config.compile_ranges_endpoints}"
+        ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
         journal.fingerprint = cache_identity.add(NAME, (*self._verdict.methods, *shaping, ranges))
         journal.write()
 

@@ -388,7 +388,7 @@ def worker(ranks: int = 1) -> Any:
 
 
 def endpoints(of_vllm: Any) -> list[int]:
-    found: list[int] = of_vllm.vllm_config.compilation_config.compile_ranges_endpoints
+    found: list[int] = getattr(of_vllm.vllm_config.compilation_config, "compile_ranges_endpoints", [])
     return found
 
 
@@ -550,6 +550,19 @@ def test_a_failure_leaves_all_stock_with_a_warning(deciding: Deciding, caplog: p
     assert [record.levelname for record in caplog.records if "no memory" in record.getMessage()] == ["WARNING"]
     x = torch.randn(5, 16)
     assert torch.equal(gdn.overlap_in_projections(Layer.forward)(layers[0], x), Layer.forward(layers[0], x))
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_vllm_that_knows_no_ranges_is_left_as_it_is(deciding: Deciding, stock: bool) -> None:
+    """A later release may name them otherwise; what is asked of it must not end it."""
+    undecided, deciding.has_ranges = deciding.waiting(), False
+    layer = deciding.add(undecided, "a")
+    deciding.settle = lambda candidates: {"a": NOTHING_TO_GAIN} if stock else {}
+    unknown = namespace(vllm_config=namespace(compilation_config=namespace(), parallel_config=namespace()))
+    undecided.decide(unknown)
+    assert vars(unknown.vllm_config.compilation_config) == {} and deciding.journal.problems == []
+    assert (getattr(layer, gdn.PAIR) is None) == stock
+    assert deciding.identities[0][1][-1] == "ranges=None"
 
 
 def test_strict_stops_where_no_plan_can_be_made(deciding: Deciding) -> None:
