@@ -193,12 +193,15 @@ def _measure(
         inexact,
         same_kernels=(DUAL, DUAL_MAIN_FIRST),
     )
+    other_bits: set[int] = set()  #: sizes at which one GEMM was compared and left out
     with bench:
         if fusable:
             bench.cancels = True
             linears.append(_cancelling(probes[0], bench))  # stays the last one, which is number CANCELLING
             bench.works = {SERIAL: works[SERIAL], FUSED: in_one(FUSED), ONE_RESULT: in_one(SERIAL)}
-            fusable = inexact or _is_exact(bench, sizes, largest)
+            if not inexact:
+                other_bits = {*sizes} - {*bench.exact_at(FUSED, sizes)}
+                fusable = other_bits != {*sizes} and _is_exact_into_one(bench, _sizes_to_compare(sizes, largest))
             bench.works = works
         if fusable:
             _fuse(probes)
@@ -210,13 +213,14 @@ def _measure(
                 linears[number][0].region.prepare(device)
         rows = bench.rows(sizes, SECONDS_PER_SHAPE)
         linears.clear()
+    if not fusable:
+        rows = [replace(row, inexact=(*row.inexact, FUSED)) if row.tokens in other_bits else row for row in rows]
     return rows, fusable
 
 
-def _is_exact(bench: Bench, sizes: Sequence[int], largest: int) -> bool:
-    """Whether one GEMM has serial's bits at one of the sizes at least, and two GEMMs into one tensor at all."""
-    tried = _sizes_to_compare(sizes, largest)
-    return bool(bench.exact_at(FUSED, sizes)) and bench.exact_at(ONE_RESULT, tried) == tried
+def _is_exact_into_one(bench: Bench, sizes: Sequence[int]) -> bool:
+    """Whether two GEMMs into one tensor have serial's bits at all of the sizes."""
+    return bench.exact_at(ONE_RESULT, sizes) == list(sizes)
 
 
 def _cancelling(one: Candidate, bench: Bench) -> tuple[LinearPair, Any, Any]:
@@ -370,7 +374,8 @@ def _write(folder: str, key: dict[str, Any], rows: list[Row], one_result: bool, 
 
 def table(shape: dict[str, Any], layers: int, rows: Sequence[Row], how: str) -> str:
     """The measured rows as text, microseconds per layer; the choice of sizes in between is in the journal."""
-    names = [name for name in plan_file.STRATEGIES if any(name in row.microseconds for row in rows)]
+    shown_of = [{*row.microseconds, *row.inexact} for row in rows if row.microseconds]
+    names = [name for name in plan_file.STRATEGIES if any(name in of_row for of_row in shown_of)]
     columns: list[tuple[str, Callable[[Row], str]]] = [("tokens", lambda row: str(row.tokens))]
     for name in names:
         columns.append((name, lambda row, name=name: _time(row, name)))  # type: ignore[misc]

@@ -83,6 +83,7 @@ def overlay_projection(layer: Layer, qkvz: int, ba: int, device: torch.device) -
         from overlay.plan import Plan
 
         pair = LinearPair(qkvz, ba, Plan("dual", 1 << 20), PatchRecord())
+        pair.plain = True
     except Exception:
 
         def run(hidden_states: torch.Tensor) -> Pair:

@@ -653,6 +653,7 @@ class Compared(Bench):
 
     exact: Mapping[str, set[int]]
     group: Sequence[Candidate]
+    found: list[Row]
 
     def __enter__(self) -> Compared:
         self.stream = None  # type: ignore[assignment]
@@ -690,7 +691,7 @@ class Compared(Bench):
                 assert torch.equal(big, one.main(inputs)[0]) and torch.equal(small, one.side(inputs)[0])
             if self.cancels:
                 self._cancel(name)
-        return []
+        return [Row(tokens, {SERIAL: 2.0, DUAL: 1.0}, DUAL) for tokens in sizes]
 
     def _cancel(self, name: str) -> None:
         """By a strategy and serially: the same numbers, but for the order of what is added."""
@@ -715,7 +716,8 @@ def measure(
         patch.setattr(tuning, "layers_for", lambda weight_bytes, available, device: 2)
         patch.setattr(pair_module, "ParallelRegion", Region)
         patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        _, fused = pair_plans._measure(group, SIZES, 100, fusable, inexact)
+        rows, fused = pair_plans._measure(group, SIZES, 100, fusable, inexact)
+        benches[0].found = rows
     return benches[0], fused
 
 
@@ -740,6 +742,10 @@ def test_weights_are_moved_only_where_one_gemm_can_be_a_strategy(exact: set[int]
     assert [before[index] == after[index] for index in range(3)] == [not fused, not fused, True]
     assert bench.timed == [SERIAL, DUAL, DUAL_MAIN_FIRST, *([FUSED] if fused else [])]
     assert not any(one.pair.one_result for one in group)
+    if not fused:  # what was compared and left out is in the journal, and in the table
+        assert {row.tokens for row in bench.found if FUSED in row.inexact} == {*SIZES} - exact
+        shown = pair_plans.table(group[0].shape(), len(group), bench.found, "measured")
+        assert shown.count("other bits") == len({*SIZES} - exact)
 
 
 def test_where_bits_may_differ_none_are_compared_before() -> None:
