@@ -45,6 +45,11 @@ class LinearPair:
         self._always_serial: str | None = None
         self.common: torch.Tensor | None = None  #: both weights, (columns, hidden), where they have been put into one
 
+    @property
+    def fills_one_result(self) -> bool:
+        """Whether the two results fill the one tensor, without columns that only align it."""
+        return self.columns == self.main_size + self.side_size
+
     # ---- the op's two ways
 
     def project(self, main: torch.nn.Module, side: torch.nn.Module, inputs: torch.Tensor) -> Pair:

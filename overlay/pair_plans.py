@@ -107,7 +107,8 @@ def _settle_shape(
     say = logger.info if not getattr(worker, "rank", 0) else logger.debug
     shape, device = group[0].shape(), _device(group[0])
     config = worker.vllm_config
-    only_graphs = above_is_stock and _mode(config) in MIXED_GRAPHS
+    # With columns that only align the one tensor, the op stays in the graph above.
+    only_graphs = above_is_stock and _mode(config) in MIXED_GRAPHS and group[0].pair.fills_one_result
     largest = int(config.scheduler_config.max_num_batched_tokens)
     fusable = (settings.plan == FUSED or only_graphs) and _fusable(group, config)
     inexact = fusable and settings.plan == FUSED and settings.inexact

@@ -67,12 +67,21 @@ class Linear(torch.nn.Module):
 
 
 def candidates(
-    count: int = 3, record: PatchRecord | None = None, hidden: int = 16, takes_slices: bool = True, first: int = 0
+    count: int = 3,
+    record: PatchRecord | None = None,
+    hidden: int = 16,
+    takes_slices: bool = True,
+    first: int = 0,
+    side: int = 8,
 ) -> list[Candidate]:
     record = record or PatchRecord()
     return [
         Candidate(
-            f"layers.{index}", LinearPair(24, 6, FIXED, record), Linear(hidden, 24), Linear(hidden, 6), takes_slices
+            f"layers.{index}",
+            LinearPair(24, side, FIXED, record),
+            Linear(hidden, 24),
+            Linear(hidden, side),
+            takes_slices,
         )
         for index in range(first, first + count)
     ]
@@ -178,7 +187,7 @@ def test_auto_takes_what_was_measured(gpu: Gpu) -> None:
     assert gpu.asked == [(["layers.0", "layers.1", "layers.2"], SIZES, 8192, True, False)]
     (shown,) = record.plans
     assert shown["layers"] == 3 and shown["source"] == "measured" and shown["seconds"] >= 0
-    assert (shown["shape"]["hidden"], shown["shape"]["main"], shown["shape"]["side"]) == (16, 24, 6)
+    assert (shown["shape"]["hidden"], shown["shape"]["main"], shown["shape"]["side"]) == (16, 24, 8)
     assert [(one["tokens"], one["strategy"]) for one in shown["rows"]] == list(
         zip(SIZES, strategies(group[0]), strict=True)
     )
@@ -201,6 +210,14 @@ def test_auto_has_one_gemm_where_no_step_outside_of_a_graph_has_the_op(
     assert [asked[3] for asked in gpu.asked] == [True]
     assert strategies(group[0]) == [FUSED] * 4 + [DUAL, SERIAL]
     assert all(one.pair.one_result and is_fused(one) for one in group)
+
+
+def test_auto_has_no_one_gemm_where_columns_only_align(gpu: Gpu) -> None:
+    """They would have to be filled by a kernel of their own in the graph above, so the op stays there."""
+    unfused(gpu, candidates(side=6))
+    aligned = candidates(side=8)
+    settle(aligned)
+    assert all(one.pair.one_result for one in aligned)
 
 
 @pytest.mark.parametrize("plan", ["dual", "serial"])
@@ -329,7 +346,7 @@ def test_without_graphs_every_layer_is_stock(gpu: Gpu, plan: str, which: dict[st
 @pytest.mark.parametrize("which", ["main", "side"])
 def test_adapters_keep_their_layer_stock(gpu: Gpu, which: str, plan: str) -> None:
     group = candidates()
-    getattr(group[1], which).base_layer = Linear(16, 6)
+    getattr(group[1], which).base_layer = Linear(16, 8)
     del getattr(group[1], which).quant_method
     stock, _ = settle(group, Settings(plan=plan))
     assert stock == {"layers.1": ADAPTERS}
@@ -393,11 +410,11 @@ def test_an_upstream_that_does_not_take_slices(gpu: Gpu, settings: Settings) -> 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda linear: linear.register_parameter("bias", torch.nn.Parameter(torch.zeros(6))),
+        lambda linear: linear.register_parameter("bias", torch.nn.Parameter(torch.zeros(8))),
         lambda linear: linear.register_forward_hook(lambda *_: None),
         lambda linear: linear.register_forward_pre_hook(lambda *_: None),
         lambda linear: setattr(linear, "weight", torch.nn.Parameter(torch.randn(7, 16))),
-        lambda linear: setattr(linear, "weight", torch.nn.Parameter(torch.randn(6, 16).double())),
+        lambda linear: setattr(linear, "weight", torch.nn.Parameter(torch.randn(8, 16).double())),
     ],
     ids=["bias", "hook", "hook before", "padded", "another type"],
 )
@@ -584,7 +601,7 @@ def test_one_rank_speaks_for_all(gpu: Gpu, tmp_path: pathlib.Path, caplog: pytes
         settle(candidates(), rank=rank)
     said = [one for one in caplog.records if one.name == "vllm.overlay"]
     assert len(said) == 3 and {one.levelno for one in said} == {level}
-    assert "plan for 3 layers of 16 to 24 + 6, measured in" in said[0].getMessage()
+    assert "plan for 3 layers of 16 to 24 + 8, measured in" in said[0].getMessage()
 
 
 def test_the_table() -> None:
