@@ -85,7 +85,7 @@ def test_the_journal_says_landed_and_nothing_is_wrapped(both: tuple[Embedded, Em
     for record in seen:
         assert record["verdict"] == "landed", record
         assert record["layers"] == {"patched": {}, "refused": {}}
-        assert record["calls"] == {"fake": 0, "dual_stream": 0, "fused": 0, "serial": {}}
+        assert not any(record["calls"].values()), record
         assert record["methods"] == []
     assert {journal.raw["fingerprint"] for journal in overlay.journals} == {None}, "stock's compile cache is shared"
     assert "pooling: landed" in overlay.log
