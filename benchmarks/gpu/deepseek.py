@@ -33,7 +33,7 @@ from gpu.run_setup import Setup
 from overlay.cli.bench.intervals import compare
 from overlay.cli.bench.results import Results, read_journals
 from overlay.cli.bench.setup import numbers
-from overlay.cli.bench.workers import Worker, WorkerError, tail
+from overlay.cli.bench.workers import Worker, WorkerError, in_turn, tail
 
 PHASES = ("micro", "tokens", "decode", "ttft", "mtp")
 SIDES = ("stock", "overlay", "next")
@@ -161,11 +161,8 @@ class Engines:
         )
 
     def all(self, command: str, turn: int = 0, **arguments: Any) -> dict[str, Any]:
-        """One engine after the other; the others are idle meanwhile. `turn` shifts who is first."""
-        sides = list(self.workers)
-        shift = turn % len(sides)
-        limit = max(30.0, self.setups["stock"].remaining() + 20.0)
-        return {side: self.workers[side].call(command, limit, **arguments) for side in sides[shift:] + sides[:shift]}
+        """One engine after the other, see `in_turn`."""
+        return in_turn(self.workers, command, turn, max(30.0, self.remaining() + 20.0), **arguments)
 
     def remaining(self) -> float:
         return self.setups["stock"].remaining()

@@ -16,7 +16,7 @@ from gpu import lora_model, lora_trace, trace
 from overlay.cli.bench import shapes
 from overlay.cli.bench.intervals import compare
 from overlay.cli.bench.results import read_journals
-from overlay.cli.bench.workers import Worker, WorkerError, tail
+from overlay.cli.bench.workers import Worker, WorkerError, in_turn, tail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -181,11 +181,8 @@ class LoraEngines:
         return states
 
     def all(self, command: str, turn: int = 0, **arguments: Any) -> dict[str, Any]:
-        """One engine after the other; the others are idle meanwhile. `turn` shifts who is first."""
-        sides = list(self.workers)
-        shift = turn % len(sides)
-        limit = max(30.0, self.setup.remaining() + 20.0)
-        return {side: self.workers[side].call(command, limit, **arguments) for side in sides[shift:] + sides[:shift]}
+        """One engine after the other, see `in_turn`."""
+        return in_turn(self.workers, command, turn, max(30.0, self.setup.remaining() + 20.0), **arguments)
 
     def usable(self) -> bool:
         """After a failed phase: put all engines back to idle. False where one is gone or does not answer."""

@@ -70,7 +70,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert row["distinct"] > row["generated"] // 2, "tokens that are all the same prove nothing"
     assert [row["requests"] for row in found["decode"]] == [1, 2]
     assert [row["prompt"] for row in found["first_token"]] == [8, 100]
-    for row in [*found["decode"], *found["first_token"], found["host_python"]]:
+    for row in [*found["decode"], *found["first_token"], found["host_speed"]["Python"]]:
         assert 0.0 < row["low"] <= row["ratio"] <= row["high"]
     assert (tmp_path / "out" / "ratio.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "out" / "report.txt").read_text()

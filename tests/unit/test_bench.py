@@ -19,7 +19,7 @@ from rich.console import Console
 from overlay.cli.bench import command, engines, memory, plots, report, serving, shapes
 from overlay.cli.bench.results import Results, different
 from overlay.cli.bench.setup import Setup
-from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError
+from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, in_turn
 from overlay.cli.failure import CommandError
 from tests.conftest import REPOSITORY
 
@@ -284,6 +284,68 @@ def test_a_worker_answers_errors_and_ends(tmp_path: Path) -> None:
         worker.call("describe", 5.0)
 
 
+@given(st.sets(st.integers(0, 255), min_size=1))
+def test_both_halves_are_all_cores(cores: set[int]) -> None:
+    found = halves(cores)
+    assert set.union(*found) == cores and sum(map(len, found)) == len(cores)
+    assert len(found) == 2 and abs(len(found[0]) - len(found[1])) <= 1 if len(cores) >= 4 else found == [cores]
+
+
+class Turns:
+    """Stands for a Worker: what was asked of it, in the order of all."""
+
+    def __init__(self, side: str, log: list[tuple[str, Any]]) -> None:
+        self.side, self.log = side, log
+
+    def move(self, cores: set[int]) -> None:
+        self.log.append((self.side, cores))
+
+    def call(self, command: str, limit: float, **arguments: Any) -> str:
+        self.log.append((self.side, (command, limit, arguments)))
+        return f"{command} of {self.side}"
+
+
+def test_who_is_first_changes_and_so_do_everybodys_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    log: list[tuple[str, Any]] = []
+    workers: Any = {side: Turns(side, log) for side in ("stock", "overlay")}
+    asked = ("step", 9.0, {"count": 3})
+    for turn, (cores, order) in enumerate([({0, 1}, ("stock", "overlay")), ({2, 3}, ("overlay", "stock"))] * 2):
+        log.clear()
+        found = in_turn(workers, "step", turn, 9.0, count=3)
+        assert found == {"stock": "step of stock", "overlay": "step of overlay"}
+        assert log == [("stock", cores), ("overlay", cores), *((side, asked) for side in order)]
+
+
+def test_all_threads_of_a_worker_and_of_what_it_has_started_are_moved(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core is all there is")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import subprocess, sys, threading, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print(child.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    worker = Worker("stock", dict(os.environ), tmp_path / "log", script)
+    try:
+        while not (text := (tmp_path / "log").read_text()).endswith("\n"):
+            time.sleep(0.01)
+        threads = [int(path.name) for pid in (worker._process.pid, int(text)) for path in _tasks(pid)]
+        assert len(threads) >= 3
+        worker.move({cores[-1]})
+        assert {core for thread in threads for core in os.sched_getaffinity(thread)} == {cores[-1]}
+        assert sorted(os.sched_getaffinity(0)) == cores
+    finally:
+        worker.close()
+
+
+def _tasks(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/task").iterdir())
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -393,12 +455,18 @@ def data() -> dict[str, Any]:
 def test_processes_on_unequal_cpus_are_named(data: dict[str, Any]) -> None:
     """Else the ratio of a time that waits for the host is taken for the overlay's doing."""
     rounds = range(10)
-    data["host_python"] = engines.paired_row(
-        {"stock": [1.0 for _ in rounds], "overlay": [1.17 for _ in rounds], "fused": [1.004 for _ in rounds]}
-    )
-    (line,) = [text.plain for text in report.notes(data) if text.plain.startswith("host: ")]
-    assert "took 1.17 of stock's time in the process of overlay (1.17 to 1.17)" in line
-    del data["host_python"]
+    data["host_speed"] = {
+        "Python": engines.paired_row(
+            {"stock": [1.0 for _ in rounds], "overlay": [1.17 for _ in rounds], "fused": [1.004 for _ in rounds]}
+        ),
+        "kernel launches": engines.paired_row(
+            {"stock": [1.0 for _ in rounds], "overlay": [1.0 for _ in rounds], "fused": [0.9 for _ in rounds]}
+        ),
+    }
+    python, launches = [text.plain for text in report.notes(data) if text.plain.startswith("host: ")]
+    assert "the same Python took 1.17 of stock's time in the process of overlay (1.17 to 1.17)" in python
+    assert "the same kernel launches took 0.90 of stock's time in the process of fused" in launches
+    del data["host_speed"]
     assert not any(text.plain.startswith("host: ") for text in report.notes(data))
 
 

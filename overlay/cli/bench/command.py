@@ -11,7 +11,7 @@
      "decode": [{"requests", "rounds", "stock", "overlay", "ratio", "low", "high",
                  "arms": {"overlay": {"seconds", "ratio", "low", "high"}},
                  "against": {"serial": {"ratio", "low", "high"}}}],
-     "first_token": [{"prompt", … as decode …}], "host_python": {… as decode …},
+     "first_token": [{"prompt", … as decode …}], "host_speed": {"Python": {… as decode …}, …},
      "serving": {"rows": [{"rate", "metric": "ttft" | "tpot", "arm", "stock", "overlay", "ratio", "low", "high",
                            "stock_p99", "overlay_p99", …}], "start_seconds": {…}},
      "problems": ["…"], "unfinished": ["…"], "interrupted": true}

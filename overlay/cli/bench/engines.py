@@ -1,7 +1,8 @@
 """Engines of all arms alive at once on one GPU, taking turns: tokens, time to first token, decode step.
 
 One engine works at a time while the others are idle, and who is first changes from round to round. The times of one round
-belong together: a ratio is the median of the rounds' ratios.
+belong together: a ratio is the median of the rounds' ratios. In a round all engines use the same half of the host's cores,
+in the next one the other half: no engine keeps a core that is faster or slower than another's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from overlay.cli.bench.intervals import compare
 from overlay.cli.bench.results import Results, journal_problems, journal_summary
 from overlay.cli.bench.setup import OVERLAY, STOCK, Setup
-from overlay.cli.bench.workers import Worker, WorkerError
+from overlay.cli.bench.workers import Worker, WorkerError, in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -117,11 +118,8 @@ class Engines:
             self.results.put("pair", "journal", value=journals[OVERLAY])
 
     def all(self, command: str, turn: int = 0, **arguments: Any) -> dict[str, Any]:
-        """One engine after the other; the others are idle meanwhile. `turn` shifts who is first."""
-        arms = list(self.workers)
-        shift = turn % len(arms)
-        limit = max(self.setup.remaining(), 0.0) + 60.0
-        return {arm: self.workers[arm].call(command, limit, **arguments) for arm in arms[shift:] + arms[:shift]}
+        """One engine after the other, see `in_turn`."""
+        return in_turn(self.workers, command, turn, max(self.setup.remaining(), 0.0) + 60.0, **arguments)
 
     def usable(self) -> bool:
         """After a failed phase: put all engines back to idle. False where one is gone or does not answer."""
@@ -161,8 +159,8 @@ class Engines:
     def first_token(self, lengths: Sequence[int], rounds: int, repetitions: int) -> None:
         """Latency of one request with one token, the engines taking turns.
 
-        Each round also times a fixed piece of Python in every process (`host`): where a step waits for the host's CPU, and the
-        processes' CPUs are not equally fast, the latencies differ by as much.
+        Each round also times in every process what has nothing to do with vLLM or the overlay (`host_speed`): where a step
+        waits for the host, and the processes' hosts are not equally fast, the latencies differ by as much.
         """
         self.progress.phase("time to first token", (2 + rounds) * len(lengths))
         for warm in range(2):
@@ -170,7 +168,7 @@ class Engines:
                 self.progress.step(f"warm-up, prompt {length}")
                 self.all("first_token", length=length, repetitions=2, seed=warm)
         times: dict[int, dict[str, list[float]]] = {length: {arm: [] for arm in self.workers} for length in lengths}
-        host: dict[str, list[float]] = {arm: [] for arm in self.workers}
+        host: dict[str, dict[str, list[float]]] = {}
         for index in range(rounds):
             if self.setup.remaining() < RESERVE_SECONDS:
                 self.results.unfinished(f"time to first token: out of time after {index} of {rounds} rounds")
@@ -186,10 +184,11 @@ class Engines:
                 row = {"prompt": length, **paired_row(times[length])}
                 row |= {f"{arm}_minimum": min(values) for arm, values in times[length].items()}
                 rows.append(row)
-            for arm, seconds in self.all("host", index).items():
-                host[arm].append(seconds)
+            for arm, found in self.all("host", index).items():
+                for what, seconds in found.items():
+                    host.setdefault(what, {}).setdefault(arm, []).append(seconds)
             self.results.put("first_token", value=rows)
-            self.results.put("host_python", value=paired_row(host))
+            self.results.put("host_speed", value={what: paired_row(arms) for what, arms in host.items()})
         self.results.put("first_token_samples", value=times)
 
     def decode(

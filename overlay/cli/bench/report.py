@@ -59,19 +59,20 @@ def tables(data: dict[str, Any]) -> list[Any]:
 
 def notes(data: dict[str, Any]) -> list[Text]:
     """What went wrong or was left out, the worst last: there it is seen."""
-    shown = [Text(text, style="yellow") for text in uneven_hosts(data.get("host_python"))]
+    shown = [Text(text, style="yellow") for text in uneven_hosts(data.get("host_speed", {}))]
     shown += [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
     shown += [Text(f"PROBLEM {text[:800]}", style="bold red") for text in data.get("problems", [])]
     shown += [Text(f"TOKENS DIFFER: {text}", style="bold red") for text in different(data)]
     return shown
 
 
-def uneven_hosts(row: dict[str, Any] | None) -> list[str]:
-    """A line for each arm whose process had another CPU than stock's, by the same piece of Python timed in both."""
+def uneven_hosts(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each arm whose process had another host than stock's, by the same work timed in both."""
     return [
-        f"host: the same Python took {found['ratio']:.2f} of stock's time in the process of {arm} "
+        f"host: the same {what} took {found['ratio']:.2f} of stock's time in the process of {arm} "
         f"({found['low']:.2f} to {found['high']:.2f}); where a step waits for the host, so does its time"
-        for arm, found in (row or {}).get("arms", {}).items()
+        for what, row in rows.items()
+        for arm, found in row["arms"].items()
         if abs(found["ratio"] - 1.0) > EVEN_HOST
     ]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from overlay.cli.bench.outside.bench_engine.replies import REPLY_DESCRIPTOR
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 #: What an engine's process runs, by its path.
 SCRIPT = Path(__file__).resolve().parent / "outside" / "run_worker.py"
@@ -48,9 +48,6 @@ class Worker:
             cwd=log.parent,  # not the repository: an empty entry of sys.path must not find the overlay
             start_new_session=True,  # Ctrl-C is the controller's business; vLLM's own processes end with this one
         )
-        # Both sides on the same cores: only one of them runs at a time, and a faster core must not decide for one.
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(self._process.pid, set(cores[: max(2, len(cores) // 2)]))
         os.close(write_end)
         self._reply = read_end
         self._buffer = b""
@@ -83,6 +80,12 @@ class Worker:
             raise WorkerError(f"{self.side}: {answer['error']}")
         return answer["result"]
 
+    def move(self, cores: set[int]) -> None:
+        """Let the process, and those that vLLM has started in it, run on these cores only."""
+        for thread in _threads_of_group(self._process.pid):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                os.sched_setaffinity(thread, cores)
+
     def call(self, command: str, timeout: float = 600.0, **arguments: Any) -> Any:
         """Send a command and wait for its answer."""
         self.send(command, **arguments)
@@ -107,6 +110,35 @@ class Worker:
     def _ended(self) -> str:
         self._process.wait()
         return f"{self.side}: the worker ended with status {self._process.returncode}\n{tail(self.log)}"
+
+
+def in_turn(workers: Mapping[str, Worker], command: str, turn: int, limit: float, **arguments: Any) -> dict[str, Any]:
+    """One worker's answer after the other's, each within `limit` seconds; the others are idle meanwhile.
+
+    `turn` shifts who is first, and on which half of the cores all of them are: a worker that kept a core faster or slower
+    than another's would be taken for a faster or slower one.
+    """
+    cores = halves(os.sched_getaffinity(0))
+    for worker in workers.values():
+        worker.move(cores[turn % len(cores)])
+    sides = list(workers)
+    shift = turn % len(sides)
+    return {side: workers[side].call(command, limit, **arguments) for side in sides[shift:] + sides[:shift]}
+
+
+def halves(cores: Iterable[int]) -> list[set[int]]:
+    """The cores in two halves, or all of them where a half would be a single core."""
+    ordered = sorted(cores)
+    half = len(ordered) // 2
+    return [set(ordered[:half]), set(ordered[half:])] if half >= 2 else [set(ordered)]
+
+
+def _threads_of_group(group: int) -> Iterator[int]:
+    """The threads of all processes of a process group."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.getpgid(int(process.name)) == group:
+                yield from (int(thread.name) for thread in (process / "task").iterdir())
 
 
 def tail(log: Path, lines: int = 25) -> str:

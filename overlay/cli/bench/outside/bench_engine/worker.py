@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-#: About 5 ms: long enough to tell a slow CPU, short enough to ask in every round.
-HOST_STEPS = 100_000
+#: About 5 ms each: long enough to tell a slow CPU, short enough to ask in every round.
+HOST_STEPS, HOST_LAUNCHES = 100_000, 1_000
 
 
 def make_prompt(length: int, seed: int, vocabulary: int) -> list[int]:
@@ -283,17 +283,37 @@ class EngineWorker:
             gc.enable()
         return times
 
-    def do_host(self) -> float:
-        """Seconds of a fixed piece of Python that has nothing to do with vLLM: how fast this process's CPU is just now."""
+    def do_host(self) -> dict[str, float]:
+        """How fast this process's host is just now: seconds for a fixed piece of Python, and for launching small kernels.
 
-        def once() -> float:
-            begin = time.perf_counter()
-            total = 0
-            for number in range(HOST_STEPS):
-                total += number & 7
-            return time.perf_counter() - begin
+        No launches where this process does not use the GPU itself, as with tensor parallelism.
+        """
+        import torch
 
-        return min(once() for _ in range(3))
+        found = {"Python": min(self._python_seconds() for _ in range(3))}
+        if torch.cuda.is_initialized():
+            found["kernel launches"] = min(self._launch_seconds() for _ in range(3))
+        return found
+
+    @staticmethod
+    def _python_seconds() -> float:
+        begin = time.perf_counter()
+        total = 0
+        for number in range(HOST_STEPS):
+            total += number & 7
+        return time.perf_counter() - begin
+
+    def _launch_seconds(self) -> float:
+        import torch
+
+        value = torch.zeros(1, device="cuda")
+        self._synchronize()
+        begin = time.perf_counter()
+        for _ in range(HOST_LAUNCHES):
+            value.add_(1.0)
+        seconds = time.perf_counter() - begin
+        self._synchronize()
+        return seconds
 
     def do_trace(
         self, requests: int, steps: int, path: str, seed: int, adapters: list[str | None] | None = None
