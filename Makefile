@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
+# A file of engine tests shares what its engines have answered, so it stays in one process.
+IN_PARALLEL := -n 2
+FILES_IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo soak test unit contract engine gpu matrix bundle lint types format lock environment clean
@@ -18,16 +21,18 @@ soak: ## Mixed load on stock and overlay servers for some minutes: errors, token
 	@python="$$($(PYTHON) devtools/environment.py --demo)" && exec "$$python" -m devtools.soak $(SOAK_OPTIONS)
 
 test: lint types ## Everything: style, types, unit, contract and engine tests
-	$(PYTEST) tests/unit tests/contract tests/engine tests/gpu $(TEST_OPTIONS)
+	$(PYTEST) tests/unit tests/contract $(IN_PARALLEL) $(TEST_OPTIONS)
+	$(PYTEST) tests/engine $(FILES_IN_PARALLEL) $(TEST_OPTIONS)
+	$(PYTEST) tests/gpu $(TEST_OPTIONS)
 
 unit: environment ## The quick tests
-	$(PYTEST) tests/unit $(TEST_OPTIONS)
+	$(PYTEST) tests/unit $(IN_PARALLEL) $(TEST_OPTIONS)
 
 contract: environment ## The verdicts against the sources of released vLLM versions
-	$(PYTEST) tests/contract $(TEST_OPTIONS)
+	$(PYTEST) tests/contract $(IN_PARALLEL) $(TEST_OPTIONS)
 
 engine: environment ## The overlay in a real vLLM engine on the CPU
-	$(PYTEST) tests/engine $(TEST_OPTIONS)
+	$(PYTEST) tests/engine $(FILES_IN_PARALLEL) $(TEST_OPTIONS)
 
 gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
 	$(PYTHON) -m pytest tests/gpu $(TEST_OPTIONS)

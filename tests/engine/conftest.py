@@ -22,6 +22,11 @@ from tests.conftest import REPOSITORY
 
 RUN_SECONDS = 240.0
 PASS_THROUGH = {"VLLMOVERLAY_SERIAL_PASS_THROUGH": "1", "VLLMOVERLAY_STRICT": "1"}
+#: The engine in the process that asks for it, tensor parallelism's other ones forked. Each process that vLLM starts anew
+#: imports for twelve seconds; where nothing but tokens and layers is asked for, nobody needs to wait for that.
+FEW_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"}
+#: With the overlay, and compiled, this model's engines have the processes that vLLM gives them.
+ALL_PROCESSES = "qwen3_5_text"
 
 
 #: What vLLM has found out about models, from the last run. It asks a process of its own about each, some seconds every time.
@@ -149,6 +154,7 @@ def engine(model: Callable[[str], pathlib.Path], tmp_path_factory: pytest.TempPa
                 tensor_parallel_size=tensor_parallel_size,
                 lora=adapter,
                 **(PASS_THROUGH if overlay else {}),
+                **({} if overlay and compiled and name == ALL_PROCESSES else FEW_PROCESSES),
             )
         return runs[key]
 

@@ -15,7 +15,7 @@ import pytest
 from devtools import bundle, servers, tiny_models
 from overlay.cli import journals as journal_files
 from tests.conftest import REPOSITORY
-from tests.engine.conftest import PASS_THROUGH, Run, run_offline
+from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_offline
 
 pytestmark = pytest.mark.engine
 NAME = "qwen3_5_text"
@@ -54,7 +54,8 @@ def test_a_mounted_bundle_gives_the_tokens_of_stock(
     theirs.mkdir()
     (theirs / "theirs.py").touch()
 
-    extra = {**servers.cpu_environment(), **PASS_THROUGH, "VLLMOVERLAY_JOURNAL_DIR": str(tmp_path / "journals")}
+    extra = {**servers.cpu_environment(), **PASS_THROUGH, **FEW_PROCESSES}
+    extra["VLLMOVERLAY_JOURNAL_DIR"] = str(tmp_path / "journals")
     environment = servers.environment(False, tmp_path, os.environ, extra)
     environment["PYTHONPATH"] = os.pathsep.join([str(theirs), str(overlay)])
     request = {"model": str(model(NAME)), "compiled": False, "tensor_parallel_size": 1, "lora": None}

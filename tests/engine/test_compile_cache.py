@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.engine.conftest import PASS_THROUGH, Run, run_engine
+from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_engine
 
 pytestmark = [
     pytest.mark.engine,
@@ -32,6 +32,7 @@ def test_one_cache_folder_and_five_starts(model: Callable[[str], pathlib.Path], 
         "VLLM_CACHE_ROOT": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         "VLLM_CPU_CI_ENV": "0",
+        **FEW_PROCESSES,
     }
 
     def run(name: str, overlay: bool, **more: str) -> Run:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from devtools import tiny_models
-from tests.engine.conftest import PASS_THROUGH, Run, run_engine
+from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -38,6 +38,7 @@ def both(model: Callable[[str], pathlib.Path], tmp_path_factory: pytest.TempPath
                     overlay=side,
                     adapters=adapters,
                     **(PASS_THROUGH if side else {}),
+                    **FEW_PROCESSES,
                 )
                 for side in (False, True)
             )

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from devtools import journals, plugin_metadata, servers, tiny_models
 from devtools.soak import load
 from tests.conftest import REPOSITORY
-from tests.engine.conftest import PASS_THROUGH, Run, run_engine
+from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -51,9 +51,9 @@ def test_through_the_plugin_the_engine_is_patched_once(
         overlay=door == "both doors",
         behind=mounted,
         **PASS_THROUGH,
+        **FEW_PROCESSES,
         VLLMOVERLAY_PATCHES="gdn",
         VLLMOVERLAY_JOURNAL_DIR=str(tmp_path / "run" / "journals"),
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
     assert run.answers == engine(MODEL, overlay=False).answers
     (main,) = run.workers

@@ -8,10 +8,12 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from devtools import journals, servers, tiny_models
+from overlay.cli.journals import Journal
 from tests.engine.conftest import PASS_THROUGH
 
 pytestmark = pytest.mark.engine
@@ -34,17 +36,18 @@ def ask(server: servers.Server) -> list[str]:
 
 
 def test_served_tokens_are_those_of_stock(model: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
-    answers = {}
     arguments = (*tiny_models.serve_arguments(NAME), "--enforce-eager")
-    for overlay in (False, True):
+    built = model(NAME)
+
+    def served(overlay: bool) -> tuple[list[str], list[Journal]]:
         extra = {**servers.cpu_environment(), **(PASS_THROUGH if overlay else {})}
         folder = tmp_path / ("overlay" if overlay else "stock")
-        with servers.serve(
-            sys.executable, model(NAME), overlay=overlay, folder=folder, env=extra, args=arguments
-        ) as server:
-            answers[overlay] = ask(server)
-            written = server.journals()
-    assert answers[True] == answers[False] and any(answers[True])
+        with servers.serve(sys.executable, built, overlay=overlay, folder=folder, env=extra, args=arguments) as server:
+            return ask(server), server.journals()
+
+    with ThreadPoolExecutor(2) as pool:
+        (stock, _), (answers, written) = pool.map(served, (False, True))
+    assert answers == stock and any(answers)
     assert journals.why_without_effect(written, tiny_models.gdn_layers(NAME)) is None
     roles = {journal.role for journal in written}
     assert "APIServer" in roles and any(role.startswith("EngineCore") for role in roles)
