@@ -129,7 +129,10 @@ def bench(
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs per engine.")] = 1,
     arms: Annotated[
-        str, typer.Option(help="Of stock, overlay, and the overlay with one plan: auto, dual, fused, serial.")
+        str,
+        typer.Option(
+            help="Of stock, overlay, the overlay with one plan (auto, dual, fused, serial), and control: stock again."
+        ),
     ] = "stock,overlay",
     batches: Annotated[
         str | None, typer.Option(metavar="N,N,…", help="Running requests of a decode step.", show_default=False)

@@ -204,6 +204,9 @@ def test_arms_differ_by_the_overlay_and_its_plan(tmp_path: Path, monkeypatch: py
     assert stock["PYTHONPATH"] == "/site" and overlay["PYTHONPATH"] == f"{REPOSITORY}:/site"
     assert fused["VLLMOVERLAY_PLAN"] == "fused" and "VLLMOVERLAY_PLAN" not in overlay
     assert stock["VLLM_X"] == fused["VLLM_X"] == "1"
+    control = setup.environment("control", "control")
+    own = {"VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"}
+    assert {name for name in stock.keys() | control.keys() if stock.get(name) != control.get(name)} == own
 
 
 def test_the_overlay_on_pythonpath_does_not_reach_the_engines() -> None:
@@ -214,7 +217,7 @@ def test_the_overlay_on_pythonpath_does_not_reach_the_engines() -> None:
 
 def test_where_the_overlay_is_installed_stock_is_told_to_leave_it_off(tmp_path: Path) -> None:
     setup = _setup(tmp_path, installed=True)
-    assert setup.environment("stock", "run")["VLLMOVERLAY"] == "0"
+    assert setup.environment("stock", "run")["VLLMOVERLAY"] == setup.environment("control", "run")["VLLMOVERLAY"] == "0"
     assert "VLLMOVERLAY" not in setup.environment("overlay", "run")
 
 
@@ -468,6 +471,17 @@ def test_processes_on_unequal_cpus_are_named(data: dict[str, Any]) -> None:
     assert "the same kernel launches took 0.90 of stock's time in the process of fused" in launches
     del data["host_speed"]
     assert not any(text.plain.startswith("host: ") for text in report.notes(data))
+
+
+def test_what_stock_started_twice_differs_by_is_said_and_no_failure(data: dict[str, Any]) -> None:
+    found = {"stock": _answer(1, 2), "overlay": _answer(1, 2), "control": _answer(1, 3)}
+    data["tokens"] = [{"case": "N=2", "requests": 2, **engines.token_row(found, found["stock"])}]
+    assert different(data) == []
+    lines = [text.plain for text in report.notes(data)]
+    assert "control: stock started twice has other tokens in 1 of 1 cases: N=2" in lines
+    found["control"] = _answer(1, 2)
+    data["tokens"] = [{"case": "N=2", "requests": 2, **engines.token_row(found, found["stock"])}]
+    assert not any("control" in text.plain for text in report.notes(data))
 
 
 def test_every_table_is_shown_and_kept(data: dict[str, Any], tmp_path: Path) -> None:

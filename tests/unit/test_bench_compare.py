@@ -102,6 +102,17 @@ def test_faster_new_and_gone_rows_are_none(tmp_path: Path) -> None:
     assert "1 same, 1 faster, 1 new, 1 gone" in shown
 
 
+def test_stock_against_stock_cannot_regress(tmp_path: Path) -> None:
+    """It is stock against stock."""
+    old, new = _results(), _results(tokens=_tokens(0))
+    for data, ratio in ((old, 1.0), (new, 1.5)):
+        for row in data["decode"]:
+            row["arms"]["control"] = {"seconds": 1.0, "ratio": ratio, "low": ratio, "high": ratio}
+    new["tokens"][0]["arms"]["control"] = {"different_requests": 1, "first_difference": None, "logprobs_equal": False}
+    status, shown = _compare(tmp_path, old, new)
+    assert status == 0 and "control" not in shown
+
+
 def test_serving_rows_are_compared_by_metric(tmp_path: Path) -> None:
     def serving(ratio: float) -> dict[str, Any]:
         return {"rows": [{"rate": 4.0, "metric": "tpot", "arm": "overlay", **_row("x", 1, ratio)}]}

@@ -42,7 +42,7 @@ from overlay.cli.bench import engines, memory, report, serving, shapes
 from overlay.cli.bench.engines import Engines
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import REPOSITORY, Results, different
-from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, Setup
+from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITHOUT_OVERLAY, Setup
 from overlay.cli.bench.workers import WorkerError
 from overlay.cli.failure import CommandError
 
@@ -124,7 +124,8 @@ class Plan:
     @property
     def serving_arms(self) -> tuple[str, str]:
         arms = self.options.arms
-        return STOCK, OVERLAY if OVERLAY in arms else arms[1]
+        patched = [arm for arm in arms if arm not in WITHOUT_OVERLAY]
+        return STOCK, OVERLAY if OVERLAY in arms else [*patched, *arms[1:]][0]
 
 
 # ---------------------------------------------------------------- before the first engine
@@ -418,7 +419,9 @@ def _check_effect(plan: Plan, results: Results) -> None:
     """An arm in which nothing was patched measures stock under another name."""
     pair = results.data["pair"]
     for arm in pair:
-        if arm in ARMS and arm != STOCK and not any(row["patched"] for row in pair.get("journals", {}).get(arm, ())):
+        if arm not in ARMS or arm in WITHOUT_OVERLAY:
+            continue
+        if not any(row["patched"] for row in pair.get("journals", {}).get(arm, ())):
             said = "; ".join(pair.get("journal_problems", {}).get(arm, ())) or "nothing"
             text = f"{arm}: the overlay has patched no layer, so its times are stock's; its journal's problems: {said}"
             if plan.model.linear_layers():

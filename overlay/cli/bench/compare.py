@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay.cli.bench.results import arms_of
+from overlay.cli.bench.results import overlays_of
 from overlay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def ratios(data: Mapping[str, Any]) -> dict[Key, Ratio]:
     found: dict[Key, Ratio] = {}
     for kind, size in (("decode", "requests"), ("first_token", "prompt")):
         for row in data.get(kind) or []:
-            for arm, values in arms_of(row).items():
+            for arm, values in overlays_of(row).items():
                 found[kind, float(row[size]), arm] = Ratio(values["ratio"], values["low"], values["high"])
     for row in (data.get("serving") or {}).get("rows") or []:
         found[f"serving {row['metric']}", float(row["rate"]), row["arm"]] = Ratio(row["ratio"], row["low"], row["high"])
@@ -149,7 +149,7 @@ def tokens_worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         return {
             (arm, row["case"]): answer["different_requests"]
             for row in data.get("tokens") or []
-            for arm, answer in arms_of(row).items()
+            for arm, answer in overlays_of(row).items()
             if row["stock_repeats_itself"]
         }
 

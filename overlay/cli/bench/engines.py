@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench.intervals import compare
 from overlay.cli.bench.results import Results, journal_problems, journal_summary
-from overlay.cli.bench.setup import OVERLAY, STOCK, Setup
+from overlay.cli.bench.setup import OVERLAY, STOCK, WITHOUT_OVERLAY, Setup
 from overlay.cli.bench.workers import Worker, WorkerError, in_turn
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Engines:
             return
         self.results.put("pair", arm, value=answer)
         loaded = bool(answer["overlay_modules"])
-        if loaded != (arm != STOCK) and not self.setup.installed:
+        if loaded != (arm not in WITHOUT_OVERLAY) and not self.setup.installed:
             self.results.problem(f"{arm}: overlay modules loaded: {loaded}")
         memory = answer.get("gpu_memory")
         held = f", {memory['reserved'] / 2**30:.1f} GiB" if memory else ""
@@ -107,7 +107,7 @@ class Engines:
         """End all workers, and note what the overlay's journals say."""
         for worker in self.workers.values():
             worker.close(1.0 if hurry else 20.0)
-        folders = {arm: self.setup.journal_folder(f"pair-{arm}") for arm in self.workers if arm != STOCK}
+        folders = {arm: self.setup.journal_folder(f"pair-{arm}") for arm in self.workers if arm not in WITHOUT_OVERLAY}
         journals = {arm: journal_summary(folder) for arm, folder in folders.items()}
         self.workers = {}
         if journals:

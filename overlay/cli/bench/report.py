@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from overlay.cli.bench.results import arms_of, different
+from overlay.cli.bench.results import CONTROL, arms_of, different
 from overlay.cli.bench.setup import OVERLAY, STOCK
 
 if TYPE_CHECKING:
@@ -62,8 +62,17 @@ def notes(data: dict[str, Any]) -> list[Text]:
     shown = [Text(text, style="yellow") for text in uneven_hosts(data.get("host_speed", {}))]
     shown += [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
     shown += [Text(f"PROBLEM {text[:800]}", style="bold red") for text in data.get("problems", [])]
+    shown += [Text(text, style="yellow") for text in different_control(data.get("tokens") or [])]
     shown += [Text(f"TOKENS DIFFER: {text}", style="bold red") for text in different(data)]
     return shown
+
+
+def different_control(rows: list[dict[str, Any]]) -> list[str]:
+    """A line where stock, started a second time, has other tokens than the first one: then an arm's need not be its own doing."""
+    cases = [row["case"] for row in rows if arms_of(row).get(CONTROL, {}).get("different_requests")]
+    if not cases:
+        return []
+    return [f"control: stock started twice has other tokens in {len(cases)} of {len(rows)} cases: {', '.join(cases)}"]
 
 
 def uneven_hosts(rows: dict[str, dict[str, Any]]) -> list[str]:

@@ -17,6 +17,8 @@ from typing import Any
 #: The folder that holds the package `overlay`: what goes on PYTHONPATH.
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCHEMA = 2
+#: The arm that is stock, started a second time.
+CONTROL = "control"
 
 
 def _output(*command: str) -> str | None:
@@ -158,11 +160,16 @@ def arms_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"overlay": {key: row[key] for key in keys}} if "logprobs_equal" in row else {}
 
 
+def overlays_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arms of one row that are to be like stock, or better: all but the control."""
+    return {arm: values for arm, values in arms_of(row).items() if arm != CONTROL}
+
+
 def different(data: dict[str, Any]) -> list[str]:
     """Arms and cases with other tokens than stock's, where stock repeats its own; in words."""
     found = []
     for row in data.get("tokens") or []:
-        for arm, answer in arms_of(row).items():
+        for arm, answer in overlays_of(row).items():
             if answer["different_requests"] and row["stock_repeats_itself"]:
                 found.append(f"{arm}, {row['case']}: {answer['different_requests']} of {row['requests']} requests")
     return found

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from overlay.cli.bench.results import REPOSITORY
+from overlay.cli.bench.results import CONTROL, REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 STOCK, OVERLAY = "stock", "overlay"
 #: Further arms: the overlay with this value of VLLMOVERLAY_PLAN.
 PLANS = ("auto", "dual", "fused", "serial")
-ARMS = (STOCK, OVERLAY, *PLANS)
+ARMS = (STOCK, OVERLAY, *PLANS, CONTROL)
+WITHOUT_OVERLAY = (STOCK, CONTROL)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ class Setup:
             environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
         if self.cpu:
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
-        if arm == STOCK:
+        if arm in WITHOUT_OVERLAY:
             environment |= {"VLLMOVERLAY": "0"} if self.installed else {}
         else:
             path.insert(0, str(REPOSITORY))
