@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
 # A file of engine tests shares what its engines have answered, so it stays in one process.
 IN_PARALLEL := -n 2
-FILES_IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+FILES_IN_PARALLEL := $(IN_PARALLEL) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo soak test unit contract engine gpu matrix bundle lint types format lock environment clean
@@ -20,9 +20,7 @@ demo: ## Stock vLLM against vLLM with the overlay, in real servers: are the toke
 soak: ## Mixed load on stock and overlay servers for some minutes: errors, tokens, memory
 	@python="$$($(PYTHON) devtools/environment.py --demo)" && exec "$$python" -m devtools.soak $(SOAK_OPTIONS)
 
-test: lint types ## Everything: style, types, unit, contract and engine tests
-	$(PYTEST) tests/unit tests/contract $(IN_PARALLEL) $(TEST_OPTIONS)
-	$(PYTEST) tests/engine $(FILES_IN_PARALLEL) $(TEST_OPTIONS)
+test: lint types unit contract engine ## Everything: style, types, unit, contract and engine tests
 	$(PYTEST) tests/gpu $(TEST_OPTIONS)
 
 unit: environment ## The quick tests

@@ -54,8 +54,12 @@ def test_a_mounted_bundle_gives_the_tokens_of_stock(
     theirs.mkdir()
     (theirs / "theirs.py").touch()
 
-    extra = {**servers.cpu_environment(), **PASS_THROUGH, **FEW_PROCESSES}
-    extra["VLLMOVERLAY_JOURNAL_DIR"] = str(tmp_path / "journals")
+    extra = {
+        **servers.cpu_environment(),
+        **PASS_THROUGH,
+        **FEW_PROCESSES,
+        "VLLMOVERLAY_JOURNAL_DIR": str(tmp_path / "journals"),
+    }
     environment = servers.environment(False, tmp_path, os.environ, extra)
     environment["PYTHONPATH"] = os.pathsep.join([str(theirs), str(overlay)])
     request = {"model": str(model(NAME)), "compiled": False, "tensor_parallel_size": 1, "lora": None}

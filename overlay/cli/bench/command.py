@@ -123,9 +123,8 @@ class Plan:
 
     @property
     def serving_arms(self) -> tuple[str, str]:
-        arms = self.options.arms
-        patched = [arm for arm in arms if arm not in WITHOUT_OVERLAY]
-        return STOCK, OVERLAY if OVERLAY in arms else [*patched, *arms[1:]][0]
+        """Stock, and of the others the overlay, or else the first that is not stock again."""
+        return STOCK, min(self.options.arms[1:], key=lambda arm: (arm != OVERLAY, arm in WITHOUT_OVERLAY))
 
 
 # ---------------------------------------------------------------- before the first engine
@@ -418,10 +417,8 @@ def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
 def _check_effect(plan: Plan, results: Results) -> None:
     """An arm in which nothing was patched measures stock under another name."""
     pair = results.data["pair"]
-    for arm in pair:
-        if arm not in ARMS or arm in WITHOUT_OVERLAY:
-            continue
-        if not any(row["patched"] for row in pair.get("journals", {}).get(arm, ())):
+    for arm, rows in pair.get("journals", {}).items():
+        if not any(row["patched"] for row in rows):
             said = "; ".join(pair.get("journal_problems", {}).get(arm, ())) or "nothing"
             text = f"{arm}: the overlay has patched no layer, so its times are stock's; its journal's problems: {said}"
             if plan.model.linear_layers():

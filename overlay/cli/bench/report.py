@@ -60,9 +60,9 @@ def tables(data: dict[str, Any]) -> list[Any]:
 def notes(data: dict[str, Any]) -> list[Text]:
     """What went wrong or was left out, the worst last: there it is seen."""
     shown = [Text(text, style="yellow") for text in uneven_hosts(data.get("host_speed", {}))]
+    shown += [Text(text, style="yellow") for text in different_control(data.get("tokens") or [])]
     shown += [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
     shown += [Text(f"PROBLEM {text[:800]}", style="bold red") for text in data.get("problems", [])]
-    shown += [Text(text, style="yellow") for text in different_control(data.get("tokens") or [])]
     shown += [Text(f"TOKENS DIFFER: {text}", style="bold red") for text in different(data)]
     return shown
 
