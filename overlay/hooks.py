@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
-from overlay import agreement, cache_identity, effect, loaded, log, safety, summary, verdict
+from overlay import agreement, cache_identity, effect, frame_stack, loaded, log, safety, summary, verdict
 from overlay import settings as settings_module
 from overlay.journal import OFF, journal
 from overlay.settings import Settings
@@ -93,6 +93,8 @@ def _set_hooks(settings: Settings) -> None:
         hook = _guarded("proof of effect", lambda module: effect.watch(module, settings, _sources), settings)
         register_post_import_hook(hook, module_name)
         register_post_import_hook(_guarded("loaded models", loaded.watch, settings), module_name)
+    for module_name in frame_stack.LOOPS if settings.patches else ():
+        register_post_import_hook(_guarded("frame stack", _give_room, settings), module_name)
 
 
 def _fall_back_on_our_wrapt() -> None:
@@ -116,6 +118,10 @@ def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) 
                 raise
 
     return guarded
+
+
+def _give_room(module: ModuleType) -> None:
+    frame_stack.watch(module, journal.entered)
 
 
 def _publish_metrics(module: ModuleType) -> None:

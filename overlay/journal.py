@@ -121,6 +121,8 @@ class Journal:
         self.fingerprint: str | None = None
         #: `world` and `rank` of this process, and the `result` of the comparison; None where there is one rank.
         self.agreement: dict[str, Any] | None = None
+        #: vLLM's loop that this process is in, with room for its frames (overlay/frame_stack.py).
+        self.loop: str | None = None
 
     def open(self, folder: str) -> None:
         """Name the file and clean up after processes that are gone. A folder that cannot be used costs a WARNING."""
@@ -153,6 +155,11 @@ class Journal:
         logger.warning("overlay: %s", text, extra=fields("problem", problem=text))
         self.write()
 
+    def entered(self, loop: str) -> None:
+        """This process begins with a loop of vLLM's."""
+        self.loop = loop
+        self.write()
+
     def keep_current(self) -> None:
         """From now on the file follows the counters. Called when the first layer of this process is patched."""
         if self._writer is None and self._path is not None:
@@ -172,6 +179,7 @@ class Journal:
             "transformers": self.transformers,
             "fingerprint": self.fingerprint,
             "agreement": self.agreement,
+            "loop": self.loop,
             "problems": list(self.problems),
             "patches": {name: record.as_dict() for name, record in self.patches.items()},
         }

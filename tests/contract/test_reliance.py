@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from overlay import log
 from overlay.effect import WARM_UP, WORKERS
+from overlay.frame_stack import LOOPS
 from overlay.lowering import VLLM_COMPILE
 from overlay.pair_plans import MIXED_GRAPHS
 from overlay.verdict import APPLY, judge
@@ -102,6 +103,21 @@ def test_warm_up_ends_and_steps_run_where_the_proof_of_effect_looks(version: str
     assert [argument.arg for argument in step.args.args][:2] == ["self", "scheduler_output"]
     output = class_of(parsed(version, "vllm.v1.core.sched.output"), "SchedulerOutput")
     assert "total_num_scheduled_tokens" in names_in(output)
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+@pytest.mark.parametrize(("module", "loops"), LOOPS.items())
+def test_processes_spend_their_lives_in_the_loops_that_get_room(
+    version: str, module: str, loops: tuple[str, ...]
+) -> None:
+    tree = parsed(version, module)
+    called = {node.func.attr for node in ast.walk(tree) if isinstance(node, ast.Call) and hasattr(node.func, "attr")}
+    for loop in loops:
+        owner, _, method = loop.partition(".")
+        found = methods_of(class_of(tree, owner))[method]
+        assert isinstance(found, ast.FunctionDef)  # not asynchronous: it would have returned at once
+        assert any(isinstance(node, ast.While) for node in ast.walk(found))
+        assert method in called
 
 
 @pytest.mark.parametrize("version", released.SUPPORTED)

@@ -54,6 +54,7 @@ def test_sizes_are_per_shard_with_two_real_shards(engine: Engine, name: str) -> 
     for journal, sizes in zip(overlay.workers, gdn_sizes(overlay), strict=True):
         assert list(sizes.values()) == [SHARD_SIZES[2]] * tiny_models.gdn_layers(name)
         assert journal.calls > 0
+        assert journal.raw["loop"] == "WorkerProc.worker_busy_loop"
 
 
 def test_lora_on_the_projections_leaves_them_stock(engine: Engine) -> None:

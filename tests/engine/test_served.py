@@ -51,3 +51,5 @@ def test_served_tokens_are_those_of_stock(model: Callable[[str], pathlib.Path], 
     assert journals.why_without_effect(written, tiny_models.gdn_layers(NAME)) is None
     roles = {journal.role for journal in written}
     assert "APIServer" in roles and any(role.startswith("EngineCore") for role in roles)
+    loops = {journal.raw["loop"] for journal in written if journal.role.startswith("EngineCore")}
+    assert loops == {"EngineCoreProc.run_busy_loop"}

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import runpy
 import sys
 import time
 import traceback
@@ -335,9 +336,18 @@ class EngineWorker:
 
 
 def main(worker: EngineWorker | None = None) -> None:
-    """Answer commands until `quit` or the end of standard input. `worker` may know more commands than this module's."""
+    """Answer commands until `quit` or the end of standard input. `worker` may know more commands than this module's.
+
+    Every arm has room for its frames: where a call of a step crosses the end of a chunk is chance, and differs from arm to
+    arm by what has nothing to do with the GPU. The overlay's module is run by its path, for stock's process must not find
+    the package.
+    """
+    with_room = runpy.run_path(str(Path(__file__).parents[4] / "frame_stack.py"))["with_room"]
+    with_room(_answer_commands, worker or EngineWorker())
+
+
+def _answer_commands(worker: EngineWorker) -> None:
     answers = replies.stream()
-    worker = worker or EngineWorker()
     for line in sys.stdin:
         message = json.loads(line)
         command = message.pop("command")
