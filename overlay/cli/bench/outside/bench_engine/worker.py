@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+#: overlay.frame_stack's, run by its path: a stock process must not find the overlay's package.
+with_room: Callable[..., Any] = runpy.run_path(str(Path(__file__).parents[4] / "frame_stack.py"))["with_room"]
 #: About 5 ms each: long enough to tell a slow CPU, short enough to ask in every round.
 HOST_STEPS, HOST_LAUNCHES = 100_000, 1_000
 
@@ -338,15 +340,14 @@ class EngineWorker:
 def main(worker: EngineWorker | None = None) -> None:
     """Answer commands until `quit` or the end of standard input. `worker` may know more commands than this module's.
 
-    Every arm has room for its frames: where a call of a step crosses the end of a chunk is chance, and differs from arm to
-    arm by what has nothing to do with the GPU. The overlay's module is run by its path, for stock's process must not find
-    the package.
+    Every arm has room for its frames: which calls of a step cross the end of a chunk is chance, and differs from arm to arm
+    by what has nothing to do with the GPU.
     """
-    with_room = runpy.run_path(str(Path(__file__).parents[4] / "frame_stack.py"))["with_room"]
-    with_room(_answer_commands, worker or EngineWorker())
+    with_room(answer_commands, worker or EngineWorker())
 
 
-def _answer_commands(worker: EngineWorker) -> None:
+def answer_commands(worker: EngineWorker) -> None:
+    """Answer commands, and end the process."""
     answers = replies.stream()
     for line in sys.stdin:
         message = json.loads(line)
