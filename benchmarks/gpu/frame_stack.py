@@ -101,26 +101,24 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Per prompt: what a step takes as it comes, to the same process with room, over the pages that it maps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    found = {(row["prompt"], row["arm"], row["frames"], row["kind"]): row for row in rows}
     prompts = sorted({row["prompt"] for row in rows})
     figure, panels = pyplot.subplots(1, len(prompts), figsize=(6 * len(prompts), 4), squeeze=False)
     for panel, prompt in zip(panels[0], prompts, strict=True):
         for arm in sorted({row["arm"] for row in rows}, reverse=True):
-            for kind in KINDS:
-                line = [row for row in rows if (row["prompt"], row["arm"], row["kind"]) == (prompt, arm, kind)]
-                style = {
-                    "color": "black" if arm == STOCK else "tab:blue",
-                    "linestyle": "--" if kind in KINDS[1:] else "-",
-                }
-                panel.plot(
-                    [r["frames"] for r in line], [1e3 * r["seconds"] for r in line], label=f"{arm}, {kind}", **style
-                )
-        panel.set(title=f"prompt of {prompt} tokens", xlabel="further Python frames", ylabel="time to first token (ms)")
-        panel.set_ylim(bottom=0)
+            pairs = [tuple(found[prompt, arm, frames, kind] for kind in KINDS) for frames in FRAMES]
+            ratios = [as_it_comes["seconds"] / with_room["seconds"] for as_it_comes, with_room in pairs]
+            colour = "black" if arm == STOCK else "tab:blue"
+            panel.plot([row["pages"] for row, _ in pairs], ratios, "o", color=colour, label=arm)
+        panel.axhline(1.0, color="grey", linewidth=0.8)
+        panel.set(title=f"prompt of {prompt} tokens", xlabel="pages mapped until the first token")
+    panels[0][0].set_ylabel("time to first token: as it comes / with room")
     panels[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
