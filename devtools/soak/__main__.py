@@ -63,7 +63,7 @@ def serve_arguments() -> list[str]:
     return [*arguments, "--gpu-memory-utilization", "0.2"] if has_gpu_engine() else arguments
 
 
-def halves(cores: list[int]) -> tuple[list[int], list[int]]:
+def shares_of(cores: list[int]) -> tuple[list[int], list[int]]:
     """Two equal shares of the machine's cores; a single core is shared."""
     half = len(cores) // 2
     return (cores[:half], cores[half : 2 * half]) if half else (cores, cores)
@@ -74,7 +74,7 @@ def both_servers(progress: Progress) -> Iterator[dict[str, Server]]:
     """Both alive at once. On a GPU one starts after the other: vLLM measures the free memory of the device meanwhile."""
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
-        for name, cores in zip((STOCK, OVERLAY), halves(sorted(os.sched_getaffinity(0))), strict=True):
+        for name, cores in zip((STOCK, OVERLAY), shares_of(sorted(os.sched_getaffinity(0))), strict=True):
             settings = {}
             if not has_gpu_engine():
                 # By itself vLLM binds both servers to the same cores, and one of them gets most of the time.

@@ -121,6 +121,13 @@ def test_serving_rows_are_compared_by_metric(tmp_path: Path) -> None:
     assert status == 1 and "serving tpot" in shown
 
 
+def test_a_control_that_was_a_server_is_not_compared(tmp_path: Path) -> None:
+    row = {"rate": 4, "metric": "tpot", "arm": "control", "ratio": 1.0, "low": 0.999, "high": 1.001}
+    slower = {**row, "ratio": 1.1, "low": 1.09, "high": 1.11}
+    status, shown = _compare(tmp_path, _results(serving={"rows": [row]}), _results(serving={"rows": [slower]}))
+    assert status == 0 and "serving" not in shown
+
+
 def test_tokens_that_differ_now_are_a_regression(tmp_path: Path) -> None:
     status, shown = _compare(tmp_path, _results(tokens=_tokens(0)), _results(tokens=_tokens(2)))
     assert status == 1 and "overlay, N=8: 2 requests differ, 0 before" in shown

@@ -20,7 +20,7 @@ pytest.importorskip("openai")
 
 from devtools import servers
 from devtools.soak import load, memory, report
-from devtools.soak.__main__ import halves
+from devtools.soak.__main__ import shares_of
 from overlay.cli.journals import Journal, Patch
 
 POOL = load.make_pool(["first", "second"])
@@ -220,7 +220,7 @@ def test_a_check_names_what_differs_and_where() -> None:
     ("cores", "shares"), [([0, 1], ([0], [1])), ([0, 1, 2, 4, 7], ([0, 1], [2, 4])), ([3], ([3], [3]))]
 )
 def test_each_server_gets_half_of_the_cores(cores: list[int], shares: tuple[list[int], list[int]]) -> None:
-    assert halves(cores) == shares
+    assert shares_of(cores) == shares
 
 
 def journal(**changes: Any) -> Journal:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay.cli.bench.results import overlays_of
+from overlay.cli.bench.results import CONTROL, overlays_of
 from overlay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ def ratios(data: Mapping[str, Any]) -> dict[Key, Ratio]:
             for arm, values in overlays_of(row).items():
                 found[kind, float(row[size]), arm] = Ratio(values["ratio"], values["low"], values["high"])
     for row in (data.get("serving") or {}).get("rows") or []:
-        found[f"serving {row['metric']}", float(row["rate"]), row["arm"]] = Ratio(row["ratio"], row["low"], row["high"])
+        if row["arm"] != CONTROL:
+            key = f"serving {row['metric']}", float(row["rate"]), row["arm"]
+            found[key] = Ratio(row["ratio"], row["low"], row["high"])
     return found
 
 
