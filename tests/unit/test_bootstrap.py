@@ -281,6 +281,39 @@ def test_patches_none_reads_no_source(world: World) -> None:
     assert world.journals()[0]["patches"]["gdn"]["verdict"] == "off"
 
 
+WORKERS_LOOP = {
+    "v1/__init__.py": "",
+    "v1/executor/__init__.py": "",
+    "v1/executor/multiproc_executor.py": """
+        class WorkerProc:
+            def worker_busy_loop(self):
+                return "looped"
+        """,
+}
+RUN_LOOP = """
+from vllm.v1.executor.multiproc_executor import WorkerProc
+assert WorkerProc().worker_busy_loop() == "looped"
+"""
+
+
+@pytest.mark.parametrize(("patches", "loop"), [("all", "WorkerProc.worker_busy_loop"), ("none", None)])
+def test_vllms_loops_get_room_for_frames_where_anything_may_be_patched(
+    world: World, patches: str, loop: str | None
+) -> None:
+    world.build({**WORKERS_LOOP})
+    succeeded(world.run(RUN_LOOP, VLLMOVERLAY_PATCHES=patches))
+    assert world.journals()[0]["loop"] == loop
+
+
+def test_a_vllm_without_the_loop_runs_stock_there_and_one_warning_says_so(world: World) -> None:
+    module = {**WORKERS_LOOP, "v1/executor/multiproc_executor.py": "class WorkerProc: pass\n"}
+    world.build({**module})
+    code = "import vllm.v1.executor.multiproc_executor"
+    (line,) = overlay_lines(succeeded(world.run(code)))
+    assert "frame stack" in line and "worker_busy_loop" in line
+    assert world.run(code, VLLMOVERLAY_STRICT="1").returncode != 0
+
+
 def test_the_folder_twice_on_pythonpath_and_armed_twice_is_armed_once(world: World) -> None:
     world.build({stub_vllm.GDN_MODULE: DRIFTED})
     code = f"from overlay.bootstrap import arm; arm(); arm(); {IMPORT_ALL}"
