@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from overlay.cli import output
 from tests.conftest import REPOSITORY
 
@@ -36,7 +38,7 @@ def test_every_depth_is_measured_both_ways_on_every_arm_and_shown(tmp_path: Path
     places = {(row["prompt"], row["frames"], row["kind"], row["arm"]) for row in rows}
     assert len(places) == len(rows) == 2 * len(frame_stack.FRAMES) * 2 * 2
     assert all(len(row["samples"]) == 3 for row in rows)
-    console = output.console()
+    console = Console(width=output.PIPE_COLUMNS)
     with console.capture() as shown:
         console.print(frame_stack.summary(rows))
     assert "as it comes" in shown.get() and "51.0" in shown.get() and "40.0" in shown.get()
