@@ -11,8 +11,7 @@ within one process is the same graph, the same kernels and the same code. See ov
 from __future__ import annotations
 
 import argparse
-import functools
-import json
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -22,20 +21,19 @@ from gpu import REPOSITORY
 
 sys.path.append(str(REPOSITORY))
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from overlay.cli import output
-from overlay.cli.bench import command, engines
+from overlay.cli.bench import command, engines, report
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import Results
 from overlay.cli.bench.setup import STOCK, numbers
-from overlay.cli.bench.workers import Worker
 
 SCRIPT = Path(__file__).resolve().with_name("frame_stack_worker.py")
 #: Of `below`, about 130 bytes each: most of a chunk of 16 KiB.
 FRAMES = tuple(range(0, 120, 10))
-KINDS = ("as it comes", "with room")
+KINDS = AS_IT_COMES, WITH_ROOM = "as it comes", "with room"
 
 
 def parse() -> argparse.Namespace:
@@ -59,19 +57,21 @@ def parse() -> argparse.Namespace:
 
 def measure(alive: engines.Engines, prompts: tuple[int, ...], rounds: int, progress: Progress) -> list[dict[str, Any]]:
     """One row per prompt, depth, kind and arm: the medians of its rounds, in seconds and pages."""
-    samples: dict[tuple[int, int, str, str], list[tuple[float, float]]] = {}
+
+    def ask(turn: int, prompt: int, frames: int, kind: str, seed: int) -> dict[str, dict[str, Any]]:
+        asked = {"room": kind == WITH_ROOM, "length": prompt, "repetitions": 2, "seed": engines.SEED + seed}
+        return alive.all("first_token_above", turn, frames=frames, **asked)
+
     progress.phase("frames", rounds * len(prompts) * len(FRAMES))
-    for turn in range(-1, rounds):  # the first one warms up
-        for prompt in prompts:
-            for frames in FRAMES if turn >= 0 else FRAMES[:2]:
-                progress.step(f"prompt {prompt}, {frames} frames, round {turn + 1} of {rounds}")
-                for kind in KINDS if turn % 2 else KINDS[::-1]:
-                    asked = {"length": prompt, "repetitions": 2, "seed": engines.SEED + 1000 * turn}
-                    room = kind == KINDS[1]
-                    found = alive.all("first_token_above", max(turn, 0), frames=frames, room=room, **asked)
-                    for arm, answer in found.items() if turn >= 0 else ():
-                        sample = statistics.median(answer["seconds"]), answer["pages"]
-                        samples.setdefault((prompt, frames, kind, arm), []).append(sample)
+    for prompt, frames, kind in itertools.product(prompts, FRAMES[:2], KINDS):
+        ask(0, prompt, frames, kind, -1000)  # warms up
+    samples: dict[tuple[int, int, str, str], list[tuple[float, float]]] = {}
+    for turn, prompt, frames in itertools.product(range(rounds), prompts, FRAMES):
+        progress.step(f"prompt {prompt}, {frames} frames, round {turn + 1} of {rounds}")
+        for kind in KINDS if turn % 2 else KINDS[::-1]:
+            for arm, answer in ask(turn, prompt, frames, kind, 1000 * turn).items():
+                sample = statistics.median(answer["seconds"]), answer["pages"]
+                samples.setdefault((prompt, frames, kind, arm), []).append(sample)
     return [
         {
             "prompt": prompt,
@@ -88,16 +88,22 @@ def measure(alive: engines.Engines, prompts: tuple[int, ...], rounds: int, progr
 
 def summary(rows: list[dict[str, Any]]) -> Table:
     """Per prompt, arm and kind: the range over the depths."""
-    table = Table("prompt", "arm", "frames", "ms, median", "least", "most", "pages mapped, median", "least", "most")
+    columns = ("prompt", "arm", "frames", "ms, median", "least", "most", "pages mapped, median", "least", "most")
+    shown = report.table("time to first token over the depths", *columns)
     groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["prompt"], row["arm"], row["kind"]), []).append(row)
     for (prompt, arm, kind), group in sorted(groups.items()):
         times, pages = ([row[key] for row in group] for key in ("seconds", "pages"))
-        values = [1e3 * statistics.median(times), 1e3 * min(times), 1e3 * max(times)]
-        counts = [statistics.median(pages), min(pages), max(pages)]
-        table.add_row(str(prompt), arm, kind, *(f"{v:.1f}" for v in values), *(f"{c:.0f}" for c in counts))
-    return table
+        cells = [report.milliseconds(value) for value in (statistics.median(times), min(times), max(times))]
+        cells += [f"{value:.0f}" for value in (statistics.median(pages), min(pages), max(pages))]
+        shown.add_row(str(prompt), arm, kind, *cells)
+    return shown
+
+
+def tables(data: dict[str, Any]) -> list[Any]:
+    """What this file adds to the head and the notes of every report."""
+    return [Text(report.head(data)), summary(data["frame_stack"]), *report.notes(data)]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -141,21 +147,17 @@ def main() -> int:
     )
     plan = command.settle(options)
     setup = command.setup_of(plan)
-    engines.Worker = functools.partial(Worker, script=SCRIPT)
     setup.work.mkdir(parents=True, exist_ok=True)
     with Progress(console) as progress:
         results = Results(setup.out / "frame-stack.json", progress.problem)
-        alive = engines.Engines(setup, results, progress)
+        alive = engines.Engines(setup, results, progress, SCRIPT)
         try:
             alive.start(command.engine_arguments(plan, setup, plan.model.folder(setup.work)), options.together)
             rows = measure(alive, given.prompts, given.rounds, progress)
         finally:
             alive.close()
     results.put("frame_stack", value=rows)
-    console.print(summary(rows))
-    with (setup.out / "report.txt").open("w") as file:
-        file.write(json.dumps(results.data["host"]) + "\n")
-        Console(file=file, width=output.PIPE_COLUMNS).print(summary(rows))
+    report.show(results.data, console, setup.out / "report.txt", tables)
     plot(rows, setup.out / "frame-stack.png")
     return int(bool(results.data["problems"]))
 

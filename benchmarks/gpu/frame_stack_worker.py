@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 from collections.abc import Callable
@@ -28,10 +29,8 @@ class FrameStackWorker(EngineWorker):
         Also the pages that were mapped meanwhile, per repetition.
         """
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        if room:
-            seconds = with_room(below, frames, lambda: self.do_first_token(**asked))
-        else:
-            seconds = below(frames, lambda: self.do_first_token(**asked))
+        first_token = functools.partial(self.do_first_token, **asked)
+        seconds = with_room(below, frames, first_token) if room else below(frames, first_token)
         pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         return {"seconds": seconds, "pages": pages / len(seconds)}
 

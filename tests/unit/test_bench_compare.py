@@ -103,7 +103,6 @@ def test_faster_new_and_gone_rows_are_none(tmp_path: Path) -> None:
 
 
 def test_stock_against_stock_cannot_regress(tmp_path: Path) -> None:
-    """It is stock against stock."""
     old, new = _results(), _results(tokens=_tokens(0))
     for data, ratio in ((old, 1.0), (new, 1.5)):
         for row in data["decode"]:

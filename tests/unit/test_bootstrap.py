@@ -300,14 +300,13 @@ assert WorkerProc().worker_busy_loop() == "looped"
 def test_vllms_loops_get_room_for_frames_where_anything_may_be_patched(
     world: World, patches: str, loop: str | None
 ) -> None:
-    world.build({**WORKERS_LOOP})
+    world.build(WORKERS_LOOP)
     succeeded(world.run(RUN_LOOP, VLLMOVERLAY_PATCHES=patches))
     assert world.journals()[0]["loop"] == loop
 
 
 def test_a_vllm_without_the_loop_runs_stock_there_and_one_warning_says_so(world: World) -> None:
-    module = {**WORKERS_LOOP, "v1/executor/multiproc_executor.py": "class WorkerProc: pass\n"}
-    world.build({**module})
+    world.build({**WORKERS_LOOP, "v1/executor/multiproc_executor.py": "class WorkerProc: pass\n"})
     code = "import vllm.v1.executor.multiproc_executor"
     (line,) = overlay_lines(succeeded(world.run(code)))
     assert "frame stack" in line and "worker_busy_loop" in line

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from overlay.cli.bench.intervals import compare
 from overlay.cli.bench.results import Results, journal_problems, journal_summary
 from overlay.cli.bench.setup import OVERLAY, STOCK, WITHOUT_OVERLAY, Setup
-from overlay.cli.bench.workers import Worker, WorkerError, in_turn
+from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from overlay.cli.bench.progress import Progress
 
@@ -49,8 +50,9 @@ def paired_row(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 class Engines:
     """One worker per arm. Results go under `pair`, `tokens`, `first_token`, `decode` of the results file."""
 
-    def __init__(self, setup: Setup, results: Results, progress: Progress) -> None:
-        self.setup, self.results, self.progress = setup, results, progress
+    def __init__(self, setup: Setup, results: Results, progress: Progress, script: Path = SCRIPT) -> None:
+        """`script` is what each engine's process runs, by its path: for a worker that knows further commands."""
+        self.setup, self.results, self.progress, self._script = setup, results, progress, script
         self.workers: dict[str, Worker] = {}
 
     # ---- start and end
@@ -67,7 +69,7 @@ class Engines:
         for arm in setup.arms:
             log = setup.work / "logs" / f"pair-{arm}.log"
             log.unlink(missing_ok=True)
-            self.workers[arm] = Worker(arm, setup.environment(arm, f"pair-{arm}"), log)
+            self.workers[arm] = Worker(arm, setup.environment(arm, f"pair-{arm}"), log, self._script)
             self.workers[arm].send("start", engine=engine, weight_seed=seed)
             if not together:
                 self._started(arm)
