@@ -38,7 +38,7 @@ class Calls:
     """How often a custom op was called, by strategy."""
 
     fake: int = 0
-    lowered: int = 0  #: places in compiled graphs that got stock's calls back (overlay.lowering)
+    lowered: int = 0  #: places in compiled graphs that got stock's calls back (overlay.side_work.lowering)
     dual_stream: int = 0
     fused: int = 0
     serial: dict[str, int] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class PatchRecord:
     patched: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
-    #: What was measured, or read from disk, for each shape of this patch's layers (overlay.pair_plans).
+    #: What was measured, or read from disk, for each shape of this patch's layers (overlay.side_work.pairs).
     plans: list[dict[str, Any]] = field(default_factory=list)
     #: Whether vLLM's own warm-up has to have called the op; else the first step has to.
     runs_in_warm_up: bool = True

@@ -85,7 +85,7 @@ class Ways:
 
         from overlay.journal import PatchRecord
         from overlay.patches.deepseek_v4 import Handover, InputGemms, answering_gemm
-        from overlay.plan import Plan
+        from overlay.side_work.plan import Plan
 
         self.layer = layer
         self.record = PatchRecord()

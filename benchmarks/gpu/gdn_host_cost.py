@@ -31,7 +31,7 @@ def sides(device: torch.device, tokens: int) -> dict[str, Callable[[], Any]]:
     from overlay.journal import PatchRecord
     from overlay.pair import LinearPair
     from overlay.patches import gdn
-    from overlay.plan import Plan
+    from overlay.side_work.plan import Plan
 
     record = PatchRecord()
     gdn.register_ops(record)

@@ -174,7 +174,7 @@ class Overlaid:
 
         from overlay.journal import PatchRecord
         from overlay.patches import lora_linear
-        from overlay.plan import Plan
+        from overlay.side_work.plan import Plan
         from overlay.verdict import SourceTree, class_at, judge
 
         found = judge("lora_linear", SourceTree(Path(package.__file__).parents[3]))

@@ -78,7 +78,7 @@ def overlap_of(layer: LoraLinear, name: str) -> tuple[Any, Any]:
     """The overlay's own object for a layer, which runs `serial` as upstream's `apply`; and where it counts its calls."""
     from overlay.journal import PatchRecord
     from overlay.patches.lora_linear import LinearOverlap
-    from overlay.plan import Plan
+    from overlay.side_work.plan import Plan
 
     record = PatchRecord()
     plan = Plan("dual", 1 << 20)

@@ -31,7 +31,7 @@ def overlay_region(device: torch.device) -> Any:
     root = str(Path(__file__).resolve().parents[2])
     if root not in sys.path:
         sys.path.append(root)
-    from overlay.streams import ParallelRegion
+    from overlay.side_work.streams import ParallelRegion
 
     region = ParallelRegion(slots=1)
     region.prepare(device)
@@ -80,7 +80,7 @@ def overlay_projection(layer: Layer, qkvz: int, ba: int, device: torch.device) -
     try:
         from overlay.journal import PatchRecord
         from overlay.pair import LinearPair
-        from overlay.plan import Plan
+        from overlay.side_work.plan import Plan
 
         pair = LinearPair(qkvz, ba, Plan("dual", 1 << 20), PatchRecord())
         pair.plain = True

@@ -31,12 +31,12 @@ from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 
-from overlay.gemms import gemm_of
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
-from overlay.plan import Plan
 from overlay.settings import Settings
-from overlay.streams import ParallelRegion
+from overlay.side_work.gemms import gemm_of
+from overlay.side_work.plan import Plan
+from overlay.side_work.streams import ParallelRegion
 from overlay.verdict import DRIFTED, INERT, Verdict
 
 NAME = "deepseek_v4"
@@ -84,7 +84,7 @@ class Handover:
 class InputGemms:
     """The first stage of one layer's attention: its GEMMs, and the streams and events that they run on.
 
-    Memory, beyond what overlay.streams says: a kv_score is allocated on one of our streams and read on the main stream or
+    Memory, beyond what overlay.side_work.streams says: a kv_score is allocated on one of our streams and read on the main stream or
     on upstream's auxiliary stream, which upstream joins before attention_impl goes on. Our streams get nothing to do
     until the next layer's fork, whose start event is recorded on the main stream later than that join.
 

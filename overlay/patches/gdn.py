@@ -5,14 +5,12 @@ columns) on one stream. The second fills a few percent of the GPU and costs a la
 
 Cause: nothing orders the two; they read the same input and write different results.
 
-Fix: both run inside one custom op: `in_proj_qkvz` on the main stream and `in_proj_ba` next to it on an auxiliary one, or
-both as one GEMM, or one after the other; whichever was measured to be fastest for the layer's shape and the captured size
-(overlay.tuning). Upstream's own forward runs, called with a stand-in for `self` whose two projections are the op's
-results. No line of upstream is repeated here, and a changed signature (0.25 to 0.26) does not matter.
+Fix: start launches `in_proj_ba` on an auxiliary stream, `in_proj_qkvz` runs as vLLM runs it, whatever its quantization, and join
+waits (overlay.side_work). Upstream's own forward runs, called with a stand-in for `self` whose two projections do that. No line
+of upstream is repeated here, and a changed signature (0.25 to 0.26) does not matter.
 
-A layer is made with a pair, and the pair is settled when the weights are there, before vLLM traces: a layer that has
-nothing to gain goes back to stock, op and all; one that gains by one GEMM gets the op that gives one tensor. Steps above the
-captured sizes have a compiled graph without the op (overlay.lowering), for which the op takes the weights along.
+A layer is made with its sizes. When the weights are there, before vLLM traces, it gets its pair; at which sizes that forks is
+measured on the layers as they are.
 
 Upstream: vLLM #36795 did it and #38152 took it back (the op took the layer name as ``str``: every layer became a compile
 artifact of its own); #39748 closed, #42301 open; #41457 would fuse the two GEMMs instead.
@@ -23,7 +21,6 @@ Remove when: the verdict on your vLLM (in the log, and in the journal) is ``land
 from __future__ import annotations
 
 import functools
-import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,26 +31,23 @@ import torch
 import wrapt
 from vllm import envs
 from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
-from overlay import cache_identity, loaded, lowering, ops, pair_plans
-from overlay.gemms import gemm_of, is_plain
+from overlay import cache_identity, loaded
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
-from overlay.pair import LinearPair, has_adapters
-from overlay.pair_plans import Candidate
-from overlay.plan import Plan
 from overlay.settings import Settings
+from overlay.side_work import lowering, ops, pairs
+from overlay.side_work.gemms import ADAPTERS, TORCH_GEMM, check_side, gate_of, gemm_of, has_adapters, main_kind
+from overlay.side_work.pairs import NO_CAPTURE, Pair
+from overlay.side_work.plan import Plan
 from overlay.verdict import INERT, Verdict
-from overlay.verdict.gdn import PACKED_SWITCHES
 
 NAME = "gdn"
-OP_NAME = "gdn_in_proj"
-OP_NAME_ONE = "gdn_in_proj_one"
-#: Tokens, for a plan that is not measured; from an H200 (overlay.plan has the table). 512 already loses.
+#: Tokens, for a plan that is not measured; from an H200 (overlay.side_work.plan has the table). 512 already loses.
 TOKEN_THRESHOLD = 256
-#: The attribute that holds a layer's `LinearPair`, or None where the layer stays stock.
+SIDE = "in_proj_ba"
+#: The attribute that holds a layer's `Pair`, or None where the layer stays stock.
 PAIR = "_overlay_in_proj_pair"
 UNDECIDED = "the plan could not be made"
 
@@ -62,36 +56,41 @@ class InProjView:
     """Stand-in for `self` in upstream's forward: the real layer, but for the two projections.
 
     A plain class, because Dynamo traces through it (it does not trace wrapt.ObjectProxy or SimpleNamespace). Whichever
-    projection is asked for first launches both.
+    projection is asked for first starts the side.
     """
 
-    def __init__(self, layer: torch.nn.Module, pair: LinearPair) -> None:
+    def __init__(self, layer: torch.nn.Module, pair: Pair) -> None:
         self._layer = layer
         self._pair = pair
-        self._results: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._side: torch.Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    def _project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._results is None:
+    def _started(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self._side is None:
             layer, pair = self._layer, self._pair
-            name = ops.encode_layer_name(layer.prefix)
-            weights = (layer.in_proj_qkvz.weight, layer.in_proj_ba.weight) if pair.plain else (None, None)
-            if pair.one_result and hidden_states.dim() == 2:
-                result = torch.ops.vllm_overlay.gdn_in_proj_one(hidden_states, *weights, pair.columns, name)
-                self._results = pair.slices(result)
-            else:
-                self._results = torch.ops.vllm_overlay.gdn_in_proj(
-                    hidden_states, *weights, pair.main_size, pair.side_size, name
+            gate = getattr(layer.in_proj_qkvz, pair.gate)
+            if pair.plain:
+                self._side = torch.ops.vllm_overlay.start(
+                    hidden_states, layer.in_proj_ba.weight, gate, pair.columns, pair.name
                 )
-        return self._results
+            else:
+                self._side = torch.ops.vllm_overlay.start_layer(
+                    hidden_states, gate, pair.columns, SIDE, pair.name, ops.encode_layer_name(layer.prefix)
+                )
+        return self._side
 
-    def in_proj_qkvz(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self._project(hidden_states)[0], None
+    def in_proj_qkvz(self, hidden_states: torch.Tensor) -> Any:
+        side = self._started(hidden_states)
+        layer, pair = self._layer, self._pair
+        result = layer.in_proj_qkvz(hidden_states)
+        weight = layer.in_proj_ba.weight if pair.plain else None
+        torch.ops.vllm_overlay.join(side, result[0], hidden_states, weight, pair.name)
+        return result
 
     def in_proj_ba(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self._project(hidden_states)[1], None
+        return self._started(hidden_states), None
 
 
 def overlap_in_projections(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,82 +109,6 @@ def overlap_in_projections(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def register_ops(record: PatchRecord) -> None:
-    """Define ``vllm_overlay::gdn_in_proj`` (two results) and ``gdn_in_proj_one`` (one) for the platform's device.
-
-    The weights are there for the graph, in which stock's calls may need them; the ops ask the layer, whose linears can be
-    more than a weight. Inductor may choose the layout of their input, as it may for stock's GEMMs: to bring about a certain
-    one it would put the op's name into the kernel that makes the input, and time it apart from stock's kernel of the same
-    text. The block size it found then was another one at times, which adds in another order (seen in vLLM 0.33.0).
-    """
-
-    def layer_of(name: Any) -> tuple[torch.nn.Module, dict[str, torch.nn.Module]]:
-        """The layer and its modules, without torch.nn.Module's own look-up: a microsecond for each name."""
-        layer = get_forward_context().no_compile_layers[ops.resolve_layer_name(name)]
-        return layer, layer._modules
-
-    def two(hidden_states, qkvz, ba, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
-        layer, linears = layer_of(layer_name)
-        return layer.__dict__[PAIR].project(linears["in_proj_qkvz"], linears["in_proj_ba"], hidden_states)
-
-    def fake_two(hidden_states, qkvz, ba, qkvz_size, ba_size, layer_name):  # type: ignore[no-untyped-def]
-        record.calls.fake += 1
-        leading = hidden_states.shape[:-1]
-        return hidden_states.new_empty((*leading, qkvz_size)), hidden_states.new_empty((*leading, ba_size))
-
-    def one(hidden_states, qkvz, ba, columns, layer_name):  # type: ignore[no-untyped-def]
-        layer, linears = layer_of(layer_name)
-        return layer.__dict__[PAIR].project_into_one(linears["in_proj_qkvz"], linears["in_proj_ba"], hidden_states)
-
-    def fake_one(hidden_states, qkvz, ba, columns, layer_name):  # type: ignore[no-untyped-def]
-        record.calls.fake += 1
-        return hidden_states.new_empty((hidden_states.shape[0], columns))
-
-    tensor, name, tags = torch.Tensor, ops.LayerNameType, (torch.Tag.flexible_layout,)
-    inputs: dict[str, Any] = {"hidden_states": tensor, "qkvz": tensor | None, "ba": tensor | None}
-    types = {**inputs, "qkvz_size": int, "ba_size": int, "layer_name": name, "return": tuple[tensor, tensor]}  # type: ignore[valid-type]
-    lowering.register(ops.register(OP_NAME, two, fake_two, types, tags), lower_two, record)
-    types = {**inputs, "columns": int, "layer_name": name, "return": tensor}
-    lowering.register(ops.register(OP_NAME_ONE, one, fake_one, types, tags), lower_one, record)
-
-
-def lower_two(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
-    """Stock's two linears in the place of ``gdn_in_proj`` and of what takes its results apart."""
-    taken = {taker: taker.args[1] if taker.target is operator.getitem else None for taker in node.users}
-    if None in node.args[1:3] or not {0, 1}.issuperset(taken.values()):
-        return False
-    results = _linears(graph, node)
-    for taker, index in taken.items():
-        result = results[index]  # type: ignore[index]
-        result.meta = dict(taker.meta)
-        taker.replace_all_uses_with(result)
-        graph.erase_node(taker)
-    graph.erase_node(node)
-    return True
-
-
-def lower_one(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
-    """Stock's two linears in the place of ``gdn_in_proj_one``, into one tensor: slices of it go on to other compiled pieces,
-    which have been traced with its strides. Inductor lets the two GEMMs write where they should, without a copy."""
-    weights: list[Any] = list(node.args[1:3])
-    if None in weights or sum(weight.meta["example_value"].shape[0] for weight in weights) != node.args[3]:
-        return False  # the columns that only align it would cost a kernel
-    results = _linears(graph, node)
-    with graph.inserting_before(node):
-        result = graph.call_function(torch.cat, (results, 1))
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
-    return True
-
-
-def _linears(graph: torch.fx.Graph, node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Stock's two calls, before an op's node."""
-    inputs, *weights = node.args[:3]
-    with graph.inserting_before(node):
-        return [graph.call_function(torch._C._nn.linear, (inputs, weight, None)) for weight in weights]
-
-
 def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
     """The two output sizes per tensor-parallel shard, cross-checked against the head counts.
 
@@ -201,8 +124,8 @@ def shard_sizes(layer: torch.nn.Module) -> tuple[int, int]:
     return qkvz, ba
 
 
-def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> tuple[LinearPair, dict[str, Any]]:
-    """The pair of a freshly made layer, and its sizes for the journal.
+def check_new(layer: torch.nn.Module) -> dict[str, int]:
+    """The sizes of a freshly made layer, for the journal and the fake tensors.
 
     Raises Refused with the reason where the layer must stay stock.
     """
@@ -212,85 +135,80 @@ def make_pair(layer: torch.nn.Module, plan: Plan, record: PatchRecord) -> tuple[
     if config.compilation_config.static_forward_context.get(layer.prefix) is not layer:
         raise Refused("the layer is not registered under its name in the static forward context")
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
-    qkvz_size, ba_size = shard_sizes(layer)
-    for projection in (layer.in_proj_qkvz, layer.in_proj_ba):
-        gemm_of(projection)
-    return LinearPair(qkvz_size, ba_size, plan, record), {"qkvz": qkvz_size, "ba": ba_size}
+    qkvz, ba = shard_sizes(layer)
+    gemm_of(layer.in_proj_ba)
+    return {"qkvz": qkvz, "ba": ba}
+
+
+def make_pair(layer: torch.nn.Module, config: Any, sizes: dict[str, int]) -> Pair:
+    """The pair of a layer that has its weights. Raises Refused where the layer must stay stock."""
+    main, side = layer.in_proj_qkvz, layer.in_proj_ba
+    if has_adapters(main):
+        raise Refused(ADAPTERS)
+    check_side(side)
+    kind = gemm_of(side)  # again: loading may have given it another kernel
+    device = next(side.parameters()).device
+    if device.type == "cuda" and not lowering.captures(config.compilation_config):
+        raise Refused(NO_CAPTURE)
+    plain = kind == TORCH_GEMM
+    if plain and side.weight.shape != (sizes["ba"], int(side.input_size)):
+        raise Refused(f"the side's weight has the shape {tuple(side.weight.shape)}")
+    return Pair(layer.prefix, main, side, sizes["qkvz"], sizes["ba"], main_kind(main), kind, gate_of(main), plain)
 
 
 class Undecided:
-    """The layers that have a pair and wait for their weights."""
+    """The layers that have been made and wait for their weights."""
 
     def __init__(self, verdict: Verdict, record: PatchRecord, settings: Settings) -> None:
         self._verdict = verdict
         self._record = record
         self._settings = settings
-        self._layers: list[weakref.ref[torch.nn.Module]] = []
-        self._layouts: dict[str, str] = {}
+        self._layers: list[tuple[weakref.ref[torch.nn.Module], dict[str, int]]] = []
+        #: What shapes the graph of each layer that has been decided, by name.
+        self._shapes: dict[str, str] = {}
 
-    def add(self, layer: torch.nn.Module) -> None:
-        self._layers.append(weakref.ref(layer))
+    def add(self, layer: torch.nn.Module, sizes: dict[str, int]) -> None:
+        self._layers.append((weakref.ref(layer), sizes))
 
     def decide(self, worker: Any) -> None:
-        """Give every waiting layer its plan, or leave it stock: where deciding fails, too. Only strict lets that out."""
-        layers = [layer for layer in (reference() for reference in self._layers) if layer is not None]
+        """Give every waiting layer its pair, or leave it stock: where deciding fails, too. Only strict lets that out."""
+        waiting = [
+            (layer, sizes) for layer, sizes in ((one(), sizes) for one, sizes in self._layers) if layer is not None
+        ]
         self._layers.clear()
-        if not layers:
+        if not waiting:
             return
         plans = len(self._record.plans)
-        config = worker.vllm_config
-        compilation = config.compilation_config
-        endpoints = getattr(compilation, "compile_ranges_endpoints", None)
+        compilation = worker.vllm_config.compilation_config
+        made: dict[int, Pair] = {}
+        stock: dict[int, str] = {}
         try:
-            for layer in layers:
-                getattr(layer, PAIR).plain = _is_plain(layer)
-            above_is_stock = all(getattr(layer, PAIR).plain for layer in layers) and lowering.split_ranges(
-                compilation, self._settings.strict
-            )
-            stock = pair_plans.settle(
-                [self._candidate(layer) for layer in layers], worker, self._settings, self._record, above_is_stock
-            )
+            for number, (layer, sizes) in enumerate(waiting):
+                try:
+                    made[number] = make_pair(layer, worker.vllm_config, sizes)
+                except Refused as refused:
+                    stock[number] = str(refused)
+            # Asked on every rank alike, whatever its layers say: ranks with other ranges would run other warm-ups.
+            lowering.split_ranges(compilation, self._settings.strict)
+            default = Plan(self._settings.forks, self._settings.tokens_or(TOKEN_THRESHOLD))
+            pairs.settle(list(made.values()), worker, self._settings, self._record, default)
         except Exception as error:
             journal.problem(f"{NAME}: {UNDECIDED}, vLLM runs stock here: {type(error).__name__}: {error}")
             if self._settings.strict:
                 raise
-            stock = dict.fromkeys((layer.prefix for layer in layers), UNDECIDED)
+            made, stock = {}, dict.fromkeys(range(len(waiting)), UNDECIDED)
             del self._record.plans[plans:]
-        for layer in layers:
-            if layer.prefix in stock:
-                setattr(layer, PAIR, None)
+        for number, (layer, _) in enumerate(waiting):
+            pair = made.get(number)
+            setattr(layer, PAIR, pair)
+            if pair is None:
                 self._record.patched.pop(layer.prefix, None)
-                self._record.refuse(layer.prefix, stock[layer.prefix])
-            self._layouts[layer.prefix] = _layout(layer)
-        alone = getattr(config.parallel_config, "world_size_across_dp", None) == 1
-        if endpoints and alone and all(getattr(layer, PAIR) is None for layer in layers):
-            compilation.compile_ranges_endpoints = endpoints
-        shaping = sorted(f"{name}={layout}" for name, layout in self._layouts.items())
+                self._record.refuse(layer.prefix, stock[number])
+            self._shapes[layer.prefix] = "stock" if pair is None else f"{pair.name} by {pair.gate}"
+        shaping = sorted(f"{name}={shape}" for name, shape in self._shapes.items())
         ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
         journal.fingerprint = cache_identity.add(NAME, (*self._verdict.methods, *shaping, ranges))
         journal.write()
-
-    def _candidate(self, layer: torch.nn.Module) -> Candidate:
-        packed = any(getattr(layer, switch, False) for switch in PACKED_SWITCHES)
-        takes_slices = self._verdict.takes_slices and not packed
-        return Candidate(layer.prefix, getattr(layer, PAIR), layer.in_proj_qkvz, layer.in_proj_ba, takes_slices)
-
-
-def _is_plain(layer: torch.nn.Module) -> bool:
-    """Whether both projections are GEMMs of their weights and nothing else, now that they are loaded."""
-    projections = layer.in_proj_qkvz, layer.in_proj_ba
-    try:
-        return not any(map(has_adapters, projections)) and all(map(is_plain, projections))
-    except Refused:
-        return False
-
-
-def _layout(layer: torch.nn.Module) -> str:
-    """What of a layer's pair shapes the graph that vLLM traces."""
-    pair = getattr(layer, PAIR)
-    if pair is None:
-        return "stock"
-    return f"{'one result' if pair.one_result else 'two results'}{'' if pair.plain else ' of its linears'}"
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
@@ -303,18 +221,16 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     target = getattr(module, verdict.class_name)
     originals = {name: target.__dict__[name] for name in verdict.methods}
     record = journal.patch(NAME)
-    plan = Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD))
     undecided = Undecided(verdict, record, settings)
 
     def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
         setattr(layer, PAIR, None)
-        pair = adopt(NAME, record, layer.prefix, lambda: make_pair(layer, plan, record), settings)
-        if pair is not None:
-            setattr(layer, PAIR, pair)
-            undecided.add(layer)
+        sizes = adopt(NAME, record, layer.prefix, lambda: (check_new(layer),) * 2, settings)
+        if sizes is not None:
+            undecided.add(layer, sizes)
 
-    register_ops(record)
+    ops.define()
     loaded.when_loaded(undecided.decide)
     for name, original in originals.items():
         setattr(target, name, overlap_in_projections(original))

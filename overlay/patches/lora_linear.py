@@ -56,13 +56,13 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
-from overlay import ops
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
 from overlay.log import logger
-from overlay.plan import Plan
 from overlay.settings import Settings
-from overlay.streams import ParallelRegion
+from overlay.side_work import ops
+from overlay.side_work.plan import Plan
+from overlay.side_work.streams import ParallelRegion
 from overlay.verdict import INERT, LANDED, Verdict, class_at
 from overlay.verdict.lora_linear import ANCESTOR, BASE, SWITCH
 

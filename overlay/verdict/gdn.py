@@ -17,7 +17,6 @@ from overlay.verdict.shapes import (
     uses_of,
     written_to_class,
 )
-from overlay.verdict.slices import takes_slices
 
 QKVZ, BA = "in_proj_qkvz", "in_proj_ba"
 #: Where the class has lived: from vLLM 0.22.0, and 0.19.0 to 0.21.0.
@@ -31,10 +30,6 @@ MODEL = "vllm.model_executor.models.qwen3_next"
 METHODS = ("forward", "forward_cuda", "forward_hip", "forward_cpu")
 #: The op that vLLM #36795 brought and #38152 reverted. Where it is back, upstream does the overlap.
 LANDED_OP = "gdn_in_proj"
-#: Upstream's kernel that takes both results as they are.
-PACKED_KERNEL = "qwen_gdn_attention_core_fused_norm_packed"
-#: The attributes of a layer without which it does not get there: vLLM 0.28.0 to 0.31.0 (on by default), and from 0.32.0.
-PACKED_SWITCHES = ("enable_fused_gdn_decode", "enable_fused_gdn_spec_decode")
 
 
 def judge(tree: SourceTree) -> Verdict:
@@ -99,7 +94,6 @@ def _judge_class(tree: ast.Module, module: str, class_name: str, path: str) -> V
         class_name,
         tuple(patched),
         where=f"{path}:{methods[primary].lineno}",
-        takes_slices=_takes_slices(methods[primary], class_node),
     )
 
 
@@ -154,48 +148,6 @@ def _check_method(method: Function) -> None:
         disturbing = disturbs(statement, name_of_input)
         if disturbing is not None:
             raise Drift(disturbing, f"{name} may change {name_of_input} or leave between the projections")
-
-
-def _takes_slices(method: Function, class_node: ast.ClassDef) -> bool:
-    """Whether a method that has passed `_check_method` does the same with results that are slices of one tensor, as long as
-    no switch of PACKED_SWITCHES is on."""
-    assert isinstance(method, ast.FunctionDef)
-    results = set()
-    for attribute in (QKVZ, BA):
-        call, block = _single_call(method, attribute)
-        statement = block[_index_of(block, call)]
-        assert isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple)
-        results |= {element.id for element in statement.targets[0].elts[:1] if isinstance(element, ast.Name)}
-    return takes_slices(method, results, class_node, _switched_calls(method))
-
-
-def _switched_calls(method: ast.FunctionDef) -> set[int]:
-    """The calls of PACKED_KERNEL that stand under an ``if`` with one of its switches."""
-    return {
-        id(node)
-        for path, block in paths_to_statements(method)
-        if any(
-            arm == "body" and isinstance(statement, ast.If) and _needs_switch(statement.test, method)
-            for statement, arm in path
-        )
-        for statement in block
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == PACKED_KERNEL
-    }
-
-
-def _needs_switch(test: ast.expr, method: ast.FunctionDef) -> bool:
-    """Whether a test is false while the switches are off: a switch, an ``and`` with one, or a name for such."""
-    if isinstance(test, ast.Name):
-        bound = binders(method.body, test.id)
-        values = [
-            node.value
-            for node in ast.walk(method)
-            if isinstance(node, ast.Assign) and node.targets == bound and len(bound) == 1
-        ]
-        test = values[0] if values else test
-    parts = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
-    return any(attribute_of_self(part) and part.attr in PACKED_SWITCHES for part in parts)  # type: ignore[attr-defined]
 
 
 def _check_self(method: Function) -> None:

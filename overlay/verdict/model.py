@@ -30,8 +30,6 @@ class Verdict:
     `class_name`, or ``Class.method`` where there are several classes, with ``submodule.`` before it where `module` is a
     package that does not have the class itself; empty unless `state` is "apply" (or "inert").
     `upstream` is there where this vLLM has a way of its own, also one that is off, or that leaves something out.
-    `takes_slices` says that upstream takes the results of what is patched apart by torch's own operations, so that they may
-    be slices of one tensor.
     `shapes_graph` is false for a patch that no compiled graph can show: it must not split vLLM's compile cache.
     """
 
@@ -43,7 +41,6 @@ class Verdict:
     where: str | None = None
     upstream: Upstream | None = None
     shapes_graph: bool = True
-    takes_slices: bool = False
 
     def intercepted(self) -> tuple[tuple[str, str], ...]:
         """The (class, method) pairs of `methods`."""

@@ -342,10 +342,10 @@ def overlay_patch() -> Iterator[types.ModuleType]:
             for name in [
                 *stand_ins,
                 "overlay.patches.gdn",
-                "overlay.ops",
-                "overlay.gemms",
+                "overlay.side_work.ops",
+                "overlay.side_work.gemms",
                 "overlay.pair",
-                "overlay.pair_plans",
+                "overlay.side_work.pairs",
             ]:
                 sys.modules.pop(name, None)
 
@@ -364,7 +364,7 @@ def attach(patch: types.ModuleType, layer: LayerBase, one_result: bool = False) 
     With `one_result` the layer has the op that gives one tensor, and upstream's body gets slices of it.
     """
     from overlay.journal import PatchRecord
-    from overlay.plan import Plan
+    from overlay.side_work.plan import Plan
 
     class ThroughTheLinears(patch.LinearPair):  # type: ignore[misc,name-defined]
         """Fills the one tensor from the two linears, so that this module sees them called."""

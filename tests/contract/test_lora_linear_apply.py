@@ -20,7 +20,7 @@ from overlay import ops
 from overlay.journal import PatchRecord
 from overlay.layers import Refused
 from overlay.patches import lora_linear
-from overlay.plan import Plan
+from overlay.side_work.plan import Plan
 from overlay.verdict import judge
 
 from . import lora_layers

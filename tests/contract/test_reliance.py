@@ -15,8 +15,8 @@ from packaging.version import Version
 from overlay import log
 from overlay.effect import WARM_UP, WORKERS
 from overlay.frame_stack import LOOPS
-from overlay.lowering import VLLM_COMPILE
-from overlay.pair_plans import MIXED_GRAPHS
+from overlay.side_work.lowering import VLLM_COMPILE
+from overlay.side_work.pairs import MIXED_GRAPHS
 from overlay.verdict import APPLY, judge
 from overlay.verdict.shapes import find_class, methods_of
 from tests.conftest import REPOSITORY

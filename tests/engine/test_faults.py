@@ -67,7 +67,7 @@ RAISING = {
     "the verdict": Fault("import overlay.verdict as v; v.judge = broken", "injected fault"),
     "the fingerprint": Fault("import overlay.cache_identity as c; c.add = broken", "gdn"),
     "the patch's import": Fault("sys.modules['overlay.patches.gdn'] = None", "gdn"),
-    "the patch's op": Fault("when('overlay.ops', lambda ops: setattr(ops, 'register', broken))", "gdn"),
+    "the patch's op": Fault("when('overlay.side_work.ops', lambda ops: setattr(ops, 'register', broken))", "gdn"),
     "a layer": Fault("when('overlay.patches.gdn', lambda gdn: setattr(gdn, 'make_pair', broken))", "injected fault"),
     "the proof of effect": Fault("import overlay.effect as e; e._after_warm_up = broken", "proof", patched=True),
 }

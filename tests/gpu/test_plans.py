@@ -19,10 +19,10 @@ pytest.importorskip("vllm")
 from overlay import pair_plans  # noqa: E402
 from overlay.journal import PatchRecord  # noqa: E402
 from overlay.pair import LinearPair  # noqa: E402
-from overlay.pair_plans import Candidate  # noqa: E402
-from overlay.plan import FUSED, SERIAL, Plan, SizePlan  # noqa: E402
+from overlay.side_work.pairs import Candidate  # noqa: E402
+from overlay.side_work.plan import FUSED, SERIAL, Plan, SizePlan  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
-from overlay.tuning import same_bits  # noqa: E402
+from overlay.side_work.measure import same_bits  # noqa: E402
 
 SIZES = [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128, *range(136, 513, 8)]
 #: Name, hidden size, columns of qkvz and of ba, layers.
@@ -157,7 +157,7 @@ def test_a_shape_is_measured_in_time_and_leaves_nothing(
 def test_an_order_that_few_rounded_results_show_is_seen() -> None:
     """5120 to 24 columns alone, and as a part of 4120: on an H200 the kernels add in different orders, which random
     numbers show in about one of ten thousand results."""
-    from overlay.tuning import Bench
+    from overlay.side_work.measure import Bench
 
     def two(layer: int, inputs: torch.Tensor) -> list[torch.Tensor]:
         return [torch.nn.functional.linear(inputs, weights[4096:4120])]

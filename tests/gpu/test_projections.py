@@ -44,7 +44,7 @@ def test_two_streams_hide_most_of_the_small_gemm(micro: ModuleType) -> None:
 
 
 def test_preparing_inside_a_capture_is_refused(micro: ModuleType) -> None:
-    from overlay.streams import ParallelRegion
+    from overlay.side_work.streams import ParallelRegion
 
     region = ParallelRegion(slots=1)
     graph = torch.cuda.CUDAGraph()
@@ -53,7 +53,7 @@ def test_preparing_inside_a_capture_is_refused(micro: ModuleType) -> None:
 
 
 def test_a_failing_callable_leaves_no_dangling_fork(micro: ModuleType) -> None:
-    from overlay.streams import ParallelRegion
+    from overlay.side_work.streams import ParallelRegion
 
     region = ParallelRegion(slots=1)
     region.prepare(torch.device("cuda"))

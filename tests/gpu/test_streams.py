@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from overlay import streams
-from overlay.streams import ParallelRegion
+from overlay.side_work.streams import ParallelRegion
 from tests.conftest import REPOSITORY
 
 pytestmark = [
@@ -398,7 +398,7 @@ def test_streams_are_not_made_without_end() -> None:
 
 CHECKED = """
 import torch
-from overlay.streams import ParallelRegion
+from overlay.side_work.streams import ParallelRegion
 
 device = torch.device("cuda", 0)
 region = ParallelRegion(slots=3)

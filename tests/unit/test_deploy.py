@@ -316,7 +316,7 @@ def test_the_init_container_leaves_a_folder_that_others_cannot_write(tmp_path: p
     for _ in range(2):
         subprocess.run([shell, option, script], check=True, umask=0)
         paths = sorted(path.relative_to(volume).as_posix() for path in volume.rglob("*"))
-        assert paths == ["overlay", "overlay/overlay", "overlay/overlay/plan.py"]
+        assert paths == ["overlay", "overlay/overlay", "overlay/overlay/side_work/plan.py"]
     assert not [path for path in volume.rglob("*") if path.stat().st_mode & 0o022]
     (mount,) = pod["containers"][0]["volumeMounts"]
     assert mount["subPath"] == "overlay"

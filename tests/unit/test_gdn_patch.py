@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 vllm = pytest.importorskip("vllm")
 
 from overlay import cache_identity, loaded, lowering, ops  # noqa: E402
-from overlay.gemms import gemm_of  # noqa: E402
+from overlay.side_work.gemms import gemm_of  # noqa: E402
 from overlay.journal import Journal, PatchRecord  # noqa: E402
 from overlay.layers import Refused  # noqa: E402
-from overlay.pair_plans import ADAPTERS, NOTHING_TO_GAIN, Candidate  # noqa: E402
+from overlay.side_work.pairs import ADAPTERS, NOTHING_TO_GAIN, Candidate  # noqa: E402
 from overlay.patches import gdn  # noqa: E402
-from overlay.plan import DUAL, FUSED, Plan, SizePlan  # noqa: E402
+from overlay.side_work.plan import DUAL, FUSED, Plan, SizePlan  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
 from overlay.verdict import APPLY, INERT, Verdict  # noqa: E402
 from overlay.verdict.gdn import PACKED_SWITCHES  # noqa: E402

@@ -24,7 +24,7 @@ from overlay import lowering
 from overlay.journal import Journal, PatchRecord
 from overlay.pair import LinearPair
 from overlay.patches import gdn
-from overlay.plan import DUAL, Plan
+from overlay.side_work.plan import DUAL, Plan
 
 HIDDEN, MAIN, SIDE, LAYERS = 64, 96, 16, 2
 CAPTURED, LARGEST = 8, 64

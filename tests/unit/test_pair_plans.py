@@ -28,10 +28,10 @@ from overlay import pair as pair_module
 from overlay import pair_plans, plan_file, tuning
 from overlay.journal import PatchRecord
 from overlay.pair import LinearPair
-from overlay.pair_plans import ADAPTERS, NO_CAPTURE, NOTHING_TO_GAIN, Candidate
-from overlay.plan import ABOVE_THRESHOLD, DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL, Plan, SizePlan
+from overlay.side_work.pairs import ADAPTERS, NO_CAPTURE, NOTHING_TO_GAIN, Candidate
+from overlay.side_work.plan import ABOVE_THRESHOLD, DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL, Plan, SizePlan
 from overlay.settings import Settings
-from overlay.tuning import CANCELLING, Bench, Row
+from overlay.side_work.measure import CANCELLING, Bench, Row
 
 namespace = types.SimpleNamespace
 SIZES = [1, 2, 4, 8, 16, 32]
@@ -102,7 +102,7 @@ def worker(
 
 
 def row(tokens: int, inexact: tuple[str, ...] = (), **times: float) -> Row:
-    from overlay.tuning import best
+    from overlay.side_work.measure import best
 
     return Row(tokens, times, best({name: t for name, t in times.items() if name not in inexact}), inexact)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay.plan import (
+from overlay.side_work.plan import (
     ABOVE_THRESHOLD,
     DUAL,
     DUAL_MAIN_FIRST,

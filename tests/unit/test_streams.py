@@ -15,7 +15,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from overlay import streams
-from overlay.streams import ParallelRegion
+from overlay.side_work.streams import ParallelRegion
 from tests.conftest import REPOSITORY
 
 Log = list[tuple[Any, ...]]
@@ -305,8 +305,8 @@ def test_importing_the_module_makes_nothing() -> None:
         "import torch\n"
         "def refuse(*args, **kwargs): raise AssertionError('made at import')\n"
         "torch.cuda.Stream.__new__ = torch.cuda.Event.__new__ = torch.cuda._lazy_init = refuse\n"
-        "import overlay.streams\n"
-        "overlay.streams.ParallelRegion(slots=3)\n"
+        "import overlay.side_work.streams\n"
+        "overlay.side_work.streams.ParallelRegion(slots=3)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

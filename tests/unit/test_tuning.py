@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay import streams, tuning
-from overlay.plan import DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL
-from overlay.tuning import ADVANTAGE, FEWEST_LAYERS, MILESTONES, MOST_LAYERS, TIE, Bench, Row, best, same_bits
+from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL
+from overlay.side_work.measure import ADVANTAGE, FEWEST_LAYERS, MILESTONES, MOST_LAYERS, TIE, Bench, Row, best, same_bits
 
 OTHERS = (DUAL, DUAL_MAIN_FIRST, FUSED)
 CPU = torch.device("cpu")

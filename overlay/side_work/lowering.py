@@ -23,25 +23,30 @@ from typing import Any
 import torch
 import wrapt
 
-from overlay.journal import PatchRecord, journal
+from overlay.journal import journal
 
-#: Puts stock's calls into a graph in the place of a node; False where the node is not of a form that it knows.
-Lower = Callable[[torch.fx.Graph, torch.fx.Node], bool]
+#: Puts stock's calls into a graph in the place of a node.
+Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
 
-_lowered: dict[object, tuple[Lower, PatchRecord]] = {}
+_lowered: dict[object, Lower] = {}
 _watched = False
 
 
-def register(op: Any, lower: Lower, record: PatchRecord) -> None:
-    """Have an op (``torch.ops.<library>.<name>``) lowered by `lower`, and counted in `record`."""
-    _lowered[op] = lower, record
+def register(op: Any, lower: Lower) -> None:
+    """Have an op (``torch.ops.<library>.<name>``) lowered by `lower`."""
+    _lowered[op] = lower
 
 
 def largest_captured(compilation: Any) -> int:
     """Tokens of the largest CUDA graph that vLLM is going to capture, of a CompilationConfig; 0 where there is none."""
     return max(map(int, compilation.cudagraph_capture_sizes or [0]))
+
+
+def captures(compilation: Any) -> bool:
+    """Whether vLLM is going to capture CUDA graphs, by its CompilationConfig."""
+    return getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE" and largest_captured(compilation) > 0
 
 
 def split_ranges(compilation: Any, strict: bool) -> bool:
@@ -51,8 +56,7 @@ def split_ranges(compilation: Any, strict: bool) -> bool:
     the others would wait for it. Under `strict` a graph that cannot be lowered stops vLLM.
     """
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
-    captures = getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE"
-    limit = largest_captured(compilation) if captures else 0
+    limit = largest_captured(compilation) if captures(compilation) else 0
     if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
         return False
     # An encoder is compiled by the same ranges, and vLLM allows shapes that are static in one range only.
@@ -101,9 +105,7 @@ def lower(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in list(graph.nodes):
         op = _op_of(node)
         if op in _lowered:
-            put_calls, record = _lowered[op]
-            if put_calls(graph, node):
-                record.calls.lowered += 1
+            _lowered[op](graph, node)
     graph.lint()
     lowered = torch.fx.GraphModule(module, graph)
     lowered.meta = dict(module.meta)

@@ -5,7 +5,7 @@ small GEMM that they hide, and time to first token grows. Inside a capture the f
 upstream itself forks in eager steps, too, has a plan with `only_while_capturing` off.
 
 A `Plan` has one strategy up to a threshold. A `SizePlan` has one for each captured size, measured on this GPU by
-overlay.tuning.
+overlay.side_work.measure.
 
 Source of the fixed thresholds: one H200, torch 2.11, bf16, microseconds per layer in a CUDA graph, qkvz alone | serial |
 two streams. 2048 to 12288 + 64 columns: M=64 16.1|21.7|16.8; M=256 20.4|25.8|24.8; M=512 37.4|42.4|45.2. 2048 to 3072 +
@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 import torch
 
 #: Strategies. "dual" gives the auxiliary stream its work first, "dual_main_first" the main stream; which of the two
-#: overlaps better depends on the shape. "fused" is one GEMM.
-SERIAL, DUAL, DUAL_MAIN_FIRST, FUSED = "serial", "dual", "dual_main_first", "fused"
+#: overlaps better depends on the shape.
+SERIAL, DUAL, DUAL_MAIN_FIRST = "serial", "dual", "dual_main_first"
 
 ABOVE_THRESHOLD = "above the token threshold"
 NOT_CAPTURING = "not capturing a CUDA graph"
@@ -69,12 +69,11 @@ class SizePlan(Plan):
         return SizePlan("measured", max(overlapped, default=0), strategies=dict(sorted(strategies.items())))
 
     def strategy(self, tokens: int) -> str:
-        """A size that was not measured is overlapped where its neighbours are; fused only where that was measured,
-        because one GEMM has other bits than two at some sizes."""
+        """A size that was not measured is overlapped where its neighbours are."""
         known = self.strategies.get(tokens)
         if known is not None:
             return known
         sizes = list(self.strategies)
         index = bisect_left(sizes, tokens)
         around = {self.strategies[size] for size in sizes[max(index - 1, 0) : index + 1]}
-        return around.pop() if len(around) == 1 and not around & {FUSED} else SERIAL
+        return around.pop() if len(around) == 1 else SERIAL

@@ -1,8 +1,9 @@
 """Measured plans on disk, so that the next start need not measure.
 
 One JSON file per key. The key is everything that the times depend on (GPU, driver, torch, vLLM, shapes, sizes); it stands
-in the file in full and is compared, so a file of another machine is not used. Nothing of a file is evaluated: it is
-bounded, checked field by field, and left alone with a reason if anything is off. The folder has to be this user's own.
+in the file in full and is compared, so a file of another machine is not used. A plan is data that can change no result,
+only when work is forked. So nobody asks who could write the folder (volumes in Kubernetes are often writable by a group).
+The file is bounded, checked field by field, and left alone with a reason if anything is off.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-from overlay import files, safety
-from overlay.plan import DUAL, DUAL_MAIN_FIRST, FUSED, SERIAL
-from overlay.tuning import Row
+from overlay import files
+from overlay.side_work.measure import Row
+from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST_BYTES = 256 << 10
 MOST_ROWS = 4096
-STRATEGIES = (SERIAL, DUAL, DUAL_MAIN_FIRST, FUSED)
+STRATEGIES = (SERIAL, DUAL, DUAL_MAIN_FIRST)
 
 
 class Unusable(Exception):
@@ -34,20 +35,18 @@ def path_of(folder: str, key: Mapping[str, Any]) -> str:
     return os.path.join(folder, f"plan-{digest[:24]}.json")
 
 
-def load(folder: str, key: Mapping[str, Any]) -> tuple[list[Row], bool] | None:
-    """The rows of a key and whether one result tensor is exact, or None where there is no file. Raises Unusable."""
+def load(folder: str, key: Mapping[str, Any]) -> list[Row] | None:
+    """The rows of a key, or None where there is no file. Raises Unusable."""
     path = path_of(folder, key)
     try:
-        safety.check_own_folder(folder)
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Unusable(f"{path}: {error.strerror or error}") from error
     try:
-        information = os.fstat(descriptor)
-        if not stat.S_ISREG(information.st_mode) or information.st_uid not in (os.geteuid(), 0):
-            raise Unusable(f"{path}: not a file of this user's")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Unusable(f"{path}: not a regular file")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             raw = file.read(LARGEST_BYTES + 1)
     except OSError as error:
@@ -63,13 +62,13 @@ def load(folder: str, key: Mapping[str, Any]) -> tuple[list[Row], bool] | None:
     return _checked(path, content, key)
 
 
-def _checked(path: str, content: Any, key: Mapping[str, Any]) -> tuple[list[Row], bool]:
+def _checked(path: str, content: Any, key: Mapping[str, Any]) -> list[Row]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise Unusable(f"{path}: not a plan of schema {SCHEMA}")
     if content.get("key") != json.loads(json.dumps(key)):
         raise Unusable(f"{path}: measured for something else")
-    raw_rows, one_result = content.get("rows"), content.get("one_result")
-    if not isinstance(raw_rows, list) or len(raw_rows) > MOST_ROWS or not isinstance(one_result, bool):
+    raw_rows = content.get("rows")
+    if not isinstance(raw_rows, list) or len(raw_rows) > MOST_ROWS:
         raise Unusable(f"{path}: its rows are not as they should be")
     rows = []
     for number, raw in enumerate(raw_rows):
@@ -79,25 +78,22 @@ def _checked(path: str, content: Any, key: Mapping[str, Any]) -> tuple[list[Row]
         rows.append(row)
     if [row.tokens for row in rows] != sorted({row.tokens for row in rows}):
         raise Unusable(f"{path}: its rows are not in order")
-    return rows, one_result
+    return rows
 
 
 def _row(raw: Any) -> Row | None:
     if not isinstance(raw, dict):
         return None
     tokens, times, strategy = raw.get("tokens"), raw.get("microseconds"), raw.get("strategy")
-    inexact = raw.get("inexact")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or not 0 < tokens <= 1 << 24:
         return None
-    if strategy not in STRATEGIES or not isinstance(times, dict) or not isinstance(inexact, list):
+    if strategy not in STRATEGIES or not isinstance(times, dict):
         return None
     if not all(name in STRATEGIES and _is_time(value) for name, value in times.items()):
         return None
     if times and not {SERIAL, strategy} <= set(times):
         return None
-    if not all(name in STRATEGIES for name in inexact):
-        return None
-    return Row(tokens, {name: float(value) for name, value in times.items()}, strategy, tuple(inexact))
+    return Row(tokens, {name: float(value) for name, value in times.items()}, strategy)
 
 
 def _is_time(value: Any) -> bool:
@@ -105,22 +101,12 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12
 
 
-def store(folder: str, key: Mapping[str, Any], rows: list[Row], one_result: bool) -> None:
+def store(folder: str, key: Mapping[str, Any], rows: list[Row]) -> None:
     """Write the plan of a key, for this user's eyes. Raises OSError."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    safety.check_own_folder(folder)
     content = {
         "schema": SCHEMA,
         "key": dict(key),
-        "one_result": one_result,
-        "rows": [
-            {
-                "tokens": row.tokens,
-                "microseconds": row.microseconds,
-                "strategy": row.strategy,
-                "inexact": list(row.inexact),
-            }
-            for row in rows
-        ],
+        "rows": [{"tokens": row.tokens, "microseconds": row.microseconds, "strategy": row.strategy} for row in rows],
     }
     files.replace(path_of(folder, key), json.dumps(content), ".plan-")

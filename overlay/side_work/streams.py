@@ -33,6 +33,7 @@ Work = Callable[[], Any]
 STREAMS_OF_TORCH = 32
 
 _streams: dict[tuple[torch.device, torch.cuda.Stream, int], torch.cuda.Stream] = {}
+_taken: list[torch.cuda.Stream] = []  #: auxiliary streams that are kept elsewhere
 
 
 def auxiliary_stream(device: torch.device, slot: int) -> torch.cuda.Stream:
@@ -49,17 +50,17 @@ def auxiliary_stream(device: torch.device, slot: int) -> torch.cuda.Stream:
     return _streams[key]
 
 
+def take(stream: torch.cuda.Stream | None) -> None:
+    """An auxiliary stream is kept elsewhere (overlay.side_work.lane): nobody else is to get it."""
+    if stream is not None:
+        _taken.append(stream)
+
+
 def unused_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A stream that is not the current one, and no main or auxiliary stream of this process; None where torch has none."""
-    taken = {torch.cuda.current_stream(), *_streams.values(), *(main for _, main, _ in _streams)}
+    taken = {torch.cuda.current_stream(), *_taken, *_streams.values(), *(main for _, main, _ in _streams)}
     made = (torch.cuda.Stream(device=device) for _ in range(STREAMS_OF_TORCH))
     return next((stream for stream in made if stream not in taken), None)
-
-
-def forget(main_stream: torch.cuda.Stream) -> None:
-    """Let the auxiliary streams of a main stream go that will not be used again."""
-    for key in [key for key in _streams if key[1] == main_stream]:
-        del _streams[key]
 
 
 class ParallelRegion:
@@ -100,13 +101,8 @@ class ParallelRegion:
         if len(auxiliary) != self.slots:
             raise ValueError(f"this parallel region has {self.slots} auxiliary slots, got {len(auxiliary)} callables")
 
-    def run(
-        self, default: Work, auxiliary: Sequence[Work | None], main_first: bool = False
-    ) -> tuple[Any, tuple[Any, ...]]:
+    def run(self, default: Work, auxiliary: Sequence[Work | None]) -> tuple[Any, tuple[Any, ...]]:
         """Fork, run, join. A slot that is None costs nothing and gives None.
-
-        `main_first` issues the default callable before the auxiliary ones. Results do not depend on it; which kernel the
-        GPU begins with does.
 
         Raises what a callable raises, after every launched slot has been joined: a dangling fork would spoil a capture.
         """
@@ -120,8 +116,6 @@ class ParallelRegion:
         try:
             if any(work is not None for work in auxiliary):
                 start.record(main_stream)
-            if main_first:
-                default_result = default()
             for slot, work in enumerate(auxiliary):
                 if work is None:
                     continue
@@ -130,8 +124,7 @@ class ParallelRegion:
                 launched.append(slot)
                 with torch.cuda.stream(stream):
                     results[slot] = work()
-            if not main_first:
-                default_result = default()
+            default_result = default()
         finally:
             for slot in launched:
                 self._done[slot].record(self._auxiliary_streams[slot])

@@ -1,0 +1,101 @@
+"""A lane: the auxiliary stream beside the stream that runs main work, and the two events that tie them together.
+
+A lane is made before any capture, on the thread that will capture: a stream cannot be made and cuBLAS cannot allocate its
+workspace during a capture. The memory contract is in `overlay.side_work`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from overlay.side_work import streams
+from overlay.side_work.plan import DUAL_MAIN_FIRST
+
+_lanes: dict[tuple[torch.device, int], Lane | None] = {}
+
+
+def lane_of(device: torch.device) -> Lane | None:
+    """The lane of this thread on a device; None before `prepare`, and where no auxiliary stream can be had."""
+    return _lanes.get((device, threading.get_ident()))
+
+
+def prepare(device: torch.device) -> Lane | None:
+    """Make this thread's lane on a device, once. Not allowed during a capture.
+
+    None where torch has no free stream, and with an allocator other than torch's own, which may give memory from one
+    stream to another.
+    """
+    key = (device, threading.get_ident())
+    if key not in _lanes:
+        stream = streams.unused_stream(device) if torch.cuda.get_allocator_backend() == "native" else None
+        _lanes[key] = None if stream is None else Lane(stream)
+        streams.take(stream)
+    return _lanes[key]
+
+
+class Lane:
+    """One auxiliary stream. Two uses::
+
+    lane.start(result, strategy, work)   # fork; `work` fills `result` on the auxiliary stream
+    ...                                  # main
+    lane.join(result, work)              # main's stream waits
+
+    result = lane.start_and_give(work)   # `work` makes its own result
+    ...
+    lane.join(result)
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self._start = torch.cuda.Event(enable_timing=False)
+        self._done = torch.cuda.Event(enable_timing=False)
+        #: The strategy of each fork that is open, by the address of its result.
+        self._open: dict[int, str] = {}
+
+    def start(self, result: torch.Tensor, strategy: str, work: Callable[[], Any]) -> None:
+        """Fork. With "dual" the auxiliary stream gets its work now, with "dual_main_first" at the join."""
+        self._start.record(torch.cuda.current_stream())
+        if strategy != DUAL_MAIN_FIRST:
+            self._run(work)
+        self._open[result.data_ptr()] = strategy
+
+    def start_and_give(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Fork, and give the result that `work` makes on the auxiliary stream."""
+        self._start.record(torch.cuda.current_stream())
+        result = self._run(work)
+        self._open[result.data_ptr()] = ""
+        return result
+
+    def forget(self, result: torch.Tensor) -> None:
+        """A result that was computed without a fork. An open fork at its address is what a failed capture has left."""
+        if self._open:
+            self._open.pop(result.data_ptr(), None)
+
+    def join(self, result: torch.Tensor, work: Callable[[], Any] | None = None) -> None:
+        """Have the current stream wait for the fork of `result`; nothing where it was not forked."""
+        strategy = self._open.pop(result.data_ptr(), None)
+        if strategy is None:
+            return
+        if strategy == DUAL_MAIN_FIRST:
+            assert work is not None
+            self._run(work)
+        torch.cuda.current_stream().wait_event(self._done)
+
+    def _run(self, work: Callable[[], Any]) -> Any:
+        """`work` on the auxiliary stream. What it raises goes on, after the stream has been joined: a dangling fork would
+        hide the error behind another one at the end of the capture."""
+        self.stream.wait_event(self._start)
+        failed = True
+        try:
+            with torch.cuda.stream(self.stream):
+                result = work()
+            failed = False
+            return result
+        finally:
+            self._done.record(self.stream)
+            if failed:
+                torch.cuda.current_stream().wait_event(self._done)

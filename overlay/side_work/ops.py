@@ -1,0 +1,192 @@
+"""The custom ops of side work: start, start_layer and join. `overlay.side_work` says what they promise each other.
+
+No op takes the name of a layer unless it has to call one. A name as ``str`` makes every layer a compile artifact of its own
+(vLLM #38152 took the first dual-stream op back for that), so `start_layer` takes it as vLLM's own opaque type.
+
+An op is total. A graph from yesterday's cache may name a pair that has no plan today: start then computes the side work
+itself, on the current stream.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.utils import torch_utils
+
+from overlay.journal import PatchRecord
+from overlay.side_work import lane, lowering
+from overlay.side_work.plan import SERIAL, Plan
+
+LIBRARY = "vllm_overlay"
+PASS_THROUGH = "serial pass-through"
+NO_STREAM = "no auxiliary stream"
+
+# vLLM 0.20.0 and later with torch 2.11 and later; before that a plain str.
+LayerNameType = getattr(torch_utils, "LayerNameType", str)
+encode_layer_name = getattr(torch_utils, "_encode_layer_name", str)
+resolve_layer_name = getattr(torch_utils, "_resolve_layer_name", str)
+
+_libraries: list[torch.library.Library] = []  # an op lives as long as its library object
+
+
+def register(
+    name: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    schema: dict[str, Any],
+    mutates: Sequence[str] = (),
+    tags: tuple[torch.Tag, ...] = (),
+) -> Any:
+    """Define ``vllm_overlay::<name>`` for the platform's device, and give it.
+
+    `schema` has the type of each argument in order, and of ``return``. The types are real ones, from which torch makes the
+    op's schema; annotations in a file are text. `mutates` names the arguments that the op declares to write to.
+    """
+    implementation.__annotations__ = schema
+    library = torch.library.Library(LIBRARY, "FRAGMENT")
+    torch_utils.direct_register_custom_op(
+        name, implementation, mutates_args=list(mutates), fake_impl=fake, target_lib=library, tags=tags
+    )
+    _libraries.append(library)
+    return getattr(getattr(torch.ops, LIBRARY), name)
+
+
+@dataclass
+class PlannedPair:
+    """What the ops know of a pair by its name: when to fork, and where to count."""
+
+    plan: Plan
+    record: PatchRecord
+
+
+#: By name. Layers of one shape and one kind of main share a name.
+pairs: dict[str, PlannedPair] = {}
+
+
+def gemm(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None:
+    """(tokens, hidden) and (columns, hidden) into (tokens, columns): the call that stock's compiled graph makes."""
+    torch.mm(x, weight.t(), out=result)
+
+
+def choose(x: torch.Tensor, name: str) -> tuple[str, lane.Lane | None]:
+    """The strategy of one call, counted, and the lane of this thread."""
+    pair = pairs.get(name)
+    found = lane.lane_of(x.device) if x.is_cuda else None
+    if pair is None:
+        return SERIAL, found
+    reason = _reason_for_serial(x, pair.plan, found)
+    if reason is None:
+        pair.record.calls.dual_stream += 1
+        return pair.plan.strategy(x.shape[0]), found
+    pair.record.calls.count_serial(reason)
+    return SERIAL, found
+
+
+def _reason_for_serial(x: torch.Tensor, plan: Plan, found: lane.Lane | None) -> str | None:
+    if not x.is_cuda:
+        return PASS_THROUGH
+    reason = plan.reason_for_serial(x.shape[0])
+    if reason is None and found is None:
+        return NO_STREAM
+    return reason
+
+
+def _start(x, weight, gate, columns, name):  # type: ignore[no-untyped-def]
+    strategy, found = choose(x, name)
+    if strategy == SERIAL or x.dim() != 2 or found is None:
+        result = torch.nn.functional.linear(x, weight)
+        if found is not None:
+            found.forget(result)
+        return result
+    result = x.new_empty((x.shape[0], columns))
+    found.start(result, strategy, lambda: gemm(x, weight, result))
+    return result
+
+
+def _start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-untyped-def]
+    strategy, found = choose(x, name)
+    layer = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
+    x = x.contiguous()  # Inductor may have given it other strides, and not every kernel takes those
+
+    def work() -> torch.Tensor:
+        return layer._modules[side](x)[0]
+
+    if strategy == SERIAL or found is None:
+        result = work()
+        if found is not None:
+            found.forget(result)
+        return result
+    return found.start_and_give(work)
+
+
+def _join(result, main, x, weight, name):  # type: ignore[no-untyped-def]
+    found = lane.lane_of(x.device) if x.is_cuda else None
+    if found is not None:
+        found.join(result, None if weight is None else lambda: gemm(x, weight, result))
+
+
+@functools.cache
+def define() -> None:
+    """Define the ops, once per process.
+
+    They have the tag ``flexible_layout``: Inductor may choose the layout of their inputs, as it may for stock's GEMMs. To bring
+    about a certain layout it would put the op's name into the kernel that makes the input, and time that kernel apart from
+    stock's kernel of the same text. It then found another block size at times, which adds in another order (vLLM 0.33.0).
+    """
+
+    def fake_start(x, weight, gate, columns, name):  # type: ignore[no-untyped-def]
+        _count_fake(name)
+        return x.new_empty((*x.shape[:-1], columns))
+
+    def fake_start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-untyped-def]
+        _count_fake(name)
+        return x.new_empty((*x.shape[:-1], columns))
+
+    def fake_join(result, main, x, weight, name):  # type: ignore[no-untyped-def]
+        return None
+
+    tensor, tags = torch.Tensor, (torch.Tag.flexible_layout,)
+    schema: dict[str, Any] = {
+        "x": tensor,
+        "weight": tensor,
+        "gate": tensor,
+        "columns": int,
+        "name": str,
+        "return": tensor,
+    }
+    lowering.register(register("start", _start, fake_start, schema, ["gate"], tags), _lower_start)
+    schema = {"x": tensor, "gate": tensor, "columns": int, "side": str, "name": str}
+    schema |= {"layer_name": LayerNameType, "return": tensor}
+    register("start_layer", _start_layer, fake_start_layer, schema, ["gate"], tags)
+    schema = {"result": tensor, "main": tensor, "x": tensor}
+    schema |= {"weight": Optional[tensor], "name": str, "return": None}  # noqa: UP045
+    lowering.register(register("join", _join, fake_join, schema, ["result"], tags), _lower_join)
+
+
+def _count_fake(name: str) -> None:
+    pair = pairs.get(name)
+    if pair is not None:
+        pair.record.calls.fake += 1
+
+
+def _lower_start(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Stock's linear in the place of start."""
+    x, weight, _, _, name = node.args
+    with graph.inserting_before(node):
+        result = graph.call_function(torch._C._nn.linear, (x, weight, None))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    pair = pairs.get(name)
+    if pair is not None:
+        pair.record.calls.lowered += 1
+
+
+def _lower_join(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Nothing in the place of join: above the captured sizes nothing is forked."""
+    graph.erase_node(node)
