@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,85 +12,10 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from overlay import streams
+from overlay.side_work import streams
 from overlay.side_work.streams import ParallelRegion
 from tests.conftest import REPOSITORY
-
-Log = list[tuple[Any, ...]]
-
-
-class FakeStream:
-    def __init__(self, name: str, log: Log) -> None:
-        self.name, self.log = name, log
-
-    def wait_event(self, event: FakeEvent) -> None:
-        self.log.append(("wait", self.name, event.name))
-
-
-class FakeEvent:
-    def __init__(self, log: Log, enable_timing: bool) -> None:
-        assert enable_timing is False
-        self.log = log
-        self.name = f"event{sum(1 for entry in log if entry[0] == 'event')}"
-        log.append(("event", self.name))
-
-    def record(self, stream: FakeStream) -> None:
-        self.log.append(("record", stream.name, self.name))
-
-
-class FakeCuda:
-    """torch.cuda as far as the module uses it; every operation goes into one log."""
-
-    def __init__(self) -> None:
-        self.log: Log = []
-        self.main = FakeStream("main", self.log)
-        self._entered = [self.main]
-        self._made = 0
-
-    def current(self) -> FakeStream:
-        return self._entered[-1]
-
-    def make_stream(self, device: torch.device) -> FakeStream:
-        self._made += 1
-        return FakeStream(f"aux{self._made - 1}", self.log)
-
-    @contextlib.contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
-        self._entered.append(stream)
-        try:
-            yield
-        finally:
-            self._entered.pop()
-
-    def work(self, name: str, fails: bool = False) -> Any:
-        def run() -> str:
-            self.log.append(("work", name, self.current().name))
-            if fails:
-                raise RuntimeError(name)
-            return name
-
-        return run
-
-    def prepared(self, slots: int) -> ParallelRegion:
-        region = ParallelRegion(slots)
-        region.prepare(torch.device("cuda:0"))
-        del self.log[:]
-        return region
-
-
-@contextlib.contextmanager
-def fake_cuda() -> Iterator[FakeCuda]:
-    cuda = FakeCuda()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "_streams", {})
-        patch.setattr(torch.cuda, "Stream", cuda.make_stream)
-        patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(cuda.log, enable_timing))
-        patch.setattr(torch.cuda, "current_stream", cuda.current)
-        patch.setattr(torch.cuda, "stream", cuda.stream)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-        yield cuda
-
+from tests.unit.fake_cuda import FakeCuda, FakeStream, Log, fake_cuda
 
 def test_two_way_order() -> None:
     with fake_cuda() as cuda:
@@ -254,23 +177,17 @@ def test_an_allocator_that_shares_blocks_between_streams_means_serial() -> None:
 
 
 def test_a_stream_for_something_else_is_nobodys() -> None:
-    """A measurement's main stream: its auxiliary ones are forgotten at the end, and nobody else's may be."""
+    """A measurement's main stream, or a lane's: never one that is somebody's already."""
     with fake_cuda() as cuda, pytest.MonkeyPatch.context() as patch:
         region = cuda.prepared(slots=2)
-        taken = [cuda.main, *region._auxiliary_streams]
+        kept = FakeStream("kept", cuda.log)
+        streams.take(kept)
+        taken = [cuda.main, kept, *region._auxiliary_streams]
         pool = [*taken, FakeStream("free", cuda.log)]
         turn = itertools.cycle(pool)
         patch.setattr(torch.cuda, "Stream", lambda device: next(turn))
-        free = streams.unused_stream(torch.device("cuda:0"))
-        assert free is pool[-1]
-        with cuda.stream(free):
-            patch.setattr(torch.cuda, "Stream", cuda.make_stream)
-            other = ParallelRegion(slots=1)
-            other.prepare(torch.device("cuda:0"))
-        streams.forget(free)
-        assert list(streams._streams.values()) == region._auxiliary_streams
+        assert streams.unused_stream(torch.device("cuda:0")) is pool[-1]
         turn = itertools.cycle(taken)
-        patch.setattr(torch.cuda, "Stream", lambda device: next(turn))
         assert streams.unused_stream(torch.device("cuda:0")) is None
 
 
