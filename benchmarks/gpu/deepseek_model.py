@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bench_engine import weights
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 FLASH: dict[str, Any] = {
@@ -126,7 +127,7 @@ def _power_of_two_below_one(inputs: int) -> int:
     return round(math.log2(inputs) / 2)
 
 
-def fill(tensor: Any, name: str, owner: str, seed: int) -> None:
+def fill(tensor: Any, name: str, owner: str, seed: int, tensors: Mapping[str, Any] | None = None) -> None:
     """As `weights.fill`, and what DeepSeek-V4 has beside: power-of-two scales, 4-bit experts, the hash router's table."""
     import torch
 
@@ -143,7 +144,7 @@ def fill(tensor: Any, name: str, owner: str, seed: int) -> None:
     elif leaf == "tid2eid":
         data.random_(0, FLASH["n_routed_experts"], generator=generator)
     else:
-        _fill_plain(tensor, name, owner, seed)
+        _fill_plain(tensor, name, owner, seed, tensors)
 
 
 _fill_plain = weights.fill

@@ -124,6 +124,14 @@ def bench(
             help="Qwen3.5-35B-A3B, Qwen3.5-27B, Qwen3-Next-80B-A3B or tiny; a configuration; a checkpoint's folder.",
         ),
     ] = "Qwen3.5-35B-A3B",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="The weights of a named shape: bf16, fp8-block, fp8-tensor, fp8-channel, w4-experts, w4 or nvfp4.",
+        ),
+    ] = "bf16",
     layers: Annotated[
         int | None, typer.Option(help="Layers of that shape; as many as fit when left out.", show_default=False)
     ] = None,
@@ -145,7 +153,7 @@ def bench(
         typer.Option(metavar="R,R,…", help="Also real servers, at these requests per second.", show_default=False),
     ] = None,
     phases: Annotated[
-        str, typer.Option(help="What to measure, in this order; servers come last.")
+        str, typer.Option(help="What to measure, in this order; servers come last. Also: timeline (GPU kernels).")
     ] = "tokens,ttft,decode,serving",
     capture_sizes: Annotated[
         str | None, typer.Option(metavar="N,N,…", help="CUDA graph capture sizes.", show_default=False)
@@ -193,10 +201,11 @@ def bench(
         command.run(
             command.Options(
                 model=model,
+                format=form,
                 layers=layers,
                 tensor_parallel=tensor_parallel,
                 arms=command.parse_arms(arms),
-                phases=command.parse_words("--phases", phases, command.PHASES),
+                phases=command.parse_words("--phases", phases, command.ALL_PHASES),
                 batches=command.parse_numbers("--batches", batches),
                 prompts=command.parse_numbers("--prompts", prompts),
                 rates=command.parse_rates(rates),

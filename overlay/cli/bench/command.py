@@ -3,7 +3,7 @@
 ``results.json`` (schema 2; times in seconds; written after every step)::
 
     {"schema": 2, "command": ["…"], "overlay": {"version", "commit", "source"}, "host": {"gpu", "kernel", "date", …},
-     "model": {"name", "layers", "linear_attention_layers", "tensor_parallel", "checkpoint"}, "memory": {…},
+     "model": {"name", "format", "layers", "linear_attention_layers", "tensor_parallel", "checkpoint"}, "memory": {…},
      "pair": {"stock": {"vllm", "torch", "compile_seconds", "build_seconds", "counters", …}, "overlay": {…},
               "weights_equal": true, "started_together": false, "journals": {"overlay": […]}},
      "tokens": [{"case", "requests", "generated", "distinct", "stock_repeats_itself", "stock_repeats_logprobs",
@@ -12,12 +12,14 @@
                  "arms": {"overlay": {"seconds", "ratio", "low", "high"}},
                  "against": {"serial": {"ratio", "low", "high"}}}],
      "first_token": [{"prompt", … as decode …}], "host_speed": {"Python": {… as decode …}, …},
+     "timeline": [{"requests", "arms": {…}}],
      "serving": {"rows": [{"rate", "metric": "ttft" | "tpot", "arm", "stock", "overlay", "ratio", "low", "high",
                            "stock_p99", "overlay_p99", …}], "start_seconds": {…}},
      "problems": ["…"], "unfinished": ["…"], "interrupted": true}
 
 `ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its 95 % bootstrap interval; the fields beside
-`arms` are those of the arm `overlay`. `against` is the overlay to another arm.
+`arms` are those of the arm `overlay`. `against` is the overlay to another arm. Only with `--phases timeline` is there `timeline`, in
+microseconds; timeline.py says what its rows hold.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay.cli.bench import engines, memory, report, serving, shapes
+from overlay.cli.bench import engines, formats, memory, report, serving, shapes, timeline
 from overlay.cli.bench.engines import Engines
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import REPOSITORY, Results, different
@@ -60,6 +62,8 @@ PREFILL_TOKENS = 8192
 #: Only checked when an engine starts, for its cache has a size of its own; small, so that the last arm passes, too.
 MEMORY_UTILIZATION = 0.05
 PHASES = ("tokens", "ttft", "decode", "serving")
+#: What --phases may name beside: a profiler's trace of decode steps.
+ALL_PHASES = (*PHASES, "timeline")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Options:
     """What was asked for. None: chosen here."""
 
     model: str = shapes.DEFAULT_SHAPE
+    format: str = formats.DEFAULT
     layers: int | None = None
     tensor_parallel: int = 1
     arms: tuple[str, ...] = (STOCK, OVERLAY)
@@ -221,7 +226,7 @@ def settle(options: Options) -> Plan:
         prompt=max(longest, tokens),
         prefill=min(PREFILL_TOKENS, max(2048, longest)),
     )
-    model = shapes.find(options.model, options.layers)
+    model = shapes.find(options.model, options.layers).with_format(options.format)
     most = model.text.get("max_position_embeddings")
     if most and load.prompt > int(most):
         raise CommandError(
@@ -338,16 +343,17 @@ def _describe(plan: Plan, results: Results, progress: Progress) -> None:
         "model",
         value={
             "name": model.name,
+            "format": model.format_name,
             "layers": model.layers,
             "linear_attention_layers": model.linear_layers(),
             "tensor_parallel": options.tensor_parallel,
             "checkpoint": str(model.checkpoint) if model.checkpoint else None,
-            "config": dict(model.config),
+            "config": dict(model.configuration),
         },
     )
     results.put("memory", value={"engine": plan.need.as_dict(), "engines": len(options.arms), "free": plan.free})
     progress.say(
-        f"{model.name}, {model.layers} layers; arms {', '.join(options.arms)}; {plan.need.total / memory.GIB:.1f} GiB "
+        f"{model.name}, {model.format_name}, {model.layers} layers; arms {', '.join(options.arms)}; {plan.need.total / memory.GIB:.1f} GiB "
         f"per engine and GPU, {plan.free / memory.GIB:.1f} GiB free"
     )
 
@@ -407,6 +413,8 @@ def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
     effort = plan.effort
     if phase == "tokens":
         alive.tokens(plan.batches, plan.prompts)
+    elif phase == "timeline":
+        timeline.measure(alive, plan.batches)
     elif phase == "ttft":
         alive.first_token(plan.prompts, effort.first_token_rounds, effort.first_token_repetitions)
     else:

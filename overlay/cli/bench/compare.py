@@ -73,9 +73,11 @@ class Subject:
     model: str
     layers: int
     tensor_parallel: int
+    format: str = "bf16"
 
     def __str__(self) -> str:
-        return f"{self.model} with {self.layers} layers on {self.tensor_parallel} x {self.gpu}"
+        form = "" if self.format == "bf16" else f" ({self.format})"
+        return f"{self.model}{form} with {self.layers} layers on {self.tensor_parallel} x {self.gpu}"
 
 
 def run(old: Path, new: Path, console: Console) -> int:
@@ -108,7 +110,9 @@ def subject(data: Mapping[str, Any], path: Path) -> Subject:
     gpu = (data["host"].get("gpu") or "CPU").partition(",")[0]
     model = data.get("model")
     if model:
-        return Subject(gpu, model["name"], int(model["layers"]), int(model["tensor_parallel"]))
+        return Subject(
+            gpu, model["name"], int(model["layers"]), int(model["tensor_parallel"]), model.get("format", "bf16")
+        )
     arguments = data.get("arguments", {})
     if "architecture" not in arguments:
         raise CommandError(f"{path} does not say which model it is of: not a results file of bench or gpu_evidence.py")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay.cli.bench.shapes import WEIGHT_FILES
+from overlay.cli.bench.formats import FORMATS
+from overlay.cli.bench.shapes import EXPERT_COUNTS, WEIGHT_FILES
 from overlay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -107,16 +108,23 @@ def _weights(model: Model) -> int:
     if model.checkpoint is not None:
         files = {path for pattern in WEIGHT_FILES for path in model.checkpoint.glob(pattern)}
         return sum(path.stat().st_size for path in files)
-    return parameters(model) * WIDTH
+    form = FORMATS[model.format]
+    embeddings, projections, feed_forward = _parameters(model)
+    return int(embeddings * WIDTH + projections * form.projections + feed_forward * form.feed_forward)
 
 
 def parameters(model: Model) -> int:
     """The number of weights: projections, experts and embeddings; norms and biases are too small to matter."""
+    return sum(_parameters(model))
+
+
+def _parameters(model: Model) -> tuple[int, int, int]:
+    """Weights of the embeddings, of attention and linear attention, and of experts or MLPs."""
     text = model.text
     linear = model.linear_layers()
     embeddings = text["vocab_size"] * text["hidden_size"] * (1 if text.get("tie_word_embeddings") else 2)
     attention = linear * (_linear_attention(text) if linear else 0) + (model.layers - linear) * _attention(text)
-    return int(embeddings + attention + model.layers * _feed_forward(text))
+    return int(embeddings), int(attention), int(model.layers * _feed_forward(text))
 
 
 def _attention(text: Mapping[str, Any]) -> int:
@@ -143,7 +151,7 @@ def _feed_forward(text: Mapping[str, Any]) -> int:
 
 
 def _experts(text: Mapping[str, Any]) -> int:
-    return int(text.get("num_experts") or text.get("n_routed_experts") or text.get("num_local_experts") or 0)
+    return next((int(text[field]) for field in EXPERT_COUNTS if text.get(field)), 0)
 
 
 def _head(text: Mapping[str, Any]) -> int:

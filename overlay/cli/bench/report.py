@@ -54,6 +54,7 @@ def tables(data: dict[str, Any]) -> list[Any]:
     ):
         if data.get(key):
             shown.append(make(data[key]))
+    shown += [timeline(row) for row in data.get("timeline") or []]
     return [*shown, *notes(data)]
 
 
@@ -97,7 +98,7 @@ def head(data: dict[str, Any]) -> str:
     if model:
         lines.append(
             f"{model['name']}, {model['layers']} layers ({model['linear_attention_layers']} of them linear attention), "
-            f"tensor parallel {model['tensor_parallel']}"
+            f"format {model.get('format', 'bf16')}, tensor parallel {model['tensor_parallel']}"
         )
     pair = data.get("pair", {})
     for arm, found in pair.items():
@@ -191,6 +192,38 @@ def starts(pair: dict[str, Any]) -> Table | str:
                 for key in ("compiled_artifacts_saved", "inductor_compiles", "aot_artifacts_saved")
             ),
         )
+    return found
+
+
+def timeline(row: dict[str, Any]) -> Table:
+    """A GDN layer and its MLP at one number of requests, and below it which kernels are not stock's."""
+    columns = ("segment", "5 to 95 %", "ratio", "like", "like, tuned", "side", "overlap", "hideable", "hidden share")
+    found = table(f"a GDN layer and its MLP, N={row['requests']} (GPU us)", "arm", *columns)
+    lines = []
+    for arm, layer in row["arms"].items():
+        segment, other = layer["segment"], layer.get("against_stock", {})
+        keys = ("ratio", "like", "like_tuned", "side_duration", "overlap", "hideable", "hidden_share")
+        cells = ("-" if other.get(key) is None else f"{other[key]:.3f}" for key in keys)
+        found.add_row(arm, f"{segment['median']:.1f}", f"{segment['low']:.1f}..{segment['high']:.1f}", *cells)
+        lines.append(f"{arm}: {segment['alike']} of {segment['all']} segments are alike")
+        for kernel in other.get("side", ()):
+            same = kernel["stock"]
+            stock = f"stock {same['duration']:.2f} after {same['gap']:.2f}" if same else "not in stock"
+            lines.append(
+                f"{arm}, side: {kernel['duration']:.2f} us, {kernel['overlap']:.2f} hidden, {stock}: {kernel['name'][:90]}"
+            )
+        for kernel in other.get("renamed", ()):
+            lines.append(
+                f"{arm}, other kernel, {-kernel['difference']:+.2f} us: {kernel['arm'][:60]} for {kernel['stock'][:60]}"
+            )
+        for kernel in other.get("retuned", ()):
+            lines.append(f"{arm}, same kernel, {kernel['stock']:.2f} to {kernel['arm']:.2f} us: {kernel['name'][:90]}")
+        for key, whose in (("only_stock", "stock"), ("only_arm", arm)):
+            names = other.get(key)
+            if names:
+                lines.append(f"only in {whose}: {', '.join(name[:60] for name in names)}")
+    found.caption = "\n".join(lines)
+    found.caption_justify = "left"
     return found
 
 

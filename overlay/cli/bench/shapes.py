@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from overlay.cli.bench import formats
 from overlay.cli.failure import CommandError
 
 #: Layer shape of Qwen3.5-35B-A3B, without its experts.
@@ -122,6 +123,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
 #: A folder with one of these is a checkpoint; without, its config.json is a shape.
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 DEFAULT_SHAPE = "Qwen3.5-35B-A3B"
+#: Fields that say how many routed experts there are, by family.
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def layer_types(layers: int) -> list[str]:
@@ -172,6 +175,48 @@ class Model:
     name: str
     config: Mapping[str, Any]
     checkpoint: Path | None = None
+    #: Of formats.FORMATS: the quantization that `configuration` adds to `config`.
+    format: str = formats.DEFAULT
+
+    @property
+    def configuration(self) -> Mapping[str, Any]:
+        """The content of `config.json`, with what the format says of its weights."""
+        make = formats.FORMATS[self.format].configuration
+        return {**self.config, "quantization_config": make(self._layers())} if make else self.config
+
+    def _layers(self) -> formats.Layers:
+        text = self.text
+        return formats.Layers(
+            prefix="model.language_model.layers" if "text_config" in self.config else "model.layers",
+            kinds=tuple(text.get("layer_types") or ["full_attention"] * self.layers),
+            mixture=self.mixture,
+            shared=bool(text.get("shared_expert_intermediate_size")),
+            fused=text.get("model_type") == "qwen3_next",
+        )
+
+    @property
+    def mixture(self) -> bool:
+        """Whether it has routed experts."""
+        return any(self.text.get(field) for field in EXPERT_COUNTS)
+
+    @property
+    def format_name(self) -> str:
+        """What results call it: the format asked for, or what the configuration says of itself."""
+        own = self.config.get("quantization_config")
+        return str(own.get("quant_method")) if own else self.format
+
+    def with_format(self, name: str) -> Model:
+        """The same shape with the weights of another kind of checkpoint. Raises CommandError where they do not go together."""
+        if name not in formats.FORMATS:
+            raise CommandError(f"--format={name!r}: allowed are {', '.join(formats.FORMATS)}")
+        if name == self.format:
+            return self
+        reason = formats.reason_against(name, self.text, self.mixture)
+        if self.checkpoint is not None or "quantization_config" in self.config:
+            reason = "its weights have a format of their own"
+        if reason:
+            raise CommandError(f"--format={name} does not go with {self.name}: {reason}")
+        return replace(self, format=name)
 
     @property
     def text(self) -> Mapping[str, Any]:
@@ -226,7 +271,8 @@ class Model:
 
     def folder(self, work: Path) -> Path:
         """What vLLM takes as its model: the checkpoint, or a folder made in `work` with a configuration."""
-        return self.checkpoint or write(work / "models" / f"{self.name}-{self.layers}-layers", self.config)
+        name = f"{self.name}-{self.layers}-layers" + (f"-{self.format}" if self.format != formats.DEFAULT else "")
+        return self.checkpoint or write(work / "models" / name, self.configuration)
 
     def tokenizer(self, work: Path) -> Path:
         """What servers and their clients take as tokenizer: the checkpoint's, or one made in `work`.

@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 #: int32 with eight 4-bit values of 7 and 8: the zero points of a symmetric GPTQ checkpoint.
 _SYMMETRIC_ZERO_POINTS = 0x77777777
+#: Standard deviations of random 4-bit values: GPTQ's minus 8, of which none is -8, and NVFP4's (0 to 6, and a sign).
+_GPTQ_DEVIATION, _NVFP4_DEVIATION = 4.18, 2.93
+#: NVFP4's scale of 16 values, of the size that checkpoints have: their largest is 448.
+_NVFP4_BLOCK_SCALE = 64.0
+#: A static scale of FP8 activations: 448 times as much is 28, and what is below 0.001 vanishes.
+_INPUT_SCALE = 1.0 / 16.0
+#: What the names of a routed expert's tensors begin with; a linear layer has the same names without.
+_EXPERT_PREFIXES = ("w13_", "w2_")
+_SCALES = {"weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "scales"}
 
 
 def _generator(device: Any, seed: int, name: str) -> Any:
@@ -23,8 +35,77 @@ def _generator(device: Any, seed: int, name: str) -> Any:
     return generator
 
 
-def fill(tensor: Any, name: str, owner: str, seed: int) -> None:
-    """Fill one tensor in place. `name` is its full name, `owner` the class name of the module that holds it."""
+def _expert_prefix(leaf: str) -> str:
+    return next((prefix for prefix in _EXPERT_PREFIXES if leaf.startswith(prefix)), "")
+
+
+def unit(leaf: str, tensors: Mapping[str, Any]) -> float:
+    """What a scale has to be for the outputs of its linear layer to be as large as the inputs.
+
+    `leaf` is the scale's name and `tensors` are the tensors of its layer, of which one is the scaled weight. 1 where there
+    is none.
+    """
+    import torch
+
+    prefix = _expert_prefix(leaf)
+    for name, packed in (("weight", -1), ("qweight", -2), ("weight_packed", -1)):
+        weight = tensors.get(prefix + name)
+        if weight is None or weight.dim() < 2:
+            continue
+        inputs, deviation = weight.shape[packed], 1.0
+        if weight.dtype == torch.int32:
+            inputs, deviation = inputs * 8, _GPTQ_DEVIATION
+        elif weight.dtype == torch.uint8:
+            inputs, deviation = inputs * 2, _NVFP4_DEVIATION
+        return 1.0 / (deviation * math.sqrt(inputs))
+    return 1.0
+
+
+def _fill_scale(data: Any, leaf: str, generator: Any, tensors: Mapping[str, Any]) -> None:
+    """A quantized weight's scales, or the static scale of its inputs.
+
+    NVFP4 has two: of 16 values and of a whole weight. The second is one for all the parts of a fused layer, and for all
+    experts: vLLM takes the first or the largest for all.
+    """
+    import torch
+
+    size = unit(leaf, tensors)
+    if leaf.endswith("input_scale"):
+        data.fill_(_INPUT_SCALE)
+        return
+    if leaf.endswith("scale_2"):
+        data.fill_(size / _NVFP4_BLOCK_SCALE)
+        return
+    if torch.finfo(data.dtype).bits < 16:
+        size = _NVFP4_BLOCK_SCALE
+    values = torch.empty(data.shape, dtype=torch.float32, device=data.device)
+    data.copy_(values.uniform_(0.5 * size, 1.5 * size, generator=generator).to(data.dtype))
+
+
+def _fill_integers(data: Any, leaf: str, generator: Any) -> None:
+    """4-bit values, eight in an int32 or two in a byte, and zero points."""
+    import torch
+
+    if leaf.endswith("qzeros"):
+        data.fill_(_SYMMETRIC_ZERO_POINTS)
+    elif data.dtype == torch.int32 and leaf.endswith(("qweight", "weight_packed")):
+        for part in (
+            data if data.dim() > 2 else (data,)
+        ):  # an expert at a time: the terms below are as large as the part
+            part.random_(-(2**31), 2**31 - 1, generator=generator)
+            # 0 becomes 8, the zero point: else the mean of the weights is not zero, and every token comes out the same.
+            some = part | ((part >> 1) & 0x77777777) | ((part >> 2) & 0x33333333) | ((part >> 3) & 0x11111111)
+            part.bitwise_or_((~some & 0x11111111) << 3)
+    elif data.dtype == torch.uint8 and leaf.endswith(("weight", "weight_packed")):
+        data.random_(0, 256, generator=generator)
+
+
+def fill(tensor: Any, name: str, owner: str, seed: int, tensors: Mapping[str, Any] | None = None) -> None:
+    """Fill one tensor in place.
+
+    `name` is its full name, `owner` the class name of the module that holds it, `tensors` all that the module holds, by
+    their own names: a quantized weight's scale depends on the weight's number of inputs.
+    """
     import torch
 
     if tensor.device.type == "meta" or tensor.numel() == 0:
@@ -32,24 +113,17 @@ def fill(tensor: Any, name: str, owner: str, seed: int) -> None:
     data, leaf = tensor.data, name.rpartition(".")[2]
     generator = _generator(data.device, seed, name)
     if not data.is_floating_point():
-        if leaf == "qweight" and data.dtype == torch.int32:
-            data.random_(-(2**31), 2**31 - 1, generator=generator)
-            # 0 becomes 8, the zero point: else the mean of the weights is not zero, and every token comes out the same.
-            some = data | ((data >> 1) & 0x77777777) | ((data >> 2) & 0x33333333) | ((data >> 3) & 0x11111111)
-            data |= (~some & 0x11111111) << 3
-        elif leaf == "qzeros":
-            data.fill_(_SYMMETRIC_ZERO_POINTS)
-        return
-    if torch.finfo(data.dtype).bits < 16:
-        values = torch.empty(data.shape, dtype=torch.float16, device=data.device)
-        data.copy_(values.normal_(0.0, 1.0, generator=generator).to(data.dtype))
+        _fill_integers(data, leaf, generator)
+    elif leaf.removeprefix(_expert_prefix(leaf)) in _SCALES:
+        _fill_scale(data, leaf, generator, tensors or {})
+    elif torch.finfo(data.dtype).bits < 16:
+        for part in data if data.dim() > 2 else (data,):  # an expert at a time
+            values = torch.empty(part.shape, dtype=torch.float16, device=data.device)
+            part.copy_(values.normal_(0.0, 1.0, generator=generator).to(data.dtype))
     elif leaf == "A_log":
         data.uniform_(-4.0, 0.7, generator=generator)
     elif leaf == "dt_bias":
         data.normal_(0.0, 1.0, generator=generator)
-    elif leaf == "scales":  # GPTQ: (input / group, output); a random 4-bit value minus 8 has a deviation of 4.6
-        size = 1.0 / (4.6 * math.sqrt(data.shape[0] * 128))
-        data.uniform_(0.5 * size, 1.5 * size, generator=generator)
     elif "Norm" in owner or "norm" in name.lower().rpartition(".")[0].rpartition(".")[2]:
         data.normal_(0.0 if "Gemma" in owner else 1.0, 0.1, generator=generator)
     elif "Embedding" in owner:
@@ -76,19 +150,21 @@ def replace_dummy_weights(seed: int) -> None:
                 if get_layerwise_info(layer).can_load():
                     _quantize_online(self, layer, prefix, owner, seed)
                     continue
-                for leaf, tensor in get_layer_tensors(layer).items():
+                tensors = get_layer_tensors(layer)
+                for leaf, tensor in tensors.items():
                     if leaf not in layer._non_persistent_buffers_set:
-                        fill(tensor, f"{prefix}.{leaf}", owner, seed)
+                        fill(tensor, f"{prefix}.{leaf}", owner, seed, tensors)
 
     def _quantize_online(loader: Any, layer: Any, prefix: str, owner: str, seed: int) -> None:
         """Online quantization: vLLM materializes the layer, asks for values, and quantizes at once."""
         kept, calls = dummy_loader.initialize_single_dummy_weight, [0]
 
         def initialize(tensor: Any, *_: Any, name: str | None = None, **__: Any) -> None:
-            names = {id(value): key for key, value in get_layer_tensors(layer).items()}
+            tensors = get_layer_tensors(layer)
+            names = {id(value): key for key, value in tensors.items()}
             leaf = name or names.get(id(tensor)) or f"tensor{calls[0]}"
             calls[0] += 1
-            fill(tensor, f"{prefix}.{leaf}", owner, seed)
+            fill(tensor, f"{prefix}.{leaf}", owner, seed, tensors)
 
         dummy_loader.initialize_single_dummy_weight = initialize
         try:

@@ -17,6 +17,7 @@ import os
 import random
 import runpy
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -32,12 +33,38 @@ if TYPE_CHECKING:
 with_room: Callable[..., Any] = runpy.run_path(str(Path(__file__).parents[4] / "frame_stack.py"))["with_room"]
 #: About 5 ms each: long enough to tell a slow CPU, short enough to ask in every round.
 HOST_STEPS, HOST_LAUNCHES = 100_000, 1_000
+#: The most of a trace that goes into one answer: about 1 MB.
+MOST_KERNELS = 20_000
+#: Categories of a Chrome trace's events.
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def make_prompt(length: int, seed: int, vocabulary: int) -> list[int]:
     """Token ids of one prompt, from a seed; the last ids of the vocabulary are kept for special tokens."""
     generator = random.Random(seed)
     return [generator.randrange(10, vocabulary - 300) for _ in range(length)]
+
+
+def kernels_of(trace: dict[str, Any]) -> dict[str, Any]:
+    """The GPU's part of a Chrome trace, as `EngineWorker.do_kernels` gives it."""
+    events = [
+        event
+        for event in trace["traceEvents"]
+        if event.get("ph") == "X" and event.get("cat") in ON_GPU and "dur" in event
+    ]
+    events = sorted(events, key=lambda event: float(event["ts"]))[-MOST_KERNELS:]
+    first = float(events[0]["ts"]) if events else 0.0
+    names: dict[str, int] = {}
+    kernels = [
+        [
+            names.setdefault(event["name"], len(names)),
+            event.get("args", {}).get("stream", event.get("tid")),
+            round(float(event["ts"]) - first, 3),
+            float(event["dur"]),
+        ]
+        for event in events
+    ]
+    return {"names": list(names), "kernels": kernels}
 
 
 class EngineWorker:
@@ -324,17 +351,44 @@ class EngineWorker:
         """A profiler trace of a few decode steps, as gzipped Chrome trace."""
         import torch
 
-        self.do_decode_begin(requests, 16, 400, 8, seed, adapters or (None,))
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+        timing = self._profile(activities, requests, steps, path, seed, adapters)
+        return {**timing, "bytes": Path(path).stat().st_size}
+
+    def _profile(
+        self,
+        activities: list[Any],
+        requests: int,
+        steps: int,
+        path: str,
+        seed: int,
+        adapters: list[str | None] | None = None,
+    ) -> dict[str, Any]:
+        import torch
+
+        self.do_decode_begin(requests, 16, 400, 8, seed, adapters or (None,))
         with torch.profiler.profile(activities=activities):  # the first use of the profiler sets it up: seconds
             self.do_decode_steps(2, 0)
         with torch.profiler.profile(activities=activities) as profile:
             timing = self.do_decode_steps(steps, 0)
         profile.export_chrome_trace(path)
         self.do_decode_end()
-        return {**timing, "bytes": Path(path).stat().st_size}
+        return timing
+
+    def do_kernels(self, requests: int, steps: int, seed: int) -> dict[str, Any]:
+        """What the GPU did in a few decode steps, by start: `names`, and per kernel, copy or fill `[name's index, stream,
+        start, duration]` in microseconds. The last MOST_KERNELS of them; none where this process does not use a GPU.
+        """
+        import torch
+
+        if not torch.cuda.is_initialized():
+            return {"names": [], "kernels": []}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._profile([torch.profiler.ProfilerActivity.CUDA], requests, steps, str(path), seed)
+            return kernels_of(json.loads(path.read_text(errors="replace")))
 
 
 def main(worker: EngineWorker | None = None) -> None:

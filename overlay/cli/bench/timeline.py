@@ -1,0 +1,300 @@
+"""Kernel by kernel: one GDN layer and its MLP in a replayed decode step, and what of the side work is hidden.
+
+`results.json` gets `timeline`, all times in microseconds::
+
+    [{"requests": 8, "arms": {
+        "stock": {"segment": {"median", "low", "high", "alike", "all"}, "kernels": [{"name", "stream", "start", "duration"}]},
+        "overlay": {… the same …, "against_stock": {"ratio", "saved", "side": [{"name", "duration", "overlap", "stock"}],
+                    "side_duration", "overlap", "hideable", "hidden_share", "renamed": [{"stock", "arm", "difference"}],
+                    "only_stock": [name], "only_arm": [name], "like", "retuned": [{"name", "stock", "arm"}], "like_tuned"}}}}]
+
+A **segment** goes from one layer's `causal_conv1d` kernel to the next layer's. Those of attention layers and of the end of a
+step differ in their kernels: only segments with the most common kernels count (`alike` of `all`), by each stream's order.
+`low` and `high` are the 5th and 95th percentile, everything else medians over them. `stream` is "main" for the stream with
+the most of the segment's kernel time, "side 1" and so on for others.
+
+Against stock:
+
+- `side`: an arm's kernels on other streams than the main one, without those that stock has there, too. `overlap` is how much of its duration some kernel of the main
+  stream runs at the same time. `stock` is the same kernel in stock's segment, `duration` and `gap` (idle time before it);
+  where stock has several of that name, the last ones: the side projection is the last GEMM before the convolution.
+- `hideable`: the sum of these durations and gaps. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`.
+  None where a side kernel has no counterpart, or there is no side kernel.
+- `only_stock`, `only_arm`: names that one of them has more often. `renamed`: kernels of the main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's
+  durations for these. `retuned`: Triton kernels of the same name that nothing overlaps and whose durations differ by more
+  than RETUNED: another block size. `like_tuned`: the ratio with stock's durations for both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from overlay.cli.bench.engines import RESERVE_SECONDS, Engines
+from overlay.cli.bench.setup import STOCK
+
+#: What begins a segment: part of a kernel's name.
+BOUNDARY = "causal_conv1d"
+MAIN = "main"
+STEPS, ROUNDS = 6, 2
+SEED = 20251120 + 300_000
+#: Microseconds, and the part of stock's duration, by which a kernel has to differ to count as another choice.
+RETUNED = (0.3, 0.1)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, copy or fill; microseconds."""
+
+    name: str
+    stream: str
+    start: float
+    duration: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.duration
+
+    def as_dict(self) -> dict[str, Any]:
+        times = {"start": round(self.start, 3), "duration": round(self.duration, 3)}
+        return {"name": self.name, "stream": self.stream, **times}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The medians over like segments: their kernels by start, and their lengths."""
+
+    kernels: tuple[Kernel, ...]
+    lengths: tuple[float, ...]
+    all: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.lengths)
+
+    def on(self, main: bool) -> list[Kernel]:
+        return [kernel for kernel in self.kernels if (kernel.stream == MAIN) == main]
+
+    def as_dict(self) -> dict[str, Any]:
+        ordered = sorted(self.lengths)
+        last = len(ordered) - 1
+        segment = {
+            "median": round(self.median, 3),
+            "low": round(ordered[round(0.05 * last)], 3),
+            "high": round(ordered[round(0.95 * last)], 3),
+            "alike": len(ordered),
+            "all": self.all,
+        }
+        return {"segment": segment, "kernels": [kernel.as_dict() for kernel in self.kernels]}
+
+
+# ---------------------------------------------------------------- one arm
+
+
+def read(answer: Mapping[str, Any]) -> list[Kernel]:
+    """A worker's answer to `kernels`."""
+    names = answer["names"]
+    return [Kernel(names[name], str(stream), start, duration) for name, stream, start, duration in answer["kernels"]]
+
+
+def segments(kernels: Sequence[Kernel]) -> list[tuple[list[Kernel], float]]:
+    """From each boundary to the next: its kernels, streams named and starts counted from the boundary, and its length."""
+    ordered = sorted(kernels, key=lambda kernel: kernel.start)
+    bounds = [index for index, kernel in enumerate(ordered) if BOUNDARY in kernel.name]
+    found = []
+    for first, last in itertools.pairwise(bounds):
+        begin = ordered[first].start
+        found.append((_named(ordered[first:last], begin), ordered[last].start - begin))
+    return found
+
+
+def _named(kernels: Sequence[Kernel], begin: float) -> list[Kernel]:
+    busy: dict[str, float] = {}
+    for kernel in kernels:
+        busy[kernel.stream] = busy.get(kernel.stream, 0.0) + kernel.duration
+    main = max(busy, key=lambda stream: busy[stream])
+    names = {main: MAIN}
+    for kernel in kernels:
+        names.setdefault(kernel.stream, f"side {len(names)}")
+    return [Kernel(kernel.name, names[kernel.stream], kernel.start - begin, kernel.duration) for kernel in kernels]
+
+
+def typical(traces: Iterable[Sequence[Kernel]]) -> Layer | None:
+    """The most common kind of segment in some traces of the same thing; None where there is no segment."""
+    found = [segment for trace in traces for segment in segments(trace)]
+    if not found:
+        return None
+    kinds = Counter(_kind(kernels) for kernels, _ in found)
+    # Where two kinds are equally common, the one with fewer kernels: a layer, not a layer and an attention layer.
+    kind = max(kinds, key=lambda one: (kinds[one], -sum(len(names) for _, names in one)))
+    alike = [(_by_stream(kernels), length) for kernels, length in found if _kind(kernels) == kind]
+    layer = [
+        Kernel(
+            same[0].name,
+            same[0].stream,
+            statistics.median(kernel.start for kernel in same),
+            statistics.median(kernel.duration for kernel in same),
+        )
+        for same in zip(*(kernels for kernels, _ in alike), strict=True)
+    ]
+    ordered = tuple(sorted(layer, key=lambda kernel: kernel.start))
+    return Layer(ordered, tuple(length for _, length in alike), len(found))
+
+
+def _by_stream(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The order that does not depend on which of two streams was a little sooner."""
+    return sorted(kernels, key=lambda kernel: (kernel.stream, kernel.start))
+
+
+def _kind(kernels: Sequence[Kernel]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    streams: dict[str, list[str]] = {}
+    for kernel in _by_stream(kernels):
+        streams.setdefault(kernel.stream, []).append(kernel.name)
+    return tuple((stream, tuple(names)) for stream, names in streams.items())
+
+
+# ---------------------------------------------------------------- two arms
+
+
+def overlap(kernel: Kernel, others: Iterable[Kernel]) -> float:
+    """How long some of the others run at the same time as a kernel."""
+    total, reached = 0.0, kernel.start
+    for other in sorted(others, key=lambda one: one.start):
+        begin, end = max(other.start, reached), min(other.end, kernel.end)
+        if end > begin:
+            total, reached = total + end - begin, end
+    return total
+
+
+def gap_before(kernel: Kernel, kernels: Iterable[Kernel]) -> float:
+    """Idle time between the end of all earlier kernels and this one's start."""
+    ends = [other.end for other in kernels if other.start < kernel.start]
+    return max(0.0, kernel.start - max(ends)) if ends else 0.0
+
+
+def counterparts(side: Sequence[Kernel], stock: Sequence[Kernel]) -> list[Kernel | None]:
+    """For each side kernel the one of the same name in stock's segment: of several the last ones, in order."""
+    wanted = Counter(kernel.name for kernel in side)
+    same = {name: [kernel for kernel in stock if kernel.name == name] for name in wanted}
+    left = {name: found[-wanted[name] :] if len(found) >= wanted[name] else [] for name, found in same.items()}
+    return [left[kernel.name].pop(0) if left[kernel.name] else None for kernel in side]
+
+
+def beside(stock: Layer, arm: Layer) -> list[Kernel]:
+    """An arm's side kernels, without those that stock has beside its main stream as well: a shared expert, for one."""
+    own = Counter(kernel.name for kernel in stock.on(False))
+    found = []
+    for kernel in arm.on(False):
+        if own[kernel.name]:
+            own[kernel.name] -= 1
+        else:
+            found.append(kernel)
+    return found
+
+
+def against(stock: Layer, arm: Layer) -> dict[str, Any]:
+    """The numbers of `against_stock`; the module says what they are."""
+    main, side = arm.on(True), beside(stock, arm)
+    found = counterparts(side, stock.on(True))
+    rows, shared, hideable = [], 0.0, 0.0
+    for kernel, other in zip(side, found, strict=True):
+        same = other and {"duration": round(other.duration, 3), "gap": round(gap_before(other, stock.kernels), 3)}
+        hidden = overlap(kernel, main)
+        rows.append(
+            {"name": kernel.name, "duration": round(kernel.duration, 3), "overlap": round(hidden, 3), "stock": same}
+        )
+        shared += hidden
+        hideable += sum(same.values()) if same else math.nan
+    known = bool(side) and not math.isnan(hideable) and hideable > 0
+    moved = {id(kernel) for kernel in found if kernel is not None}
+    pairs = _paired([kernel for kernel in stock.on(True) if id(kernel) not in moved], main)
+    renamed = [pair for pair in pairs if pair[0].name != pair[1].name]
+    retuned = [pair for pair in pairs if _is_retuned(*pair, side)]
+    like = arm.median + _difference(renamed)
+    tuned = like + _difference(retuned)
+    return {
+        "ratio": round(arm.median / stock.median, 4),
+        "saved": round(stock.median - arm.median, 3),
+        "side": rows,
+        "side_duration": round(sum(kernel.duration for kernel in side), 3),
+        "overlap": round(shared, 3),
+        "hideable": round(hideable, 3) if known else None,
+        "hidden_share": round((stock.median - tuned) / hideable, 3) if known else None,
+        "only_stock": _only(stock.kernels, arm.kernels),
+        "only_arm": _only(arm.kernels, stock.kernels),
+        "renamed": [
+            {"stock": old.name, "arm": new.name, "difference": _difference([(old, new)])} for old, new in renamed
+        ],
+        "like": round(like / stock.median, 4),
+        "retuned": [{"name": old.name, "stock": old.duration, "arm": new.duration} for old, new in retuned],
+        "like_tuned": round(tuned / stock.median, 4),
+    }
+
+
+def _only(kernels: Iterable[Kernel], others: Iterable[Kernel]) -> list[str]:
+    """Names that are more often among the first."""
+    return sorted((Counter(one.name for one in kernels) - Counter(one.name for one in others)).elements())
+
+
+def _difference(pairs: Iterable[tuple[Kernel, Kernel]]) -> float:
+    """What stock's durations add to a segment in place of the arm's."""
+    return round(sum(old.duration - new.duration for old, new in pairs), 3)
+
+
+def _is_retuned(old: Kernel, new: Kernel, side: Sequence[Kernel]) -> bool:
+    """Whether a Triton kernel takes another time in both arms, and not because something runs beside it."""
+    apart = abs(old.duration - new.duration)
+    own = old.name == new.name and old.name.startswith("triton_") and not overlap(new, side)
+    return own and apart > RETUNED[0] and apart > RETUNED[1] * old.duration
+
+
+def _paired(old: Sequence[Kernel], new: Sequence[Kernel]) -> list[tuple[Kernel, Kernel]]:
+    """Kernels that take each other's place in two sequences: of the same name, or the same number of others between such."""
+    matcher = difflib.SequenceMatcher(None, [one.name for one in old], [one.name for one in new], autojunk=False)
+    pairs: list[tuple[Kernel, Kernel]] = []
+    for _, first, end, start, stop in matcher.get_opcodes():
+        if end - first == stop - start:
+            pairs += zip(old[first:end], new[start:stop], strict=True)
+    return pairs
+
+
+# ---------------------------------------------------------------- the phase
+
+
+def row(requests: int, traces: Mapping[str, Sequence[Sequence[Kernel]]]) -> dict[str, Any]:
+    """One row of the results from the arms' traces of the same number of requests."""
+    layers = {arm: typical(found) for arm, found in traces.items()}
+    stock = layers.get(STOCK)
+    arms = {}
+    for arm, layer in layers.items():
+        if layer is not None:
+            arms[arm] = layer.as_dict()
+            if arm != STOCK and stock is not None:
+                arms[arm]["against_stock"] = against(stock, layer)
+    return {"requests": requests, "arms": arms}
+
+
+def measure(alive: Engines, batches: Sequence[int]) -> None:
+    """The phase: traces of every arm in turn, ROUNDS times STEPS decode steps of every number of requests."""
+    alive.progress.phase("timeline", len(batches))
+    rows = []
+    for count in batches:
+        if alive.setup.remaining() < RESERVE_SECONDS:
+            alive.results.unfinished(f"timeline: out of time before N={count}")
+            break
+        alive.progress.step(f"N={count}")
+        traces: dict[str, list[list[Kernel]]] = {arm: [] for arm in alive.workers}
+        for turn in range(ROUNDS):
+            for arm, answer in alive.all("kernels", turn, requests=count, steps=STEPS, seed=SEED).items():
+                traces[arm].append(read(answer))
+        rows.append(row(count, traces))
+        alive.results.put("timeline", value=rows)
+        missing = [arm for arm in traces if arm not in rows[-1]["arms"]]
+        if missing:
+            alive.results.unfinished(f"timeline, N={count}: no {BOUNDARY} kernels seen in {', '.join(missing)}")

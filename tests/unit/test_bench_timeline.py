@@ -1,0 +1,163 @@
+"""`bench --phases timeline`: segments and what is hidden, from made-up kernels."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from overlay.cli.bench import report, timeline
+from overlay.cli.bench.outside.bench_engine import worker
+from overlay.cli.bench.timeline import Kernel
+
+#: Name, duration, and 0 for the main stream; each begins 1 us after the end of the one before it on its stream.
+Step = tuple[str, float, int]
+GDN: list[Step] = [("_causal_conv1d_update", 2, 0), ("recurrent", 6, 0), ("moe", 40, 0), ("triton_norm", 3, 0)]
+STOCK: list[Step] = [*GDN, ("fp8_gemm", 10, 0), ("ba_gemm", 5, 0), ("copy", 1, 0)]
+OVERLAY: list[Step] = [*GDN, ("ba_gemm", 5.5, 1), ("fp8_gemm", 10.2, 0), ("copy", 1, 0)]
+ATTENTION: list[Step] = [("flash", 9, 0), ("moe", 40, 0)]
+
+
+def trace(layer: list[Step], side: str = "20", jitter: float = 0.0) -> list[Kernel]:
+    """Three steps of 3 GDN layers, an attention layer, 3 GDN layers, and the head. A side kernel begins with the next one."""
+    found, now = [], 0.0
+    for _ in range(3):
+        for part in [layer, layer, [*layer, *ATTENTION], layer, layer, [*layer, ("head", 80, 0)]]:
+            for name, duration, stream in part:
+                if stream:
+                    found.append(Kernel(name, side, now + 1 + jitter, duration))
+                else:
+                    found.append(Kernel(name, "7", now + 1, duration))
+                    now += 1 + duration
+    return found
+
+
+def test_a_segment_is_one_gdn_layer_and_its_mlp() -> None:
+    layer = timeline.typical([trace(STOCK), trace(STOCK)])
+    assert layer is not None
+    assert [kernel.name for kernel in layer.kernels] == [name for name, _, _ in STOCK]
+    assert layer.median == sum(duration + 1 for _, duration, _ in STOCK) == 74
+    assert (len(layer.lengths), layer.all) == (2 * 3 * 4, 2 * 17)
+    assert {kernel.stream for kernel in layer.kernels} == {"main"} and layer.kernels[0].start == 0.0
+    assert layer.as_dict()["segment"] == {"median": 74, "low": 74, "high": 74, "alike": 24, "all": 34}
+
+
+@given(st.lists(st.sampled_from([-0.5, 0.0, 0.5]), min_size=2, max_size=6))
+def test_which_of_two_streams_is_sooner_makes_no_other_kind(jitters: list[float]) -> None:
+    layer = timeline.typical([trace(OVERLAY, str(20 + index), jitter) for index, jitter in enumerate(jitters)])
+    assert layer is not None and len(layer.lengths) == 12 * len(jitters)
+    assert {kernel.name for kernel in layer.kernels if kernel.stream == "side 1"} == {"ba_gemm"}
+
+
+def _row(arm: list[Step], stock: list[Step] = STOCK) -> dict[str, Any]:
+    return timeline.row(8, {"stock": [trace(stock)], "overlay": [trace(arm)]})
+
+
+def test_what_is_hidden_is_stocks_segment_less_the_arms_to_the_side_kernel_and_its_gap() -> None:
+    found = _row(OVERLAY)["arms"]["overlay"]["against_stock"]
+    (side,) = found["side"]
+    assert side == {"name": "ba_gemm", "duration": 5.5, "overlap": 5.5, "stock": {"duration": 5, "gap": 1}}
+    assert found["hideable"] == 6
+    assert found["saved"] == pytest.approx(5.8) and found["hidden_share"] == pytest.approx(5.8 / 6, abs=1e-3)
+    assert found["ratio"] == found["like"] == found["like_tuned"] == pytest.approx(68.2 / 74, abs=1e-4)
+    assert found["only_stock"] == found["only_arm"] == found["renamed"] == found["retuned"] == []
+
+
+def test_other_kernels_are_named_and_taken_out_of_like() -> None:
+    changed = [
+        ("triton_norm_2" if name == "triton_norm" else name, duration + 2 * (name == "triton_norm"), stream)
+        for name, duration, stream in OVERLAY
+    ]
+    found = _row(changed)["arms"]["overlay"]["against_stock"]
+    assert (found["only_stock"], found["only_arm"]) == (["triton_norm"], ["triton_norm_2"])
+    assert found["renamed"] == [{"stock": "triton_norm", "arm": "triton_norm_2", "difference": -2}]
+    assert found["ratio"] == pytest.approx(70.2 / 74, abs=1e-4)
+    assert found["like"] == found["like_tuned"] == pytest.approx(68.2 / 74, abs=1e-4)
+    assert found["hidden_share"] == pytest.approx(5.8 / 6, abs=1e-3)
+
+
+@pytest.mark.parametrize(("beside", "counted"), [(False, True), (True, False)])
+def test_a_triton_kernel_that_takes_another_time_counts_unless_something_runs_beside_it(
+    beside: bool, counted: bool
+) -> None:
+    name = "triton_quant" if beside else "triton_norm"
+    stock = [("triton_quant" if part == "fp8_gemm" and beside else part, took, on) for part, took, on in STOCK]
+    arm = [("triton_quant" if part == "fp8_gemm" and beside else part, took, on) for part, took, on in OVERLAY]
+    arm = [(part, took + 2 * (part == name), on) for part, took, on in arm]
+    found = _row(arm, stock)["arms"]["overlay"]["against_stock"]
+    assert ([one["name"] for one in found["retuned"]] == [name]) == counted
+    assert found["like"] == found["ratio"]
+    assert (found["like_tuned"] < found["like"]) == counted
+
+
+def test_what_stock_has_beside_its_main_stream_is_not_the_arms_doing() -> None:
+    def shared(steps: list[Step]) -> list[Step]:
+        return [*steps[:2], ("shared_expert", 8, 1), *steps[2:]]
+
+    found = _row(shared(OVERLAY), shared(STOCK))["arms"]["overlay"]["against_stock"]
+    assert [one["name"] for one in found["side"]] == ["ba_gemm"] and found["hideable"] == 6
+
+
+def test_a_side_kernel_without_a_counterpart_has_no_share() -> None:
+    odd = [("other_gemm" if name == "ba_gemm" else name, took, on) for name, took, on in OVERLAY]
+    found = _row(odd)["arms"]["overlay"]["against_stock"]
+    assert found["side"][0]["stock"] is None and found["hideable"] is found["hidden_share"] is None
+    assert (found["only_stock"], found["only_arm"]) == (["ba_gemm"], ["other_gemm"])
+
+
+def test_of_several_kernels_of_a_name_the_last_is_the_side_projection() -> None:
+    stock = [Kernel("gemm", "main", start, duration) for start, duration in ((0, 3), (10, 4), (20, 5))]
+    side = [Kernel("gemm", "side 1", 9, 5)]
+    assert timeline.counterparts(side, stock) == [stock[2]]
+    assert timeline.counterparts([*side, side[0]], stock) == stock[1:]
+    assert timeline.counterparts(side * 4, stock) == [None] * 4
+
+
+@given(st.lists(st.tuples(st.floats(0, 50), st.floats(0.1, 20)), max_size=8))
+def test_an_overlap_is_no_longer_than_the_kernel_and_counts_nothing_twice(others: list[tuple[float, float]]) -> None:
+    kernel = Kernel("side", "side 1", 10, 20)
+    found = timeline.overlap(kernel, [Kernel("x", "main", start, duration) for start, duration in others])
+    points = [10 + 20 * (index + 0.5) / 4000 for index in range(4000)]
+    covered = sum(any(start <= point < start + duration for start, duration in others) for point in points)
+    assert found == pytest.approx(20 * covered / 4000, abs=0.1)
+
+
+def test_nothing_is_made_of_a_trace_without_layers() -> None:
+    assert timeline.typical([[]]) is timeline.typical([[Kernel("gemm", "7", 0, 1)]]) is None
+    assert timeline.row(1, {"stock": [[]], "overlay": [trace(OVERLAY)]})["arms"].keys() == {"overlay"}
+
+
+def test_a_worker_answers_with_kernels_alone_and_with_a_bounded_number() -> None:
+    def event(index: int, category: str = "kernel") -> dict[str, Any]:
+        return {
+            "ph": "X",
+            "cat": category,
+            "name": f"k{index % 2}",
+            "ts": 1e15 + index,
+            "dur": 0.5,
+            "args": {"stream": 7},
+        }
+
+    events = [event(2), event(1), event(3, "cuda_runtime"), {"ph": "M", "name": "x"}, event(4, "gpu_memset")]
+    found = worker.kernels_of({"traceEvents": events})
+    assert found == {"names": ["k1", "k0"], "kernels": [[0, 7, 0.0, 0.5], [1, 7, 1.0, 0.5], [1, 7, 3.0, 0.5]]}
+    assert timeline.read(found)[1] == Kernel("k0", "7", 1.0, 0.5)
+    many = worker.kernels_of({"traceEvents": [event(index) for index in range(worker.MOST_KERNELS + 50)]})
+    assert len(many["kernels"]) == worker.MOST_KERNELS and len(json.dumps(many)) < 2e6
+    assert worker.kernels_of({"traceEvents": []}) == {"names": [], "kernels": []}
+
+
+def test_the_report_says_what_is_hidden() -> None:
+    text = io.StringIO()
+    data = {"timeline": [_row(OVERLAY)], "tokens": [], "problems": [], "unfinished": []}
+    report.show(data, Console(file=text, width=200))
+    assert "a GDN layer and its MLP, N=8" in text.getvalue()
+    assert (
+        "0.967" in text.getvalue()
+        and "overlay, side: 5.50 us, 5.50 hidden, stock 5.00 after 1.00: ba_gemm" in text.getvalue()
+    )
