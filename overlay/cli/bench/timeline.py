@@ -283,7 +283,6 @@ def row(requests: int, traces: Mapping[str, Sequence[Sequence[Kernel]]]) -> dict
 def measure(alive: Engines, batches: Sequence[int]) -> None:
     """The phase: traces of every arm in turn, ROUNDS times STEPS decode steps of every number of requests."""
     alive.progress.phase("timeline", len(batches))
-    rows = []
     for count in batches:
         if alive.setup.remaining() < RESERVE_SECONDS:
             alive.results.unfinished(f"timeline: out of time before N={count}")
@@ -293,8 +292,10 @@ def measure(alive: Engines, batches: Sequence[int]) -> None:
         for turn in range(ROUNDS):
             for arm, answer in alive.all("kernels", turn, requests=count, steps=STEPS, seed=SEED).items():
                 traces[arm].append(read(answer))
-        rows.append(row(count, traces))
-        alive.results.put("timeline", value=rows)
-        missing = [arm for arm in traces if arm not in rows[-1]["arms"]]
+        found = row(count, traces)
+        missing = [arm for arm in traces if arm not in found["arms"]]
         if missing:
             alive.results.unfinished(f"timeline, N={count}: no {BOUNDARY} kernels seen in {', '.join(missing)}")
+        if len(missing) == len(traces):
+            break
+        alive.results.put("timeline", value=[*alive.results.data.get("timeline", []), found])

@@ -368,7 +368,7 @@ class EngineWorker:
     ) -> dict[str, Any]:
         import torch
 
-        self.do_decode_begin(requests, 16, 400, 8, seed, adapters or (None,))
+        self.do_decode_begin(requests, 16, steps + 100, 8, seed, adapters or (None,))
         with torch.profiler.profile(activities=activities):  # the first use of the profiler sets it up: seconds
             self.do_decode_steps(2, 0)
         with torch.profiler.profile(activities=activities) as profile:
