@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from rich.console import Console
 
 from overlay.cli.bench import report, timeline
 from overlay.cli.bench.outside.bench_engine import worker
+from overlay.cli.bench.progress import Progress
+from overlay.cli.bench.results import Results
+from overlay.cli.bench.setup import Setup
 from overlay.cli.bench.timeline import Kernel
 
 #: Name, duration, and 0 for the main stream; each begins 1 us after the end of the one before it on its stream.
@@ -161,3 +165,40 @@ def test_the_report_says_what_is_hidden() -> None:
         "0.967" in text.getvalue()
         and "overlay, side: 5.50 us, 5.50 hidden, stock 5.00 after 1.00: ba_gemm" in text.getvalue()
     )
+
+
+class Engines:
+    """Stands for the engines: what each arm's worker would answer."""
+
+    def __init__(self, folder: Path, answers: dict[str, list[Kernel]]) -> None:
+        self.workers: Any = answers
+        self.setup, self.results = (
+            Setup(folder, folder, None, 100.0),
+            Results(folder / "results.json", lambda text: None),
+        )
+        self.progress = Progress(Console(file=io.StringIO()))
+        self.asked: list[tuple[str, int, dict[str, Any]]] = []
+
+    def all(self, command: str, turn: int, **arguments: Any) -> dict[str, Any]:
+        self.asked.append((command, turn, arguments))
+        answer = {}
+        for arm, kernels in self.workers.items():
+            rows = [[index, kernel.stream, kernel.start, kernel.duration] for index, kernel in enumerate(kernels)]
+            answer[arm] = {"names": [kernel.name for kernel in kernels], "kernels": rows}
+        return answer
+
+
+def test_the_phase_asks_every_arm_and_keeps_a_row_for_each_number_of_requests(tmp_path: Path) -> None:
+    alive: Any = Engines(tmp_path, {"stock": trace(STOCK), "overlay": trace(OVERLAY)})
+    timeline.measure(alive, (1, 64))
+    assert [row["requests"] for row in alive.results.data["timeline"]] == [1, 64]
+    assert [(turn, asked["requests"]) for _, turn, asked in alive.asked] == [(0, 1), (1, 1), (0, 64), (1, 64)]
+    assert json.loads((tmp_path / "results.json").read_text())["timeline"][0]["arms"]["overlay"]["against_stock"][
+        "side"
+    ]
+
+
+def test_without_a_gpu_the_phase_says_so_once(tmp_path: Path) -> None:
+    alive: Any = Engines(tmp_path, {"stock": [], "overlay": []})
+    timeline.measure(alive, (1, 64))
+    assert "timeline" not in alive.results.data and len(alive.results.data["unfinished"]) == 1
