@@ -69,11 +69,11 @@ class SizePlan(Plan):
         return SizePlan("measured", max(overlapped, default=0), strategies=dict(sorted(strategies.items())))
 
     def strategy(self, tokens: int) -> str:
-        """A size that was not measured is overlapped where its neighbours are."""
+        """A size that was not measured forks where its neighbours do, as the smaller of them does."""
         known = self.strategies.get(tokens)
         if known is not None:
             return known
         sizes = list(self.strategies)
         index = bisect_left(sizes, tokens)
-        around = {self.strategies[size] for size in sizes[max(index - 1, 0) : index + 1]}
-        return around.pop() if len(around) == 1 else SERIAL
+        around = [self.strategies[size] for size in sizes[max(index - 1, 0) : index + 1]]
+        return SERIAL if SERIAL in around or not around else around[0]

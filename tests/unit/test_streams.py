@@ -17,6 +17,7 @@ from overlay.side_work.streams import ParallelRegion
 from tests.conftest import REPOSITORY
 from tests.unit.fake_cuda import FakeCuda, FakeStream, Log, fake_cuda
 
+
 def test_two_way_order() -> None:
     with fake_cuda() as cuda:
         region = cuda.prepared(slots=1)
