@@ -188,8 +188,9 @@ class Undecided:
                     made[number] = make_pair(layer, worker.vllm_config, sizes)
                 except Refused as refused:
                     stock[number] = str(refused)
-            # Asked on every rank alike, whatever its layers say: ranks with other ranges would run other warm-ups.
-            lowering.split_ranges(compilation, self._settings.strict)
+            # With several ranks always: a rank with other ranges would run other warm-up steps, and the others would wait.
+            if made or getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1:
+                lowering.split_ranges(compilation, self._settings.strict)
             default = Plan(self._settings.forks, self._settings.tokens_or(TOKEN_THRESHOLD))
             pairs.settle(list(made.values()), worker, self._settings, self._record, default)
         except Exception as error:
@@ -230,7 +231,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
         if sizes is not None:
             undecided.add(layer, sizes)
 
-    ops.define()
+    ops.define(declares_writes=current_platform.is_cuda_alike())
     loaded.when_loaded(undecided.decide)
     for name, original in originals.items():
         setattr(target, name, overlap_in_projections(original))

@@ -49,7 +49,7 @@ def gemm_of(linear: Any) -> str:
         implementation = getattr(method, "_gemm_impl", None)
         if implementation is None:
             implementation = dispatch_unquantized_gemm()
-        gemm: str = getattr(implementation, "__name__", type(implementation).__name__)
+        gemm = str(getattr(implementation, "__name__", type(implementation).__name__))
         if gemm in (TORCH_GEMM, CPU_GEMM):
             return gemm
         raise Refused(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
@@ -81,7 +81,7 @@ def gate_of(linear: torch.nn.Module) -> str:
     named = dict(linear.named_parameters(recurse=False))
     if not named:
         raise Refused(f"main is a {type(linear).__qualname__} without a parameter of its own")
-    return max(named, key=lambda name: named[name].nbytes)
+    return str(max(named, key=lambda name: named[name].nbytes))
 
 
 def _kernel(linear: Any) -> Any:

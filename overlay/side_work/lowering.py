@@ -30,13 +30,13 @@ Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
 
-_lowered: dict[object, Lower] = {}
+_lowered: dict[str, Lower] = {}
 _watched = False
 
 
 def register(op: Any, lower: Lower) -> None:
     """Have an op (``torch.ops.<library>.<name>``) lowered by `lower`."""
-    _lowered[op] = lower
+    _lowered[str(op)] = lower
 
 
 def largest_captured(compilation: Any) -> int:
@@ -112,6 +112,6 @@ def lower(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return lowered
 
 
-def _op_of(node: torch.fx.Node) -> object:
-    """What a node calls; of an op's overload the op."""
-    return getattr(node.target, "overloadpacket", node.target) if node.op == "call_function" else None
+def _op_of(node: torch.fx.Node) -> str | None:
+    """The name of the op that a node calls, as ``<library>.<name>``."""
+    return str(getattr(node.target, "overloadpacket", node.target)) if node.op == "call_function" else None

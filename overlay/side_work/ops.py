@@ -9,7 +9,6 @@ itself, on the current stream.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -130,14 +129,18 @@ def _join(result, main, x, weight, name):  # type: ignore[no-untyped-def]
         found.join(result, None if weight is None else lambda: gemm(x, weight, result))
 
 
-@functools.cache
-def define() -> None:
-    """Define the ops, once per process.
+def define(declares_writes: bool) -> None:
+    """Define the ops, once per process. `declares_writes`: whether start and join declare the writes that give them their
+    place. Without a second stream there is no need, and vLLM's own graph pass for ops that write asks for kernels that its
+    build for a CPU does not have.
 
     They have the tag ``flexible_layout``: Inductor may choose the layout of their inputs, as it may for stock's GEMMs. To bring
     about a certain layout it would put the op's name into the kernel that makes the input, and time that kernel apart from
     stock's kernel of the same text. It then found another block size at times, which adds in another order (vLLM 0.33.0).
     """
+
+    if _libraries:
+        return
 
     def fake_start(x, weight, gate, columns, name):  # type: ignore[no-untyped-def]
         _count_fake(name)
@@ -159,13 +162,17 @@ def define() -> None:
         "name": str,
         "return": tensor,
     }
-    lowering.register(register("start", _start, fake_start, schema, ["gate"], tags), _lower_start)
+    lowering.register(
+        register("start", _start, fake_start, schema, ["gate"] if declares_writes else [], tags), _lower_start
+    )
     schema = {"x": tensor, "gate": tensor, "columns": int, "side": str, "name": str}
     schema |= {"layer_name": LayerNameType, "return": tensor}
-    register("start_layer", _start_layer, fake_start_layer, schema, ["gate"], tags)
+    register("start_layer", _start_layer, fake_start_layer, schema, ["gate"] if declares_writes else [], tags)
     schema = {"result": tensor, "main": tensor, "x": tensor}
     schema |= {"weight": Optional[tensor], "name": str, "return": None}  # noqa: UP045
-    lowering.register(register("join", _join, fake_join, schema, ["result"], tags), _lower_join)
+    lowering.register(
+        register("join", _join, fake_join, schema, ["result"] if declares_writes else [], tags), _lower_join
+    )
 
 
 def _count_fake(name: str) -> None:

@@ -18,8 +18,8 @@ from overlay.journal import PatchRecord  # noqa: E402
 from overlay.layers import Refused  # noqa: E402
 from overlay.patches import deepseek_v4  # noqa: E402
 from overlay.patches.deepseek_v4 import Handover, HandoverError, InputGemms  # noqa: E402
-from overlay.side_work.plan import ABOVE_THRESHOLD, NOT_CAPTURING, SERIAL_PLAN, Plan  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
+from overlay.side_work.plan import ABOVE_THRESHOLD, NOT_CAPTURING, SERIAL_PLAN, Plan  # noqa: E402
 from overlay.verdict import APPLY, Verdict  # noqa: E402
 
 namespace = types.SimpleNamespace

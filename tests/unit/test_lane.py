@@ -95,14 +95,15 @@ def test_work_that_fails_is_joined_and_its_error_goes_on(where: str) -> None:
     """A dangling fork would hide the error behind another one, at the end of the capture."""
     with fake_cuda() as cuda:
         one, side, failing = prepared(cuda), result(), cuda.work("side", fails=True)
-        with pytest.raises(RuntimeError, match="^side$"):
-            if where == "start":
-                one.start(side, DUAL, failing)
-            elif where == "join":
-                one.start(side, DUAL_MAIN_FIRST, failing)
-                one.join(side, failing)
-            else:
-                one.start_and_give(failing)
+        if where == "join":
+            one.start(side, DUAL_MAIN_FIRST, failing)
+        calls = {
+            "start": lambda: one.start(side, DUAL, failing),
+            "start_and_give": lambda: one.start_and_give(failing),
+            "join": lambda: one.join(side, failing),
+        }
+        with pytest.raises(RuntimeError, match=r"^side$"):
+            calls[where]()
         assert cuda.log == [*FORK, *SIDE, *JOIN] and cuda.current() is cuda.main
         del cuda.log[:]
         one.join(side, failing)

@@ -17,8 +17,8 @@ from overlay import ops  # noqa: E402
 from overlay.journal import Journal, PatchRecord  # noqa: E402
 from overlay.layers import Refused  # noqa: E402
 from overlay.patches import lora_linear  # noqa: E402
-from overlay.side_work.plan import NOT_CAPTURING, Plan  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
+from overlay.side_work.plan import NOT_CAPTURING, Plan  # noqa: E402
 from overlay.side_work.streams import ParallelRegion  # noqa: E402
 from overlay.verdict import Upstream, Verdict  # noqa: E402
 

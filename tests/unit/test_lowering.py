@@ -20,11 +20,12 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
-from overlay import lowering
 from overlay.journal import Journal, PatchRecord
-from overlay.pair import LinearPair
 from overlay.patches import gdn
+from overlay.side_work import lowering, ops
+from overlay.side_work.pairs import Pair
 from overlay.side_work.plan import DUAL, Plan
+from tests.unit import side_work_ops
 
 HIDDEN, MAIN, SIDE, LAYERS = 64, 96, 16, 2
 CAPTURED, LARGEST = 8, 64
@@ -34,6 +35,7 @@ class Projection(torch.nn.Module):
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randn(rows, HIDDEN) / HIDDEN**0.5, requires_grad=False)
+        self.input_size, self.params_dtype = HIDDEN, torch.float32
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         return linear(inputs, self.weight), None
@@ -54,11 +56,19 @@ class Layer(torch.nn.Module):
         return qkvz[:, :HIDDEN] * torch.sigmoid(ba.sum(-1, keepdim=True)) + qkvz[:, MAIN - HIDDEN :]
 
 
-@pytest.fixture(scope="module")
-def record() -> PatchRecord:
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
+    """Where the ops count. One pair of a plain side, and one whose side is more than a GEMM."""
+    side_work_ops.define()
     record = PatchRecord()
-    gdn.register_ops(record)
+    planned = ops.PlannedPair(Plan(DUAL, 256), record)
+    monkeypatch.setattr(ops, "pairs", {pair_of(Layer(""), plain).name: planned for plain in (True, False)})
     return record
+
+
+def pair_of(layer: Layer, plain: bool) -> Pair:
+    kind = "torch" if plain else "another"
+    return Pair(layer.prefix, layer.in_proj_qkvz, layer.in_proj_ba, MAIN, SIDE, "a GEMM", kind, "weight", plain)
 
 
 @pytest.fixture
@@ -66,6 +76,13 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
     fresh = Journal()
     monkeypatch.setattr(lowering, "journal", fresh)
     return fresh
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_of_a_gpu() -> Iterator[None]:
+    library = side_work_ops.define_missing_kernels()
+    yield
+    library._destroy()
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +115,7 @@ def split(compilation: Any, strict: bool, mode: CUDAGraphMode = CUDAGraphMode.FU
 class Compiled:
     """A model of some layers, compiled by vLLM, and what it was compiled from and to."""
 
-    def __init__(self, config: VllmConfig, record: PatchRecord | None, one_result: bool = False, plain: bool = True):
+    def __init__(self, config: VllmConfig, record: PatchRecord | None, plain: bool = True):
         self.config, self.record = config, record
         self.graphs: dict[int, torch.fx.GraphModule] = {}  #: by the first number of tokens of their range
         self.code: list[str] = []
@@ -120,9 +137,7 @@ class Compiled:
         for layer in self.model.layers:
             config.compilation_config.static_forward_context[layer.prefix] = layer
             if record is not None:
-                pair = LinearPair(MAIN, SIDE, Plan(DUAL, 256), record)
-                pair.plain, pair.one_result = plain, one_result
-                setattr(layer, gdn.PAIR, pair)
+                setattr(layer, gdn.PAIR, pair_of(layer, plain))
                 layer.forward = types.MethodType(gdn.overlap_in_projections(Layer.forward), layer)
 
     def __call__(self, tokens: int) -> torch.Tensor:
@@ -170,83 +185,42 @@ def stock(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize("one_result", [False, True], ids=["two results", "one result"])
 def test_above_the_captured_sizes_the_graph_is_stocks(
-    stock: Compiled, record: PatchRecord, journal: Journal, one_result: bool, monkeypatch: pytest.MonkeyPatch
+    stock: Compiled, record: PatchRecord, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {tokens: stock(tokens) for tokens in (LARGEST, CAPTURED + 1, CAPTURED, 1)}
     config = configuration()
     assert split(config.compilation_config, strict=True)
     assert config.compilation_config.compile_ranges_endpoints == [CAPTURED, LARGEST]
-    lowered = record.calls.lowered
     torch._dynamo.reset()
-    overlay = Compiled(config, record, one_result)
+    overlay = Compiled(config, record)
     for tokens, result in expected.items():
         before = record.calls.total()
         assert torch.equal(overlay(tokens), result), tokens
         assert record.calls.total() - before == (LAYERS if tokens <= CAPTURED else 0), tokens
-    assert record.calls.lowered == lowered + LAYERS and journal.problems == []
-    op = "gdn_in_proj_one" if one_result else "gdn_in_proj"
-    assert sum(f"{op}" in call for call in overlay.calls(1)) == LAYERS
-    above = overlay.calls(CAPTURED + 1)
-    assert not any("gdn_in_proj" in call for call in above)
-    if not one_result:
-        assert [call.split()[0] for call in above] == [call.split()[0] for call in stock.calls(1)]
-        assert overlay.kernels() == stock.kernels(), "the same kernels under the same names, below and above"
+    assert record.calls.lowered == LAYERS and journal.problems == []
+    below, above = overlay.calls(1), overlay.calls(CAPTURED + 1)
+    for op in ("start", "join"):
+        assert sum(f"vllm_overlay.{op}" in call for call in below) == LAYERS
+    assert not any("vllm_overlay" in call for call in above)
+    # The side is launched first here; stock calls it second. All else is as in stock, in stock's order.
+    assert sorted(call.split()[0] for call in above) == sorted(call.split()[0] for call in stock.calls(1))
+    assert overlay.kernels() == stock.kernels(), "the same kernels under the same names, below and above"
 
 
-def test_one_result_is_written_in_place_above(record: PatchRecord, stock: Compiled) -> None:
-    """The two GEMMs write into their part of the one tensor; nothing is copied together."""
-    config = configuration()
-    split(config.compilation_config, strict=True)
-    torch._dynamo.reset()
-    overlay = Compiled(config, record, one_result=True)
-    overlay(LARGEST)
-    (above,) = [code for code in overlay.code if "extern_kernels.mm(" in code and "gdn_in_proj" not in code]
-    assert above.count("extern_kernels.mm(") == 2 * LAYERS
-    for rows, first in ((MAIN, 0), (SIDE, MAIN)):
-        parts = rf"= reinterpret_tensor\(\w+, \(\w+, {rows}\), \({MAIN + SIDE}, 1\), {first}\)"
-        assert len(re.findall(parts, above)) == LAYERS
-    assert "fused_cat" not in above
-
-
-def test_linears_that_are_more_than_their_weights_keep_the_op(record: PatchRecord, stock: Compiled) -> None:
+def test_a_side_that_is_more_than_its_weight_keeps_the_op(record: PatchRecord, stock: Compiled) -> None:
+    """It has no stock calls to give back. Its join goes: nothing is forked above the captured sizes."""
     config = configuration()
     split(config.compilation_config, strict=True)
     torch._dynamo.reset()
     overlay = Compiled(config, record, plain=False)
-    before, lowered = record.calls.total(), record.calls.lowered
     assert torch.equal(overlay(LARGEST), stock(LARGEST))
-    assert (record.calls.total() - before, record.calls.lowered - lowered) == (LAYERS, 0)
+    assert (record.calls.total(), record.calls.lowered) == (LAYERS, 0)
+    above = overlay.calls(CAPTURED + 1)
+    assert [sum(f"vllm_overlay.{op}" in call for call in above) for op in ("start_layer", "join")] == [LAYERS, 0]
 
 
-def test_columns_that_only_align_keep_the_op() -> None:
-    """The leftover columns would have to be filled by a kernel of their own."""
-    graph, node = graph_with_one(columns=112)
-    assert not gdn.lower_one(graph, node) and node in graph.nodes
-    graph, node = graph_with_one(columns=104)
-    assert gdn.lower_one(graph, node) and node not in graph.nodes
-
-
-def graph_with_one(columns: int) -> tuple[torch.fx.Graph, torch.fx.Node]:
-    graph = torch.fx.Graph()
-    inputs, qkvz, ba, name = (graph.placeholder(name) for name in ("inputs", "qkvz", "ba", "name"))
-    qkvz.meta["example_value"], ba.meta["example_value"] = torch.empty(96, HIDDEN), torch.empty(8, HIDDEN)
-    node = graph.call_function(torch.ops.vllm_overlay.gdn_in_proj_one, (inputs, qkvz, ba, columns, name))
-    graph.output(node)
-    return graph, node
-
-
-def test_results_that_are_not_taken_apart_keep_the_op(record: PatchRecord) -> None:
-    graph = torch.fx.Graph()
-    inputs, qkvz, ba, name = (graph.placeholder(name) for name in ("inputs", "qkvz", "ba", "name"))
-    node = graph.call_function(torch.ops.vllm_overlay.gdn_in_proj, (inputs, qkvz, ba, 96, 8, name))
-    graph.output(node)
-    assert not gdn.lower_two(graph, node)
-    assert [one.op for one in graph.nodes] == ["placeholder"] * 4 + ["call_function", "output"]
-
-
-def refuse(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
+def refuse(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     raise KeyError("no such thing")
 
 
@@ -254,7 +228,7 @@ def refuse(graph: torch.fx.Graph, node: torch.fx.Node) -> bool:
 def test_a_graph_that_cannot_be_lowered_keeps_its_ops(
     strict: bool, record: PatchRecord, journal: Journal, stock: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lowering, "_lowered", {torch.ops.vllm_overlay.gdn_in_proj: (refuse, record)})
+    monkeypatch.setattr(lowering, "_lowered", {"vllm_overlay.start": refuse})
     config = configuration()
     split(config.compilation_config, strict)
     torch._dynamo.reset()
@@ -315,8 +289,14 @@ def test_a_graph_without_an_op_is_left_as_it_is(record: PatchRecord) -> None:
 
 def test_what_was_traced_is_not_changed(record: PatchRecord) -> None:
     """vLLM compiles the same graph for the other ranges as well, and keeps it."""
-    graph, _ = graph_with_one(columns=104)
+    graph = torch.fx.Graph()
+    x, weight, gate = (graph.placeholder(name) for name in ("x", "weight", "gate"))
+    node = graph.call_function(torch.ops.vllm_overlay.start, (x, weight, gate, 8, "of yesterday"))
+    graph.call_function(torch.ops.vllm_overlay.join, (node, x, x, weight, "of yesterday"))
+    graph.output(node)
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
     before = module.code
-    assert "gdn_in_proj" not in lowering.lower(module).code
-    assert module.code == before
+    lowered = lowering.lower(module)
+    assert "vllm_overlay" not in lowered.code and module.code == before
+    values = torch.randn(3, HIDDEN), torch.randn(8, HIDDEN)
+    assert torch.equal(lowered(*values, values[1]), linear(*values))

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay.side_work import plan_file
+from overlay.side_work.measure import Row
 from overlay.side_work.plan import SERIAL
 from overlay.side_work.plan_file import LARGEST_BYTES, STRATEGIES, Unusable, load, path_of, store
-from overlay.side_work.measure import Row
 
 KEY = {"gpu": "NVIDIA H200", "sizes": [1, 8], "shape": {"hidden": 2048}}
 ROWS = [Row(1, {"serial": 10.0, "dual": 8.5}, "dual"), Row(8, {}, "serial")]

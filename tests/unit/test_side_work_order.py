@@ -16,7 +16,8 @@ from torch._inductor.utils import run_and_get_code
 
 vllm = pytest.importorskip("vllm")
 
-from overlay.side_work import ops  # noqa: E402
+
+from tests.unit import side_work_ops  # noqa: E402
 
 TOKENS, HIDDEN, MAIN, SIDE, LAYERS = 4, 128, 256, 8, 3
 Main = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -25,7 +26,7 @@ Main = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 @pytest.fixture(scope="module", autouse=True)
 def toy() -> Iterator[None]:
     """Ops of a model: a quantization that is an op (block FP8), and a core that writes to its last argument."""
-    ops.define()
+    side_work_ops.define()
     library = torch.library.Library("overlay_order_test", "FRAGMENT")
     library.define("quantize(Tensor x) -> (Tensor, Tensor)", tags=(torch.Tag.flexible_layout,))
     library.impl("quantize", lambda x: (x.to(torch.float16), x.abs().amax(-1, keepdim=True)), "CPU")
