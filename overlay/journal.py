@@ -2,8 +2,12 @@
 
 "Applied" in a log is a claim. The journal holds the proof: how often the op was seen by the compiler (fake), how often
 it ran on two streams, and how often serially and why. Counters are plain integers; the hot path makes no system call.
-Milestones write the file at once; once layers are patched, a daemon thread writes it again when it has changed, so that
-the file is good even after a kill -9.
+Milestones write the file at once. Once layers are patched, or one of vLLM's loops has begun, a daemon thread writes it again
+when it has changed or is gone, so that the file is good even after a kill -9.
+
+The file's name says of which process it is, and the process holds a lock on it (overlay/process_identity.py). The folder may
+be shared by containers, and by hosts, and outlive all of them: at its start a process removes what is an hour old and of no
+process that runs. Of a process of another host only the age is known, so a file is written anew every ten minutes.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import stat
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from overlay import __version__, files, safety
+from overlay import __version__, files, process_identity, safety
 from overlay.log import fields, logger
 
 SCHEMA = 1
@@ -30,7 +35,10 @@ API_SERVER = "APIServer"
 MAIN = "Main"
 RAY_WORKER = "RayWorker"
 _WRITE_INTERVAL_SECONDS = 1.0
+#: After this time a file is written again, changed or not: its age is all that another host knows of this process.
+_REFRESH_SECONDS = 600.0
 _STALE_SECONDS = 3600.0
+_TEMPORARY = ".journal-"
 
 
 @dataclass
@@ -112,7 +120,9 @@ class Journal:
         self._lock = threading.Lock()
         self._path: str | None = None
         self._writer: threading.Thread | None = None
-        self._written: str | None = None
+        self._written: dict[str, Any] | None = None
+        self._written_at = 0.0  #: by the monotonic clock
+        self._held: int | None = None  #: the descriptor that holds the lock on the file
         self._started = time.time()
         self.patches: dict[str, PatchRecord] = {}
         self.problems: list[str] = []
@@ -129,9 +139,10 @@ class Journal:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             safety.check_own_folder(folder)
-            _remove_stale(folder)
-            self._path = os.path.join(folder, f"{os.getpid()}-{int(self._started)}.json")
+            self._name_file(folder)
             self.write()
+            if self._path is not None:
+                _remove_stale(folder, os.stat(self._path).st_mtime)
         except OSError as error:
             self._path = None
             logger.warning("overlay: no journal, %s cannot be used: %s", folder, error)
@@ -159,9 +170,10 @@ class Journal:
         """This process begins with a loop of vLLM's."""
         self.loop = loop
         self.write()
+        self.keep_current()
 
     def keep_current(self) -> None:
-        """From now on the file follows the counters. Called when the first layer of this process is patched."""
+        """From now on a thread keeps the file up to date. Called when this process has forked those that it forks."""
         if self._writer is None and self._path is not None:
             self._writer = threading.Thread(target=self._follow, name="overlay-journal", daemon=True)
             self._writer.start()
@@ -170,7 +182,7 @@ class Journal:
         return {
             "schema": SCHEMA,
             "pid": os.getpid(),
-            "parent": os.getppid(),
+            "parent": _parent(),
             "started": self._started,
             "role": role(),
             "overlay": __version__,
@@ -185,20 +197,33 @@ class Journal:
         }
 
     def write(self) -> None:
-        """Write the file if anything has changed."""
+        """Write the file if anything has changed, or if somebody has removed it."""
         path = self._path
         if path is None:
             return
         with self._lock:
-            text = json.dumps(self.as_dict(), indent=1)
-            if text == self._written:
+            # Compared before it becomes text: that takes milliseconds of the interpreter's time where layers are many.
+            content, now = self.as_dict(), time.monotonic()
+            fresh = now - self._written_at < _REFRESH_SECONDS
+            if fresh and content == self._written and os.path.exists(path):
                 return
             try:
-                files.replace(path, text, ".journal-")
-                self._written = text
+                held = files.replace_and_lock(path, json.dumps(content, indent=1), _TEMPORARY)
             except OSError as error:
                 self._path = None
                 logger.warning("overlay: the journal stops here, %s cannot be written: %s", path, error)
+                return
+            self._release()
+            self._held, self._written, self._written_at = held, content, now
+
+    def _name_file(self, folder: str) -> None:
+        self._path = os.path.join(folder, process_identity.file_name(process_identity.own()))
+
+    def _release(self) -> None:
+        """Close the lock's descriptor. A forked child that does this takes nothing from its parent."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def _follow(self) -> None:
         while self._path is not None:
@@ -211,36 +236,41 @@ class Journal:
         """A forked child is a process of its own: own file, own counters, and threads do not survive a fork."""
         self._lock = threading.Lock()
         self._started = time.time()
+        self._release()
         had_writer, self._writer = self._writer is not None, None
         for record in self.patches.values():
             record.calls = Calls()
         if self._path is not None:
-            self._path = os.path.join(os.path.dirname(self._path), f"{os.getpid()}-{int(self._started)}.json")
+            self._name_file(os.path.dirname(self._path))
             if had_writer:
                 self.keep_current()
 
 
-def _remove_stale(folder: str) -> None:
-    """Remove journals whose process is gone for an hour; a reader may still want the fresh ones."""
-    now = time.time()
+def _parent() -> int:
+    """The number of the process that started this one.
+
+    A process that multiprocessing has started asks multiprocessing: to the kernel the child of a fork server is the
+    server's, and an orphan that of process 1, which may be another vLLM.
+    """
+    started_by = multiprocessing.parent_process()
+    return os.getppid() if started_by is None or started_by.pid is None else started_by.pid
+
+
+def _remove_stale(folder: str, now: float) -> None:
+    """Remove the files of the overlay that are an hour old and of no process that runs; a reader may want the fresh ones.
+
+    `now` is the time by the folder's file system, which is not the clock of every host that writes to it.
+    """
+    here = process_identity.own()
     for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        process_id = name.partition("-")[0]
-        if not name.endswith(".json") or not process_id.isdigit():
+        if not process_identity.is_name(name) and not name.startswith(_TEMPORARY):
             continue
+        path = os.path.join(folder, name)
         with contextlib.suppress(OSError):
-            if now - os.stat(path).st_mtime > _STALE_SECONDS and not _alive(int(process_id)):
+            information = os.lstat(path)
+            is_old = abs(now - information.st_mtime) > _STALE_SECONDS  # abs: a clock may have been set back since
+            if is_old and stat.S_ISREG(information.st_mode) and not process_identity.runs(path, here):
                 os.unlink(path)
-
-
-def _alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 journal = Journal()

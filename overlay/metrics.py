@@ -19,12 +19,12 @@ from __future__ import annotations
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from overlay import __version__
+from overlay import __version__, process_identity
 from overlay.cli import journals as reader
 from overlay.journal import API_SERVER, MAIN, journal
 
@@ -88,6 +88,7 @@ class Collector:
 
     def collect(self) -> list[Any]:
         try:
+            journal.write()  # this process may have no thread that does it
             return _families(of_this_server(journal.folder))
         except Exception as error:
             if not self._failed:
@@ -99,33 +100,43 @@ class Collector:
 def of_this_server(folder: str | None) -> list[reader.Journal]:
     """The journals of the living processes that belong to this process's server, in the order of their start.
 
-    With several API servers the one that is asked is a child of the one that was started. So the way goes up to the first
-    process that is nobody's worker, and from there to everything that descends from it.
+    What links the processes of a server is who started whom. The environment would not do: everything that a launcher
+    starts has the same. From this process the way goes up to the first whose descendants run an engine: vLLM's additional
+    API servers are siblings of theirs, but the servers that a supervisor or a launcher starts have one each. It does not
+    go above or below into a server that somebody has started as a program of its own.
     """
     if folder is None:
         return []
-    found, _ = reader.load(Path(folder), _may_live)
-    living = {one.process_id: one for one in found if one.is_alive()}
-    top = os.getpid()
-    while top in living and living[top].role not in (API_SERVER, MAIN) and living[top].parent in living:
-        top = living[top].parent
-    return [one for one in living.values() if top in _line(one, living)]
+    here = process_identity.own()
+    found, _ = reader.load(Path(folder), lambda name: process_identity.runs_beside(name, here))
+    return _server_of(os.getpid(), {one.process_id: one for one in found if one.alive})
 
 
-def _line(one: reader.Journal, living: dict[int, reader.Journal]) -> Iterator[int]:
-    """The process and those that it descends from. Whatever is in the files, it ends."""
-    process_id = one.process_id
-    for _ in living:
-        yield process_id
-        if process_id not in living:
-            return
-        process_id = living[process_id].parent
+def _server_of(process_id: int, living: dict[int, reader.Journal]) -> list[reader.Journal]:
+    lines = {number: _line(one, living) for number, one in living.items()}
+    tree: list[reader.Journal] = []
+    for top in lines.get(process_id, ()):
+        tree = [one for number, one in living.items() if top in lines[number]]
+        if any(map(_runs_an_engine, tree)):
+            break
+    return tree
 
 
-def _may_live(name: str) -> bool:
-    """By the name of a journal: a folder can hold those of an hour, and a scrape has to be quick."""
-    process_id = name.partition("-")[0]
-    return process_id.isdecimal() and os.path.exists(f"/proc/{process_id}")
+def _line(one: reader.Journal, living: dict[int, reader.Journal]) -> list[int]:
+    """The process and those that it descends from, up to the one that somebody has started as a program of its own."""
+    line = [one.process_id]
+    while one.role not in (API_SERVER, MAIN) and one.parent in living:
+        parent = living[one.parent]
+        given_out_again = parent.identity and one.identity and parent.identity.start > one.identity.start
+        if given_out_again or parent.process_id in line:
+            break
+        line.append(parent.process_id)
+        one = parent
+    return line
+
+
+def _runs_an_engine(one: reader.Journal) -> bool:
+    return bool(one.raw.get("loop")) or any(patch.layers or patch.refused for patch in one.patches)
 
 
 def _families(journals: list[reader.Journal]) -> list[Any]:

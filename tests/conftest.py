@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from overlay import process_identity
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -24,6 +26,13 @@ def run_python(*arguments: str, environment: dict[str, str], timeout: float = 12
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def journal_name(process_id: int) -> str:
+    """The name that a journal of this process has, which runs in the namespace of the tests."""
+    here, start = process_identity.own(), process_identity._started(str(process_id))
+    assert here is not None and start is not None
+    return process_identity.file_name(here._replace(number=process_id, start=start))
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ import json
 import math
 import os
 import stat
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from overlay import process_identity
+from overlay.process_identity import Identity
+
 SCHEMA = 1
 LARGEST_BYTES = 4 * 2**20
-#: Clocks are set while processes run, and a journal's time is taken a little after its process has started.
-CLOCK_SLACK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ class Patch:
 
 @dataclass(frozen=True)
 class Journal:
-    """One process. `started` is in seconds since the epoch; `raw` is the file's content."""
+    """One process. `started` is in seconds since the epoch; `raw` is the file's content.
+
+    `identity` is by the file's name, and None where that does not say. `alive`: the process ran on this host when the
+    file was read.
+    """
 
     process_id: int
     parent: int
@@ -76,6 +80,8 @@ class Journal:
     overlay: str | None
     fingerprint: str | None
     raw: dict[str, Any]
+    identity: Identity | None = None
+    alive: bool = False
 
     @property
     def layers(self) -> int:
@@ -84,10 +90,6 @@ class Journal:
     @property
     def calls(self) -> int:
         return sum(patch.calls for patch in self.patches)
-
-    def is_alive(self) -> bool:
-        """Whether this process runs now, and not a later one that was given the same number."""
-        return _runs_since(self.process_id, self.started)
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,17 @@ def load(folder: Path, wanted: Callable[[str], bool] | None = None) -> tuple[lis
     Raises OSError where the folder cannot be listed.
     """
     found, skipped = [], []
+    here = process_identity.own()
     for name in sorted(os.listdir(folder)):
         if not name.endswith(".json") or (wanted is not None and not wanted(name)):
             continue
         try:
-            found.append(_read_file(folder / name))
+            journal = _read_file(folder / name)
+            identity = process_identity.from_name(name)
+            alive = process_identity.runs(str(folder / name), here)
+            if alive is None and identity is None:  # an older overlay's, or one without /proc: all there is is a number
+                alive = _number_runs(journal.process_id)
+            found.append(replace(journal, identity=identity, alive=bool(alive)))
         except FileNotFoundError:  # removed between the listing and the reading; the overlay cleans up
             continue
         except (OSError, ValueError, RecursionError) as error:
@@ -221,27 +229,11 @@ def _seconds(value: object) -> float | None:
     return float(value)
 
 
-def _runs_since(process_id: int, started: float) -> bool:
-    """Whether a process of this number runs, that was there at `started` (seconds since the epoch).
-
-    A zombie has ended. Numbers are given out again, so the process must not be younger than its journal; where /proc does
-    not tell, the number alone decides.
-    """
+def _number_runs(process_id: int) -> bool:
     if not 0 < process_id < 2**31:
         return False
     try:
         os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    try:
-        # The second field is the program's name in parentheses and may hold anything.
-        fields = (
-            Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        )
-        state, start_ticks = fields[0], int(fields[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError, ValueError):
-        return True
-    return state not in "ZX" and age >= time.time() - started - CLOCK_SLACK_SECONDS
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's
+    return True

@@ -18,7 +18,7 @@ JSON (schema 1)::
 A verdict is one of check's, or "off" (switched off), "not seen" (the process has not imported the target), "ineffective"
 (patched, and the op never ran) or "refused" (somebody else has patched the same place). `ok` is false where a live
 process has a problem, or a patch that is drifted, ineffective or refused. Processes that are gone are listed with --all.
-Run it in the container of the processes: elsewhere their numbers mean other processes.
+Run it on the host of the processes, in any container that has their folder: a process of another host counts as gone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Process:
     """A journal, and whether its process runs."""
 
     journal: Journal
-    alive: bool
+
+    @property
+    def alive(self) -> bool:
+        return self.journal.alive
 
     def is_wrong(self) -> bool:
         bad = any(patch.verdict in BAD_VERDICTS for patch in self.journal.patches)
@@ -113,7 +116,7 @@ def look(folder: Path, gone: bool) -> Look:
         found, skipped = [], []
     except OSError as error:
         raise CommandError(f"the journals in {folder} cannot be read: {error}") from error
-    processes = (Process(journal, journal.is_alive()) for journal in found)
+    processes = map(Process, found)
     return Look(folder, tuple(process for process in processes if process.alive or gone), tuple(skipped))
 
 

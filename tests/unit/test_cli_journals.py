@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 import pytest
@@ -16,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overlay import journal as writer
+from overlay import process_identity
 from overlay.cli import journals
+from tests.conftest import journal_name
 
 KEYS = st.sampled_from([
     "pid", "role", "started", "patches", "problems", "transformers", "vllm", "overlay", "fingerprint", "verdict", "reason",
@@ -97,7 +98,8 @@ def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -
     journal.problem("a problem")
     ((found,), skipped) = journals.load(journal_folder)
     (patch,) = found.patches
-    assert skipped == [] and found.is_alive() and found.process_id == os.getpid()
+    assert skipped == [] and found.alive and found.identity == process_identity.own()
+    assert found.identity is not None and found.identity.number == found.process_id == os.getpid()
     assert (patch.layers, patch.refused, patch.serial_calls) == (
         ("layers.0",),
         {"layers.1": "quantized"},
@@ -114,7 +116,6 @@ def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -
 def test_nothing_in_a_file_makes_the_reader_fail(raw: dict[str, Any]) -> None:
     journal = journals.parse(raw)
     assert journal.calls >= 0 and journal.layers >= 0
-    assert journal.is_alive() in (True, False)
     assert (journal.started, journal.process_id) <= (1e13, 2**63)
 
 
@@ -215,31 +216,31 @@ def test_a_missing_folder_has_no_journals(tmp_path: pathlib.Path) -> None:
 # ---------------------------------------------------------------- is it alive
 
 
-def of(process_id: int, started: float) -> journals.Journal:
-    return journals.parse({"pid": process_id, "started": started})
+def loaded(folder: pathlib.Path, name: str, process_id: int) -> journals.Journal:
+    (folder / name).write_text(entry(pid=process_id))
+    ((found,), _) = journals.load(folder, lambda one: one == name)
+    return found
 
 
-def test_a_process_that_runs_and_one_that_is_gone() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        now = time.time()
-        assert of(child.pid, now).is_alive()
-        child.kill()
-        time.sleep(0.2)
-        assert not of(child.pid, now).is_alive(), "a zombie, nobody has waited for it"
-    assert not of(child.pid, now).is_alive()
-
-
-def test_a_number_that_was_given_out_again() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        assert not of(child.pid, time.time() - 3600).is_alive()
-        child.kill()
+def test_a_process_that_runs_and_one_that_is_gone(tmp_path: pathlib.Path) -> None:
+    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as child:
+        name = journal_name(child.pid)
+        assert loaded(tmp_path, name, child.pid).alive
+        before = process_identity.from_name(name)
+        assert before is not None
+        given_out_again = process_identity.file_name(before._replace(start=before.start - 1))
+        assert not loaded(tmp_path, given_out_again, child.pid).alive
+        another_host = process_identity.file_name(before._replace(boot="0" * 12))
+        assert not loaded(tmp_path, another_host, child.pid).alive, "a number of another host means nothing here"
+    assert not loaded(tmp_path, name, child.pid).alive
 
 
 @pytest.mark.parametrize("process_id", [0, -1, 2**31, 2**62])
-def test_a_number_that_no_process_has(process_id: int) -> None:
-    assert not of(process_id, time.time()).is_alive()
+def test_a_number_that_no_process_has(tmp_path: pathlib.Path, process_id: int) -> None:
+    assert not loaded(tmp_path, "7-1700000000.json", process_id).alive
 
 
-def test_where_proc_does_not_tell_the_number_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: "1 (a) b) S")
-    assert of(os.getpid(), 0.0).is_alive()
+def test_of_a_file_without_an_identity_the_number_decides(tmp_path: pathlib.Path) -> None:
+    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert loaded(tmp_path, f"{child.pid}-1700000000.json", child.pid).alive
+    assert not loaded(tmp_path, f"{child.pid}-1700000000.json", child.pid).alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overlay import hooks, metrics
+from overlay import hooks, metrics, process_identity
 from overlay.cli import journals as reader
 from overlay.journal import Journal
+from overlay.process_identity import Identity
+from tests.conftest import journal_name
 
 prometheus_client = pytest.importorskip("prometheus_client")
 multiprocess = pytest.importorskip("prometheus_client.multiprocess")
@@ -67,8 +70,21 @@ def own(journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Journa
 
 
 def write(folder: pathlib.Path, pid: int, parent: int, role: str, **fields: Any) -> None:
-    content = {"schema": 1, "pid": pid, "parent": parent, "role": role, "started": time.time(), **fields}
-    (folder / f"{pid}-{int(time.time())}.json").write_text(json.dumps(content))
+    """The journal of a process that runs."""
+    (folder / journal_name(pid)).write_text(json.dumps(raw(pid, parent, role, **fields)))
+
+
+def raw(pid: int, parent: int, role: str, **fields: Any) -> dict[str, Any]:
+    return {"schema": 1, "pid": pid, "parent": parent, "role": role, "started": time.time(), **fields}
+
+
+def family(*members: tuple[int, int, str, dict[str, Any]]) -> dict[int, reader.Journal]:
+    """Living processes by number, in the order of their start: number, parent, role, and further fields."""
+    journals = [reader.parse(raw(pid, parent, role, **fields)) for pid, parent, role, fields in members]
+    return {
+        one.process_id: dataclasses.replace(one, alive=True, identity=Identity(one.process_id, start, 1, "boot"))
+        for start, one in enumerate(journals)
+    }
 
 
 def page(registry: Any = None) -> str:
@@ -86,12 +102,14 @@ def samples(text: str) -> list[str]:
 def test_the_numbers_of_a_server(
     journal_folder: pathlib.Path, own: Journal, process: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, worker, other, gone = process(), process(), process(), 2**22 + 7
+    engine, worker, other = process(), process(), process()
     build = {"overlay": "0.1.0", "vllm": "0.33.0"}
     write(journal_folder, engine, os.getpid(), "EngineCore", patches={"gdn": {"verdict": "not seen"}}, **build)
     write(journal_folder, worker, engine, "VllmWorker-0", patches={"gdn": GDN}, fingerprint="abc", **build)
     write(journal_folder, other, 1, "VllmWorker-9", patches={"gdn": GDN}, fingerprint="another server's", **build)
-    write(journal_folder, gone, os.getpid(), "ModelRegistryProbe", patches={"gdn": GDN}, fingerprint="old", **build)
+    gone = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    write(journal_folder, gone.pid, os.getpid(), "VllmWorker-0", patches={"gdn": GDN}, fingerprint="old", **build)
+    gone.communicate()
     assert samples(page()) == [
         'vllm_overlay_info{fingerprint="abc",version="0.1.0",vllm="0.33.0"} 1.0',
         'vllm_overlay_patch_state{patch="gdn",process="EngineCore",state="not seen"} 1.0',
@@ -119,19 +137,77 @@ def test_calls_by_one_gemm_and_what_plans_took(
     assert "# TYPE vllm_overlay_tuning_seconds gauge" in text
 
 
-def test_one_of_several_api_servers_speaks_for_all(
+ENGINE: dict[str, Any] = {"loop": "EngineCoreProc.run_busy_loop"}
+NO_ENGINE: dict[str, Any] = {}
+LAYERS = {"patches": {"gdn": GDN}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected", "members"),
+    [
+        pytest.param(
+            2, {2, 3}, [(1, 0, "Main", LAYERS), (2, 1, "APIServer", NO_ENGINE), (3, 2, "EngineCore", ENGINE)],
+            id="whoever started the server is not part of it",
+        ),
+        pytest.param(
+            3, {2, 3, 4, 5, 6},
+            [
+                (2, 1, "APIServer", NO_ENGINE), (3, 2, "ApiServer_0", NO_ENGINE), (4, 2, "ApiServer_1", NO_ENGINE),
+                (5, 2, "EngineCore_DP0", ENGINE), (6, 5, "VllmWorker-0", ENGINE),
+            ],
+            id="one of several API servers speaks for all: the engine is its sibling",
+        ),
+        pytest.param(
+            2, {2, 4},
+            [
+                (1, 0, "APIServer", NO_ENGINE), (2, 1, "APIServer_DPRank_0", NO_ENGINE),
+                (3, 1, "APIServer_DPRank_1", NO_ENGINE), (4, 2, "EngineCore_DP0", ENGINE), (5, 3, "EngineCore_DP1", ENGINE),
+            ],
+            id="the servers of vLLM's supervisor have an engine and a /metrics each",
+        ),
+        pytest.param(
+            2, {2}, [(1, 0, "Main", NO_ENGINE), (2, 1, "Process-1", LAYERS), (3, 1, "Process-2", LAYERS)],
+            id="servers that somebody's program has started, with the engine inside",
+        ),
+        pytest.param(
+            1, {1, 2}, [
+                (1, 0, "APIServer", NO_ENGINE), (2, 1, "EngineCore", ENGINE),
+                (3, 1, "APIServer", NO_ENGINE), (4, 3, "EngineCore", ENGINE),
+            ],
+            id="process 1 of a container is the parent of every orphan, another server among them",
+        ),
+        pytest.param(
+            3, {3, 4}, [(2, 3, "EngineCore", ENGINE), (3, 0, "APIServer", NO_ENGINE), (4, 3, "EngineCore", ENGINE)],
+            id="a process that is older than its parent had another, whose number was given out again",
+        ),
+        pytest.param(
+            1, {1, 2}, [(1, 2, "a", NO_ENGINE), (2, 1, "b", NO_ENGINE)],
+            id="parents in a circle end",
+        ),
+        pytest.param(1, {1}, [(1, 0, "APIServer", NO_ENGINE)], id="engines on other nodes"),
+        pytest.param(1, set(), [(2, 1, "EngineCore", ENGINE)], id="a process without a journal"),
+    ],
+)  # fmt: skip
+def test_who_belongs_to_a_server(
+    asked: int, expected: set[int], members: list[tuple[int, int, str, dict[str, Any]]]
+) -> None:
+    assert {one.process_id for one in metrics._server_of(asked, family(*members))} == expected
+
+
+def test_a_process_of_another_container_or_of_another_time_is_not_shown(
     journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
 ) -> None:
-    """It is a worker itself; the engine is its sibling. Whoever started the server is not part of it."""
-    harness, served, engine = process(), os.getppid(), process()
-    for path in journal_folder.glob("*.json"):
-        path.unlink()
-    write(journal_folder, os.getpid(), served, "ApiServer_0")
-    write(journal_folder, served, harness, "APIServer")
-    write(journal_folder, engine, served, "EngineCore_DP0")
-    write(journal_folder, harness, 1, "Main")
-    found = metrics.of_this_server(str(journal_folder))
-    assert {one.role for one in found} == {"ApiServer_0", "APIServer", "EngineCore_DP0"}
+    """Both would be children of this server's by number."""
+    number = process()
+    write(journal_folder, number, os.getpid(), "VllmWorker-0", patches={"gdn": GDN})
+    shown = samples(page())
+    assert 'process="VllmWorker-0"' in "".join(shown)
+    here = process_identity.from_name(journal_name(number))
+    assert here is not None
+    for other in (here._replace(namespace=here.namespace + 1), here._replace(start=here.start - 1)):
+        content = raw(number, os.getpid(), "VllmWorker-9", patches={"gdn": GDN})
+        (journal_folder / process_identity.file_name(other)).write_text(json.dumps(content))
+    assert samples(page()) == shown
 
 
 def test_processes_of_one_name_are_added_up(
@@ -141,14 +217,9 @@ def test_processes_of_one_name_are_added_up(
         write(journal_folder, process(), os.getpid(), "EngineCore", patches={"gdn": GDN})
     text = page()
     assert 'vllm_overlay_calls_total{patch="gdn",process="EngineCore",strategy="dual_stream"} 10.0' in text
+    for state, layers in (("patched", 4.0), ("refused", 2.0)):
+        assert f'vllm_overlay_layers{{patch="gdn",process="EngineCore",state="{state}"}} {layers}' in text
     assert text.count("vllm_overlay_patch_state{") == 1
-
-
-def test_parents_in_a_circle_end(journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]) -> None:
-    first, second = process(), process()
-    write(journal_folder, first, second, "a")
-    write(journal_folder, second, first, "b")
-    assert [one.process_id for one in metrics.of_this_server(str(journal_folder))] == [os.getpid()]
 
 
 def test_a_process_without_a_journal_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,15 +227,20 @@ def test_a_process_without_a_journal_shows_nothing(monkeypatch: pytest.MonkeyPat
     assert samples(page()) == []
 
 
+def test_a_journal_that_vanished_is_back_at_the_next_scrape(own: Journal, journal_folder: pathlib.Path) -> None:
+    before = samples(page())
+    (path,) = journal_folder.iterdir()
+    path.unlink()
+    assert samples(page()) == before != []
+
+
 def test_a_failure_costs_one_warning_and_no_scrape(
-    own: Journal, journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    own: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = prometheus_client.CollectorRegistry(auto_describe=True)
     registry.register(metrics.Collector())
     prometheus_client.Gauge("vllms_own", "", registry=registry).set(7)
-    (path,) = journal_folder.iterdir()
-    path.unlink()
-    journal_folder.rmdir()
+    monkeypatch.setattr(reader, "load", lambda *_: 1 / 0)
     assert samples(page(registry)) == ["vllms_own 7.0"] == samples(page(registry))
     assert len([record for record in caplog.records if "/metrics" in record.getMessage()]) == 1
 
