@@ -4,6 +4,10 @@ The overlay speaks before vLLM has configured logging: up to 0.30.0 that is done
 0.31.0 on when an entry point calls for it. Until then records are held back; then they go to vLLM's handlers. A process
 that ends before that still gets its warnings, on stderr.
 
+A logging configuration resets and silences loggers that it does not name: vLLM's own, which names ``vllm`` and so takes the
+levels of all its children, and one of an operator (``VLLM_LOGGING_CONFIG_PATH``). So this logger keeps its level and its voice
+by itself, and nothing has to be set again after a configuration, however often one comes.
+
 Where vLLM logs JSON (``--logging-config.formatter json``, or a formatter in ``VLLM_LOGGING_CONFIG_PATH``), what a record
 has in `FIELD` comes out as a field of its line.
 """
@@ -25,9 +29,27 @@ CONFIGURE = "_configure_vllm_root_logger"
 #: The attribute of a record that holds what a machine reads of it.
 FIELD = "overlay"
 
-logger = logging.getLogger("vllm.overlay")
-
 _held: logging.handlers.MemoryHandler | None = None
+
+
+class _Logger(logging.Logger):
+    """Whoever names this logger sets its level; to whoever does not it keeps the chosen one, and cannot be disabled."""
+
+    chosen = logging.NOTSET  #: VLLMOVERLAY_LOG_LEVEL
+
+    def setLevel(self, level: int | str) -> None:  # noqa: N802 - the name is logging's
+        super().setLevel(level or self.chosen)
+
+    @property
+    def disabled(self) -> bool:
+        return False
+
+    @disabled.setter
+    def disabled(self, _: bool) -> None: ...
+
+
+logger = logging.getLogger("vllm.overlay")
+logger.__class__ = _Logger
 
 
 def fields(event: str, **facts: Any) -> dict[str, Any]:
@@ -38,7 +60,8 @@ def fields(event: str, **facts: Any) -> dict[str, Any]:
 def hold(level: str) -> None:
     """Set the level, and hold records back until `release`."""
     global _held
-    logger.setLevel(level.upper())
+    _Logger.chosen = logging.getLevelName(level.upper())
+    logger.setLevel(logger.level)
     if _held is None and not logging.getLogger("vllm").handlers:
         _held = logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         logger.addHandler(_held)
@@ -79,7 +102,8 @@ def release() -> None:
             extra,
         )
         record.created, record.msecs = held.created, held.msecs
-        logger.handle(record)
+        if logger.isEnabledFor(record.levelno):  # a configuration may have named this logger meanwhile
+            logger.handle(record)
 
 
 def give_up() -> None:
@@ -94,6 +118,7 @@ def _let_go() -> list[logging.LogRecord]:
     if _held is None:
         return []
     held, _held = _held, None
-    logger.removeHandler(held)
-    logger.propagate = True
+    if held in logger.handlers:  # else a configuration has seen to both
+        logger.removeHandler(held)
+        logger.propagate = True
     return held.buffer
