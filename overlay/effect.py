@@ -7,6 +7,9 @@ model has run, the graphs are captured): a patch with patched layers whose op wa
 What warm-up does not run is looked at after the first step instead: pooling, and everything on a CPU, where warm-up may
 be skipped. The hot path is as before once that has been said.
 
+A process can have several engines, one after the other: somebody's script that makes two `LLM`. Each is counted for itself,
+so the counters begin anew with each worker, before it makes a runner or a layer.
+
 The worker's one INFO line (overlay/summary.py) comes at the end of warm-up, too.
 """
 
@@ -25,6 +28,9 @@ NO_LAYER = "; this model has no such layer"
 #: Where vLLM's workers finish their warm-up.
 WORKERS = {"vllm.v1.worker.gpu_worker": "Worker", "vllm.v1.worker.cpu_worker": "CPUWorker"}
 WARM_UP = "compile_or_warm_up_model"
+#: Where they make their runner, which makes the layers.
+BEGIN = "init_device"
+STEP = "execute_model"
 
 _installed: dict[str, tuple[ModuleType, dict[str, Any]]] = {}
 
@@ -45,14 +51,19 @@ def forget(patch: str) -> None:
 
 
 def watch(module: ModuleType, settings: Settings, sources: Callable[[], verdict.SourceTree]) -> None:
-    """Look at the counters when the worker of this module has warmed up."""
+    """Look at the counters when the worker of this module has warmed up; they begin with the worker."""
     import wrapt
+
+    def before_device(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+        journal.begin_engine()
+        return wrapped(*args, **kwargs)
 
     def after_warm_up(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
         _guard(settings, lambda: _after_warm_up(worker, settings, sources()))
         return result
 
+    wrapt.wrap_function_wrapper(module, f"{WORKERS[module.__name__]}.{BEGIN}", before_device)
     wrapt.wrap_function_wrapper(module, f"{WORKERS[module.__name__]}.{WARM_UP}", after_warm_up)
 
 
@@ -77,7 +88,7 @@ def _after_warm_up(worker: Any, settings: Settings, tree: verdict.SourceTree) ->
             continue
         if not record.patched:
             if not record.refused and not record.reason.endswith(NO_LAYER):
-                record.reason += NO_LAYER
+                record.overrule(record.verdict, record.reason + NO_LAYER)
         elif record.runs_in_warm_up and current_platform.is_cuda_alike():
             problems.append(_never_ran(patch, record, "warm-up"))
         else:
@@ -92,24 +103,45 @@ def _after_warm_up(worker: Any, settings: Settings, tree: verdict.SourceTree) ->
 
 
 def _look_after_first_step(worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
-    execute = worker.execute_model
+    own = vars(worker)
+    if isinstance(own.get(STEP), _FirstStep):  # another warm-up before the first step
+        own[STEP].waiting = waiting
+    else:
+        own[STEP] = _FirstStep(worker, waiting, settings)
 
-    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        result = execute(scheduler_output, *args, **kwargs)
-        if scheduler_output.total_num_scheduled_tokens:
-            del worker.execute_model  # the class's own method again
+
+class _FirstStep:
+    """In the place of a worker's `execute_model` until a step has run; then what was there before is there again."""
+
+    def __init__(self, worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
+        self.waiting = waiting
+        self._own = vars(worker)
+        self._before = self._own.get(STEP)
+        self._execute = getattr(worker, STEP)
+        self._settings = settings
+
+    def __call__(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self._execute(scheduler_output, *args, **kwargs)
+        if self.waiting and scheduler_output.total_num_scheduled_tokens:
+            waiting, self.waiting = self.waiting, {}
+            self._step_aside()
             silent = [
                 _never_ran(patch, record, "a step") for patch, record in waiting.items() if not record.calls.total()
             ]
-            _guard(settings, lambda: _report(silent, settings))
+            _guard(self._settings, lambda: _report(silent, self._settings))
         return result
 
-    worker.execute_model = execute_model
+    def _step_aside(self) -> None:
+        if self._own.get(STEP) is not self:  # somebody has wrapped this one since
+            return
+        if self._before is None:
+            del self._own[STEP]  # the class's own method again
+        else:
+            self._own[STEP] = self._before
 
 
 def _never_ran(patch: str, record: PatchRecord, when: str) -> str:
-    record.verdict = INEFFECTIVE
-    record.reason = f"{len(record.patched)} layers are patched, and after {when} their op has never run"
+    record.overrule(INEFFECTIVE, f"{len(record.patched)} layers are patched, and after {when} their op has never run")
     return f"{patch}: {INEFFECTIVE}: {record.reason}"
 
 
@@ -124,7 +156,7 @@ def _replaced(patch: str, record: PatchRecord) -> list[str]:
             by = f"one of {owner}" if owner != patched.__module__ else "another one of the same module (a reload?)"
             found.append(f"{patch}: {patched.__module__}.{name} is {by} since it was patched; its layers are stock")
     if found and not record.patched:
-        record.verdict, record.reason = INEFFECTIVE, found[0].removeprefix(f"{patch}: ")
+        record.overrule(INEFFECTIVE, found[0].removeprefix(f"{patch}: "))
     return found
 
 

@@ -73,6 +73,19 @@ class PatchRecord:
     plans: list[dict[str, Any]] = field(default_factory=list)
     #: Whether vLLM's own warm-up has to have called the op; else the first step has to.
     runs_in_warm_up: bool = True
+    #: Verdict and reason before this engine's proof of effect (overlay.effect) overruled them.
+    _settled: tuple[str, str] | None = None
+
+    def begin_engine(self) -> None:
+        """What follows is of another engine of this process."""
+        self.patched, self.refused, self.calls, self.plans = {}, {}, Calls(), []
+        if self._settled is not None:
+            (self.verdict, self.reason), self._settled = self._settled, None
+
+    def overrule(self, verdict: str, reason: str) -> None:
+        """In this engine, that is not what holds."""
+        self._settled = self._settled or (self.verdict, self.reason)
+        self.verdict, self.reason = verdict, reason
 
     def refuse(self, layer_name: str, reason: str) -> None:
         """A layer stays stock. The worker's summary counts layers by reason; names are for those who debug."""
@@ -165,6 +178,11 @@ class Journal:
         self.problems.append(text)
         logger.warning("overlay: %s", text, extra=fields("problem", problem=text))
         self.write()
+
+    def begin_engine(self) -> None:
+        """A worker begins. A process can have several, one after the other; the journal is about the last one."""
+        for record in self.patches.values():
+            record.begin_engine()
 
     def entered(self, loop: str) -> None:
         """This process begins with a loop of vLLM's."""

@@ -50,6 +50,9 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, journal
         class Worker:
             rank = 0
 
+            def init_device(self) -> str:
+                return "has a device"
+
             def compile_or_warm_up_model(self) -> str:
                 in_warm_up()
                 return "warm"
@@ -142,6 +145,82 @@ def test_a_first_step_that_runs_the_op_is_the_proof(journal: Journal, make_worke
     worker.compile_or_warm_up_model()
     assert worker.execute_model(STEP) == "stepped"
     assert record.verdict == verdict.APPLY and "execute_model" not in vars(worker)
+
+
+@pytest.mark.parametrize("wrapped_by_a_tool", ["never", "before", "after", "between"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_two_warm_ups_before_the_first_step_are_one(
+    wrapped_by_a_tool: str, strict: bool, journal: Journal, make_worker: Any
+) -> None:
+    """Whoever else has put something in the place of the worker's method keeps it."""
+    record = applied(journal, "layer.0")
+    worker = make_worker(cuda=False, strict=strict)
+    seen: list[str] = []
+
+    def wrap(when: str) -> None:
+        if when == wrapped_by_a_tool:
+            wrapped = worker.execute_model
+            worker.execute_model = lambda *given: (seen.append(when), wrapped(*given))[1]
+
+    for when in ("before", "between", "after"):
+        wrap(when)
+        if when != "after":
+            worker.compile_or_warm_up_model()
+    assert worker.execute_model(EMPTY_STEP) == "stepped" and journal.problems == []
+    with pytest.raises(effect.Ineffective) if strict else contextlib.nullcontext():
+        assert worker.execute_model(STEP) == "stepped"
+    assert record.verdict == effect.INEFFECTIVE and len(journal.problems) == 1
+    assert seen == [wrapped_by_a_tool] * 2 * (wrapped_by_a_tool != "never")
+    if not strict:  # else vLLM has ended
+        assert worker.execute_model(STEP) == "stepped" and len(journal.problems) == 1
+    if wrapped_by_a_tool in ("never", "before"):
+        assert not isinstance(vars(worker).get("execute_model"), effect._FirstStep), "the hot path is as it was"
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_an_op_that_was_only_traced_has_not_run(cuda: bool, journal: Journal, make_worker: Any) -> None:
+    record = applied(journal, "layer.0")
+    record.calls.fake, record.calls.lowered = 3, 2
+    worker = make_worker(cuda=cuda)
+    worker.compile_or_warm_up_model()
+    worker.execute_model(STEP)
+    assert record.verdict == effect.INEFFECTIVE and len(journal.problems) == 1
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_second_engine_of_the_process_is_counted_for_itself(
+    cuda: bool, journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the first one ran is no proof for the second, and what was wrong with the first is no fault of the third's."""
+    record = applied(journal)
+
+    def engine(*layers: str, calls: int) -> str:
+        def make_layers() -> None:
+            record.patched.update({layer: {} for layer in layers})
+
+        def run() -> None:
+            record.calls.dual_stream += calls
+
+        worker = make_worker(run, lambda: None, cuda=cuda)
+        assert worker.init_device() == "has a device"
+        make_layers()
+        caplog.clear()
+        with caplog.at_level("INFO", logger="vllm.overlay"):
+            worker.compile_or_warm_up_model()
+        worker.execute_model(STEP)
+        (said,) = summaries(caplog)
+        return said.getMessage().partition("gdn: ")[2]
+
+    assert engine("a", "b", calls=2) == "apply, 2 layers patched, op ran 2 times (2 dual stream)"
+    assert record.verdict == verdict.APPLY
+    state = "ineffective" if cuda else "apply"
+    assert engine("c", calls=0) == f"{state}, 1 layer patched, op has not run yet"
+    assert record.verdict == effect.INEFFECTIVE
+    assert engine(calls=0) == "apply, no such layer in this model"
+    assert record.reason == f"one after the other{effect.NO_LAYER}"
+    assert engine("a", calls=1) == "apply, 1 layer patched, op ran 1 time (1 dual stream)"
+    assert (record.verdict, record.reason) == (verdict.APPLY, "one after the other")
+    assert len(journal.problems) == 1
 
 
 def test_strict_stops_the_first_step(journal: Journal, make_worker: Any) -> None:
