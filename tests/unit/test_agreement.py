@@ -63,14 +63,40 @@ def decide(
         decided[number] = agreement.agree(stores[number], len(stores), number, report, deadline)
 
     coming = [
-        threading.Thread(target=rank, args=(number, delay)) for number, delay in enumerate(delays) if delay is not None
+        threading.Thread(target=rank, args=(number, delay), daemon=True)
+        for number, delay in enumerate(delays)
+        if delay is not None
     ]
     for thread in coming:
         thread.start()
+    end = time.monotonic() + deadline + 10.0
     for thread in coming:
-        thread.join()
-    assert len(decided) == len(coming), "a rank raised"
+        thread.join(max(0.0, end - time.monotonic()))
+    assert len(decided) == len(coming), "a rank raised, or waits beyond its deadline"
     return decided
+
+
+class Clock:
+    """In the place of the module time: nobody waits, and whoever would wait for ever is told so."""
+
+    def __init__(self, latest: float) -> None:
+        self.now, self.latest = 0.0, latest
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0 and self.now < self.latest, "waits beyond its deadline"
+        self.now += seconds
+
+
+@pytest.mark.parametrize("deadline", [0.0, 0.0005, 1.0, agreement.DEADLINE_SECONDS])
+def test_a_rank_waits_as_long_as_the_deadline_and_no_longer(deadline: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(deadline)
+    monkeypatch.setattr(agreement, "time", clock)
+    decided = agreement.agree(distributed.HashStore(), 2, 0, "{}", deadline)
+    assert decided.startswith("rank 1 runs without the overlay")
+    assert deadline <= clock.now <= deadline + agreement._LONGEST_PAUSE_SECONDS
 
 
 @pytest.mark.parametrize("kind", STORES)
@@ -357,7 +383,11 @@ def test_two_processes_of_a_real_world(strict: bool, tmp_path: pathlib.Path) -> 
         )
         for rank in range(2)
     ]
-    printed = [rank.communicate(timeout=60)[0] for rank in ranks]
+    try:
+        printed = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0]
     (answers, problems), (other_answers, other_problems) = map(json.loads, printed)
     alike, another, without = answers

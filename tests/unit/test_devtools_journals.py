@@ -10,3 +10,8 @@ def test_every_worker_has_to_be_patched() -> None:
     raw = {"patches": {"gdn": {"layers": {"patched": {"a": {}}}, "calls": {"dual_stream": 1}}}}
     assert why_without_effect([journals.parse(raw)], 1) is None
     assert "1 of 2 workers" in (why_without_effect([journals.parse(raw)], 1, workers=2) or "")
+
+
+def test_layers_whose_op_was_only_traced_have_changed_nothing() -> None:
+    raw = {"patches": {"gdn": {"layers": {"patched": {"a": {}}}, "calls": {"fake": 3, "lowered": 2}}}}
+    assert "the op never ran" in (why_without_effect([journals.parse(raw)], 1) or "")
