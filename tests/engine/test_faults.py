@@ -162,8 +162,25 @@ HARMLESS = {
     ),
 }
 
-#: The journal's folder. Never fatal: it costs the journal and one WARNING.
+#: The journal's folder. Never fatal: at most it costs the journal and one WARNING.
 FOLDER = {
+    "the journal folder has outlived containers, and the clock is wrong": Fault(
+        """
+        import os, time
+        folder, number = os.environ["VLLMOVERLAY_JOURNAL_DIR"], os.getpid()
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        strange = "9" * 200, chr(0xB2), number
+        for name in (f"{number}-5-4026531836-{'0' * 12}", *(f"{one}-1700000000" for one in strange)):
+            with open(os.path.join(folder, name + ".json"), "w") as file:
+                file.write('{"pid": 1, "schema": 1}')
+            os.utime(file.name, (1, 1))
+        real = time.time
+        time.time = lambda: real() - 7200
+        """,
+        "",
+        fatal=False,
+        patched=True,
+    ),
     "the journal folder cannot be made": Fault(
         "", "no journal", fatal=False, patched=True, environment=(("VLLMOVERLAY_JOURNAL_DIR", "/proc/overlay"),)
     ),
