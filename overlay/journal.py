@@ -135,7 +135,7 @@ class Journal:
         self._writer: threading.Thread | None = None
         self._written: dict[str, Any] | None = None
         self._written_at = 0.0  #: by the monotonic clock
-        self._held: int | None = None  #: the descriptor that holds the lock on the file
+        self._held: tuple[int, os.stat_result] | None = None  #: the descriptor that holds the lock, and its file
         self._started = time.time()
         self.patches: dict[str, PatchRecord] = {}
         self.problems: list[str] = []
@@ -232,16 +232,23 @@ class Journal:
                 logger.warning("overlay: the journal stops here, %s cannot be written: %s", path, error)
                 return
             self._release()
-            self._held, self._written, self._written_at = held, content, now
+            self._held, self._written, self._written_at = (held, os.fstat(held)), content, now
 
     def _name_file(self, folder: str) -> None:
         self._path = os.path.join(folder, process_identity.file_name(process_identity.own()))
 
     def _release(self) -> None:
-        """Close the lock's descriptor. A forked child that does this takes nothing from its parent."""
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        """Close the lock's descriptor. A forked child that does this takes nothing from its parent.
+
+        A program that becomes a daemon closes all of its descriptors, and the number may be another file's by now.
+        """
+        held, self._held = self._held, None
+        if held is None:
+            return
+        descriptor, file = held
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), file):
+                os.close(descriptor)
 
     def _follow(self) -> None:
         while self._path is not None:

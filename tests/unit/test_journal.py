@@ -118,6 +118,28 @@ def test_a_journal_that_vanished_is_written_again_without_a_change(journal_folde
     assert json.loads(path.read_text()) == journal.as_dict()
 
 
+def test_descriptors_of_others_stay_open_and_none_is_left(journal_folder: pathlib.Path) -> None:
+    """Somebody closes all of the process's descriptors, and opens others, before the next write."""
+    journal = Journal()
+    journal.open(str(journal_folder))
+    assert journal._held is not None
+    number = journal._held[0]
+    os.close(number)
+    journal.problem("the number is nobody's")
+    assert journal._held is not None
+    number = journal._held[0]
+    theirs = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(theirs, number)
+    journal.problem("the number is another file's")
+    assert os.path.samestat(os.fstat(number), os.fstat(theirs))
+    os.close(number)
+    os.close(theirs)
+    before = len(os.listdir("/proc/self/fd"))
+    for text in "abc":
+        journal.problem(text)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_journal_is_written_again_before_another_host_takes_it_for_old(
     journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
