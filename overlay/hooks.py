@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
-from overlay import agreement, cache_identity, effect, frame_stack, loaded, log, safety, summary, verdict
+from overlay import agreement, cache_identity, effect, frame_stack, loaded, log, running, safety, summary, verdict
 from overlay import settings as settings_module
-from overlay.journal import OFF, journal
+from overlay.journal import OFF, REFUSED, journal
 from overlay.settings import Settings
 from overlay.verdict import Verdict
 
@@ -26,7 +26,6 @@ ENVIRONMENT_MODULES = ("vllm.env_override", "vllm._environment")
 #: The module from which vLLM's /metrics gets its registry.
 METRICS_MODULE = "vllm.v1.metrics.prometheus"
 NOT_YET = "vllm has not been imported"
-REFUSED = "refused"
 
 _came_by = False
 
@@ -170,19 +169,21 @@ def _after_vllm(module: ModuleType, settings: Settings) -> None:
 
 def _patch(patch: str, module: ModuleType, settings: Settings) -> None:
     """A target module has just been executed: judge its source, and install the patch if the verdict is apply."""
-    found = verdict.judge(patch, _sources())
+    tree = _sources()
+    found = verdict.judge(patch, tree)
     if found.module != module.__name__:
         return
     if found.state == verdict.APPLY:
-        found = _install(patch, module, found, settings)
+        stranger = running.remember(patch, module, found, tree.texts)
+        if stranger is None:
+            found = _install(patch, module, found, settings)
+        else:
+            found = replace(found, state=REFUSED, reason=stranger)
     _settle(patch, found, settings)
 
 
 def _install(patch: str, module: ModuleType, found: Verdict, settings: Settings) -> Verdict:
     """The compile cache's key first: a patch without it could be given a graph that was compiled without the patch."""
-    other = _somebody_elses(module, found)
-    if other is not None:
-        return replace(found, state=REFUSED, reason=other)
     effect.remember(patch, module, found)
     if found.shapes_graph:
         journal.fingerprint = cache_identity.add(patch, found.methods)
@@ -196,28 +197,6 @@ def _install(patch: str, module: ModuleType, found: Verdict, settings: Settings)
             journal.fingerprint = cache_identity.remove(patch)
             effect.forget(patch)
     return found
-
-
-def _somebody_elses(module: ModuleType, found: Verdict) -> str | None:
-    """The verdict was read from vLLM's source; is that what runs, or has another overlay or plugin been here first?"""
-    for class_name, method_name in found.intercepted():
-        target = verdict.class_at(module, class_name)
-        if not isinstance(target, type) or not target.__module__.startswith("vllm."):
-            return f"{class_name} is {getattr(target, '__module__', None)}'s {getattr(target, '__qualname__', target)}"
-        function = target.__dict__.get(method_name)
-        owner = _owner_of(function)
-        if owner != target.__module__:
-            return f"{class_name}.{method_name} has been replaced by {owner}"
-    return None
-
-
-def _owner_of(function: object) -> str:
-    """The module whose code runs when `function` is called; functools.wraps copies `__module__`, so that is not it."""
-    wrapper = getattr(function, "_self_wrapper", None)  # wrapt's
-    if wrapper is not None:
-        function = wrapper
-    name = getattr(function, "__globals__", {}).get("__name__")
-    return str(name or type(function).__module__)
 
 
 def _sources() -> verdict.SourceTree:

@@ -30,6 +30,7 @@ from overlay.log import fields, logger
 SCHEMA = 1
 NOT_SEEN = "not seen"  #: the state of a patch whose target this process has not imported
 OFF = "off"  #: the state of a patch that is switched off
+REFUSED = "refused"  #: the state of a patch where somebody else has been at what it would patch
 #: Roles of processes that nobody's multiprocessing has started.
 API_SERVER = "APIServer"
 MAIN = "Main"

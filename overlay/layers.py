@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from overlay import agreement
-from overlay.journal import PatchRecord, journal
+from overlay import agreement, running
+from overlay.journal import REFUSED, PatchRecord, journal
 from overlay.settings import Settings
 
 Adopted = TypeVar("Adopted")
@@ -35,7 +35,7 @@ def adopt(
 
     Runs in upstream's `__init__`: nothing but strict lets an exception out.
     """
-    for_all = agreement.reason_for_stock(settings)
+    for_all = agreement.reason_for_stock(settings) or _stranger(patch, record, settings)
     if for_all is not None:
         record.refuse(layer_name, for_all)
         return None
@@ -55,3 +55,18 @@ def adopt(
     record.patched[layer_name] = shown
     journal.keep_current()
     return adopted
+
+
+def _stranger(patch: str, record: PatchRecord, settings: Settings) -> str | None:
+    """Who has come between the verdict and this layer. The patch is refused then, and under strict vLLM stops."""
+    found = running.stranger(patch)
+    if found is None:
+        return None
+    which = "the layers from here on stay stock" if record.patched else "vLLM runs stock here"
+    text = f"{patch}: {REFUSED}, {which}: {found}"
+    journal.problem(text)
+    if not record.patched:
+        record.verdict, record.reason = REFUSED, found
+    if settings.strict:
+        raise running.Replaced(text)
+    return found

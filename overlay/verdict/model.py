@@ -68,10 +68,14 @@ class Source:
 
 
 class SourceTree:
-    """The Python sources of one vLLM: a folder that holds the package folder ``vllm``."""
+    """The Python sources of one vLLM: a folder that holds the package folder ``vllm``.
+
+    `texts` has every module that was read, by name.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = os.fspath(folder)
+        self.texts: dict[str, Source] = {}
 
     def _paths(self, module: str) -> tuple[str, str]:
         base = os.path.join(self.folder, *module.split("."))
@@ -83,10 +87,11 @@ class SourceTree:
 
     def read(self, module: str) -> Source | None:
         """The source of a module given by its dotted name, or None where this vLLM has no such module."""
-        for path in self._paths(module):
+        for path in () if module in self.texts else self._paths(module):
             try:
                 with open(path, encoding="utf-8") as file:
-                    return Source(file.read(), path)
+                    self.texts[module] = Source(file.read(), path)
+                break
             except (FileNotFoundError, NotADirectoryError):
                 continue
-        return None
+        return self.texts.get(module)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import subprocess
+import textwrap
 from typing import Any
 
 import pytest
@@ -261,6 +262,60 @@ def test_a_vllm_of_unknown_structure_runs_stock_and_names_the_line(world: World)
     assert world.journals()[0]["patches"]["gdn"]["verdict"] == "drifted"
     strict = world.run(code, VLLMOVERLAY_STRICT="1")
     assert strict.returncode != 0 and "qwen_gdn_linear_attn.py:5" in strict.stderr
+
+
+#: Ways in which code that nobody has judged gets under the name of vLLM's module, and what the reason names.
+OTHER_CODE = {
+    "an import hook runs a changed copy": (
+        """
+        import importlib.util, os, sys
+        class Hook:
+            def find_spec(self, name, path=None, target=None):
+                if name != NAME:
+                    return None
+                file = os.path.join(path[0], "copy.py")
+                with open(os.path.join(path[0], "qwen_gdn_linear_attn.py")) as text, open(file, "w") as copy:
+                    copy.write(text.read().replace("in_proj_ba(hidden_states)", "in_proj_ba(hidden_states * 2)"))
+                return importlib.util.spec_from_file_location(name, file)
+        sys.meta_path.insert(0, Hook())
+        """,
+        "copy.py",
+    ),
+    "a tool executes other text in the module, under the name of its file": (
+        """
+        from wrapt import register_post_import_hook
+        def execute(module):
+            with open(module.__file__) as file:
+                text = file.read().replace("in_proj_ba(hidden_states)", "in_proj_ba(hidden_states * 2)")
+            exec(compile(text, module.__file__, "exec"), vars(module))
+        register_post_import_hook(execute, NAME)
+        """,
+        "QwenGatedDeltaNetAttention.forward_cuda",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_CODE)
+def test_code_that_nobody_has_judged_is_refused_by_name(world: World, way: str) -> None:
+    world.build()
+    code, named = OTHER_CODE[way]
+    name = "vllm." + stub_vllm.GDN_MODULE.removesuffix(".py").replace("/", ".")
+    program = f"NAME = {name!r}\n{textwrap.dedent(code)}\n{IMPORT_ALL}"
+    (line,) = overlay_lines(succeeded(world.run(program)))
+    assert "gdn: refused, vLLM runs stock here" in line and named in line
+    (journal,) = world.journals()
+    assert journal["patches"]["gdn"]["verdict"] == "refused" and journal["fingerprint"] is None
+    strict = world.run(program, VLLMOVERLAY_STRICT="1")
+    assert strict.returncode != 0 and named in strict.stderr
+
+
+def test_a_verdict_on_another_module_is_not_applied_to_this_one(world: World) -> None:
+    """vLLM 0.22.0 moved the layer; where both modules are there the verdict is on the new one."""
+    old_module = "model_executor/layers/mamba/gdn_linear_attn.py"
+    world.build({old_module: stub_vllm.FILES[stub_vllm.GDN_MODULE]})
+    code = "import vllm.envs, vllm.model_executor.layers.mamba.gdn_linear_attn"
+    assert overlay_lines(succeeded(world.run(code))) == []
+    assert world.journals()[0]["patches"]["gdn"]["verdict"] == "not seen"
 
 
 def test_a_patch_that_fails_to_install_leaves_vllm_stock_with_one_line(world: World) -> None:
