@@ -2,9 +2,11 @@
 
 vLLM's cache key knows nothing of a monkey patch: a warm cache of an unpatched run is loaded with the patch installed and
 the op is never called; and the reverse. vLLM hashes every entry of ``vllm.envs.environment_variables``, in JIT and in AOT
-mode, so a fingerprint goes in there (seen in 0.20.0 and 0.33.0: ``compile_factors``).
+mode, so a fingerprint goes in there (seen in 0.20.0 and 0.33.0: ``compile_factors``). A layer that stays stock counts, too:
+the next start may patch it.
 
-A process in which nothing is applied adds no entry, and shares its cache with stock vLLM.
+A process in which nothing is applied adds no entry, and shares its cache with stock vLLM. In a ``cache_dir`` of the user's
+own vLLM takes whatever graph is there, so every layer stays stock (`overlay.layers.refuse_modes`).
 """
 
 from __future__ import annotations
@@ -17,11 +19,25 @@ from collections.abc import Iterable
 ENTRY = "VLLMOVERLAY_FINGERPRINT"
 
 _applied: dict[str, str] = {}
+#: The layers of each patch that stay stock.
+_stock: dict[str, set[str]] = {}
+_source = ""
 
 
 def add(patch: str, detail: Iterable[str]) -> str | None:
     """Enter an applied patch with what of it shapes the graph; gives the fingerprint of all patches so far."""
+    global _source
+    _source = source_hash()
     _applied[patch] = " ".join(detail)
+    return _enter()
+
+
+def note_layer(patch: str, layer_name: str, *, stock: bool) -> str | None:
+    """A layer has been made, and is patched or stays `stock`. Gives the fingerprint where that has changed it."""
+    layers = _stock.setdefault(patch, set())
+    if patch not in _applied or stock == (layer_name in layers):
+        return None
+    (layers.add if stock else layers.remove)(layer_name)
     return _enter()
 
 
@@ -42,10 +58,10 @@ def _enter() -> str | None:
 
 
 def _fingerprint() -> str:
-    """A hash of the patches that are applied in this process and of the overlay's own source."""
-    digest = hashlib.sha256(source_hash().encode())
+    """A hash of the patches that are applied in this process, without which layers, and of the overlay's own source."""
+    digest = hashlib.sha256(_source.encode())
     for patch, detail in sorted(_applied.items()):
-        digest.update(f"\0{patch}\0{detail}".encode())
+        digest.update("\0".join(("", patch, detail, *sorted(_stock.get(patch, ())))).encode())
     return digest.hexdigest()[:16]
 
 

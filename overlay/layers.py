@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from overlay import agreement, running
+from overlay import agreement, cache_identity, running
 from overlay.journal import REFUSED, PatchRecord, journal
 from overlay.settings import Settings
 
 Adopted = TypeVar("Adopted")
+#: vLLM names its own folder of compiled graphs by a hash, which knows of the overlay (overlay.cache_identity).
+OWN_CACHE = "compilation_config.cache_dir is set: vLLM would not tell graphs with the op in there from stock's"
 
 
 class Refused(Exception):
@@ -22,6 +24,8 @@ def refuse_modes(config: Any, batch_invariant: bool) -> None:
         raise Refused("micro-batching (DBO): two main streams would share the auxiliary streams")
     if batch_invariant:
         raise Refused("batch-invariant mode")
+    if getattr(config.compilation_config, "cache_dir", ""):  # vLLM sets it itself when it compiles, and not before
+        raise Refused(OWN_CACHE)
 
 
 def adopt(
@@ -37,24 +41,35 @@ def adopt(
     """
     for_all = agreement.reason_for_stock(settings) or _stranger(patch, record, settings)
     if for_all is not None:
-        record.refuse(layer_name, for_all)
+        _leave_stock(patch, record, layer_name, for_all)
         return None
     try:
         adopted, shown = make()
     except Refused as refused:
-        record.refuse(layer_name, str(refused))
+        _leave_stock(patch, record, layer_name, str(refused))
         return None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if reason not in record.refused.values():  # one problem, however many layers have it
             journal.problem(f"{patch}: layer {layer_name} stays stock: {reason}")
-        record.refuse(layer_name, reason)
+        _leave_stock(patch, record, layer_name, reason)
         if settings.strict:
             raise
         return None
     record.patched[layer_name] = shown
+    _note(patch, layer_name, stock=False)
     journal.keep_current()
     return adopted
+
+
+def _leave_stock(patch: str, record: PatchRecord, layer_name: str, reason: str) -> None:
+    record.refuse(layer_name, reason)
+    _note(patch, layer_name, stock=True)
+
+
+def _note(patch: str, layer_name: str, *, stock: bool) -> None:
+    """Let the key in vLLM's compile cache know what has become of a layer."""
+    journal.fingerprint = cache_identity.note_layer(patch, layer_name, stock=stock) or journal.fingerprint
 
 
 def _stranger(patch: str, record: PatchRecord, settings: Settings) -> str | None:

@@ -143,10 +143,28 @@ def test_the_cache_key_is_made_of_the_table_that_the_fingerprint_is_in(version: 
 
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
+def test_a_folder_of_graphs_that_is_set_before_the_backend_runs_is_the_users(version: str) -> None:
+    """No layer is made after that, so what a layer finds in `cache_dir` is not vLLM's. vLLM copies what the user gave."""
+    setting = re.compile(r"\.cache_dir = (?!\"\")")
+    folder = pathlib.Path(released.tree(version).folder) / "vllm"
+    found = {
+        (path.relative_to(folder).as_posix(), line.strip())
+        for place in ("compilation", "config", "engine", "platforms", "v1")
+        for path in folder.joinpath(place).rglob("*.py")
+        for line in path.read_text("utf-8").splitlines()
+        if setting.search(line) and "compilation_config" in line
+    }
+    assert found == {("compilation/backends.py", "self.compilation_config.cache_dir = cache_dir")}
+    arguments = released.tree(version).read("vllm.engine.arg_utils")
+    assert arguments is not None and "compilation_config = copy.deepcopy(self.compilation_config)" in arguments.text
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
 @pytest.mark.parametrize(
     ("module", "owner", "name"),
     [
         ("vllm.config.parallel", "ParallelConfig", "use_ubatching"),
+        ("vllm.config.compilation", "CompilationConfig", "cache_dir"),
         ("vllm.config.compilation", "CompilationConfig", "static_forward_context"),
         ("vllm.config.compilation", "CompilationConfig", "compile_ranges_endpoints"),
         ("vllm.config.compilation", "CompilationConfig", "cudagraph_capture_sizes"),

@@ -94,12 +94,14 @@ def run_engine(
     lora: pathlib.Path | None = None,
     adapters: Sequence[pathlib.Path] = (),
     behind: pathlib.Path | None = None,
+    options: dict[str, Any] | None = None,
     may_fail: bool = False,
     **settings: str,
 ) -> Run:
     """One offline engine in processes of its own, stock or with the overlay by PYTHONPATH alone.
 
-    With two `adapters` it plays the scenario in which adapters come and go. `behind` is a folder that comes after the overlay's on PYTHONPATH. A run that fails is an error unless it `may_fail`.
+    With two `adapters` it plays the scenario in which adapters come and go. `behind` is a folder that comes after the overlay's on PYTHONPATH.
+    `options` are the engine's own. A run that fails is an error unless it `may_fail`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     request = {
@@ -108,6 +110,7 @@ def run_engine(
         "tensor_parallel_size": tensor_parallel_size,
         "lora": str(lora) if lora else None,
         "adapters": [str(adapter) for adapter in adapters],
+        "options": options or {},
     }
     extra = dict(servers.cpu_environment())
     if tensor_parallel_size > 1:

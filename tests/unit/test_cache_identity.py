@@ -22,6 +22,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Entries:
     module.environment_variables = table  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.envs", module)
     monkeypatch.setattr(cache_identity, "_applied", {})
+    monkeypatch.setattr(cache_identity, "_stock", {})
     return table
 
 
@@ -43,6 +44,25 @@ def test_removing_the_last_one_leaves_stocks_key(entries: Entries) -> None:
     cache_identity.add("gdn", ["forward"])
     assert cache_identity.remove("gdn") is None
     assert list(entries) == ["VLLM_PORT"]
+
+
+def test_which_layers_stay_stock_counts(entries: Entries) -> None:
+    """A start in which a layer could not be patched must not find the graph of one in which it was, and the reverse."""
+    all_patched = cache_identity.add("gdn", ["forward"])
+    assert cache_identity.note_layer("gdn", "layer.0", stock=False) is None
+    one = cache_identity.note_layer("gdn", "layer.0", stock=True)
+    two = cache_identity.note_layer("gdn", "layer.1", stock=True)
+    assert len({all_patched, one, two}) == 3 and entries[cache_identity.ENTRY]() == two
+    assert cache_identity.note_layer("gdn", "layer.1", stock=True) is None
+    other = cache_identity.note_layer("gdn", "layer.0", stock=False)  # the next engine of the process
+    assert other not in (None, all_patched, one, two)
+    assert cache_identity.note_layer("gdn", "layer.1", stock=False) == all_patched
+
+
+def test_layers_of_a_patch_that_no_graph_shows_do_not_count(entries: Entries) -> None:
+    cache_identity.add("gdn", ["forward"])
+    assert cache_identity.note_layer("pooling", "GPUModelRunner", stock=True) is None
+    assert cache_identity.add("gdn", ["forward"]) == entries[cache_identity.ENTRY]()
 
 
 def test_the_overlays_own_source_counts(
