@@ -51,6 +51,8 @@ class Fault:
     fatal: bool = True
     #: Whether the GDN layers are patched all the same.
     patched: bool = False
+    #: Whether stock vLLM gives other tokens by it.
+    changes_tokens: bool = False
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -107,6 +109,47 @@ OTHERS = {
         """,
         "somebody.plugin",
         patched=True,
+    ),
+    "an import hook runs a changed copy of the module": Fault(
+        f"""
+        import importlib.util, os, tempfile
+        class Hook:
+            def find_spec(self, name, path=None, target=None):
+                if name != {GDN!r}:
+                    return None
+                original = os.path.join(path[0], name.rpartition(".")[2] + ".py")
+                with open(original) as file:
+                    text = file.read().replace("in_proj_ba(hidden_states)", "in_proj_ba(hidden_states * 2)")
+                copy = os.path.join(tempfile.mkdtemp(), "copy.py")
+                with open(copy, "w") as file:
+                    file.write(text)
+                return importlib.util.spec_from_file_location(name, copy)
+        sys.meta_path.insert(0, Hook())
+        """,
+        "copy.py",
+        changes_tokens=True,
+    ),
+    "a plugin changes a method before the layers are made": Fault(
+        f"""
+        def change(model):
+            layer = getattr(sys.modules[{GDN!r}], {CLASS!r})
+            original = layer.forward_cpu
+            layer.forward_cpu = lambda *arguments: original(*arguments)
+        when("vllm.model_executor.models.qwen3_next", change)
+        """,
+        "forward_cpu has been replaced by sitecustomize",
+    ),
+    "a plugin registers a class that is derived from the layer's": Fault(
+        f"""
+        def register(module):
+            layer = getattr(module, {CLASS!r})
+            class Theirs(layer):
+                def forward_cpu(self, *arguments):
+                    return super().forward_cpu(*arguments)
+            layer.register_oot(Theirs, layer.__name__)
+        when({GDN!r}, register)
+        """,
+        "sitecustomize.register.<locals>.Theirs is derived from",
     ),
     "the layers go around the op": Fault(
         f"""
@@ -209,19 +252,26 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("vllm-cache")
 
 
-def attempt(fault: Fault, model: pathlib.Path, folder: pathlib.Path, cache: pathlib.Path, *, strict: bool) -> Run:
+def attempt(
+    fault: Fault,
+    model: pathlib.Path,
+    folder: pathlib.Path,
+    cache: pathlib.Path,
+    *,
+    overlay: bool = True,
+    strict: bool = False,
+) -> Run:
     behind = folder / "behind"
     behind.mkdir(parents=True)
     (behind / "sitecustomize.py").write_text(PREAMBLE + textwrap.dedent(fault.code))
+    ours = {**PASS_THROUGH, "VLLMOVERLAY_PATCHES": "gdn", "VLLMOVERLAY_STRICT": "1" if strict else "0"}
     settings = {
-        **PASS_THROUGH,
-        "VLLMOVERLAY_PATCHES": "gdn",
-        "VLLMOVERLAY_STRICT": "1" if strict else "0",
+        **(ours if overlay else {}),
         **FEW_PROCESSES,
         "VLLM_CACHE_ROOT": str(cache),
         **dict(fault.environment),
     }
-    return run_engine(model, folder, overlay=True, behind=behind, may_fail=True, **settings)
+    return run_engine(model, folder, overlay=overlay, behind=behind, may_fail=True, **settings)
 
 
 def overlay_warnings(run: Run) -> list[str]:
@@ -238,13 +288,15 @@ def test_a_fault_leaves_vllm_stock_and_stops_it_under_strict(
     shared_cache: pathlib.Path,
 ) -> None:
     fault, stock = FAULTS[name], engine(MODEL, overlay=False)
+    arms: dict[str, dict[str, bool]] = {"default": {}, "strict": {"strict": True}}
+    if fault.changes_tokens:
+        arms["stock"] = {"overlay": False}
     with ThreadPoolExecutor(2) as pool:
-        default, strict = pool.map(
-            lambda is_strict: attempt(
-                fault, model(MODEL), tmp_path / ("strict" if is_strict else "default"), shared_cache, strict=is_strict
-            ),
-            (False, True),
-        )
+        runs = pool.map(lambda arm: attempt(fault, model(MODEL), tmp_path / arm, shared_cache, **arms[arm]), arms)
+        default, strict, *changed = runs
+    if changed:
+        assert changed[0].answers and changed[0].answers != stock.answers
+        (stock,) = changed
     assert default.returncode == 0, default.log[-3000:]
     assert default.answers == stock.answers
     warnings = overlay_warnings(default)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import pathlib
 import sys
 import types
@@ -9,7 +11,12 @@ from collections.abc import Callable
 
 import pytest
 
-from overlay import cache_identity
+pytest.importorskip("wrapt")
+
+from overlay import cache_identity, effect, hooks, layers
+from overlay.journal import Journal, PatchRecord
+from overlay.settings import Settings
+from overlay.verdict import APPLY, INERT, Verdict
 
 Entries = dict[str, Callable[[], object]]
 
@@ -57,6 +64,58 @@ def test_which_layers_stay_stock_counts(entries: Entries) -> None:
     other = cache_identity.note_layer("gdn", "layer.0", stock=False)  # the next engine of the process
     assert other not in (None, all_patched, one, two)
     assert cache_identity.note_layer("gdn", "layer.1", stock=False) == all_patched
+
+
+@pytest.mark.parametrize("fault", [layers.Refused("known"), ValueError("unknown"), None], ids=repr)
+def test_the_key_follows_what_becomes_of_a_layer(
+    fault: Exception | None, entries: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "journal", Journal())
+    monkeypatch.setattr(layers.agreement, "reason_for_stock", lambda _: None)
+    all_patched = layers.journal.fingerprint = cache_identity.add("lora_linear", ["apply"])
+
+    def make() -> tuple[str, dict[str, object]]:
+        if fault is not None:
+            raise fault
+        return "taken", {}
+
+    taken = layers.adopt("lora_linear", PatchRecord(), "layer.0", make, Settings())
+    assert (taken == "taken") == (layers.journal.fingerprint == all_patched) == (fault is None)
+    assert layers.journal.fingerprint == entries[cache_identity.ENTRY]()
+
+
+@pytest.mark.parametrize("folder", ["/somewhere/of/my/own", ""])
+def test_every_layer_stays_stock_where_the_user_has_named_the_folder_of_graphs(folder: str) -> None:
+    """No hash is in its name: stock and overlay, two versions, two plans would take each other's graphs."""
+    config = types.SimpleNamespace(
+        parallel_config=types.SimpleNamespace(use_ubatching=False),
+        compilation_config=types.SimpleNamespace(cache_dir=folder),
+    )
+    with pytest.raises(layers.Refused, match="cache_dir is set") if folder else contextlib.nullcontext():
+        layers.refuse_modes(config, batch_invariant=False)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["inert", "failed"])
+def test_a_patch_that_is_not_installed_after_all_leaves_stocks_key(
+    fails: bool, entries: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[object] = []
+
+    def install(module: types.ModuleType, found: Verdict, settings: Settings) -> Verdict:
+        keys.append(entries[cache_identity.ENTRY]())
+        if fails:
+            raise OSError("damaged")
+        return dataclasses.replace(found, state=INERT)
+
+    installer = types.ModuleType("overlay.patches.gdn")
+    installer.install = install  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "overlay.patches.gdn", installer)
+    monkeypatch.setattr(hooks, "journal", Journal())
+    with pytest.raises(OSError, match="damaged") if fails else contextlib.nullcontext():
+        found = hooks._install("gdn", types.ModuleType("vllm.any"), Verdict(APPLY, "", "vllm.any"), Settings())
+        assert found.state == INERT
+    assert keys != [] and list(entries) == ["VLLM_PORT"] and hooks.journal.fingerprint is None
+    assert "gdn" not in effect._installed
 
 
 def test_layers_of_a_patch_that_no_graph_shows_do_not_count(entries: Entries) -> None:
