@@ -74,7 +74,10 @@ def _note(patch: str, layer_name: str, *, stock: bool) -> None:
 
 def _stranger(patch: str, record: PatchRecord, settings: Settings) -> str | None:
     """Who has come between the verdict and this layer. The patch is refused then, and under strict vLLM stops."""
-    found = running.stranger(patch)
+    try:
+        found = running.stranger(patch)
+    except Exception as error:
+        found = f"cannot tell what runs: {type(error).__name__}: {error}"
     if found is None:
         return None
     which = "the layers from here on stay stock" if record.patched else "vLLM runs stock here"

@@ -15,6 +15,7 @@ no such function. And a name that vLLM's own text binds twice, or under a condit
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -96,8 +97,11 @@ class _File:
         self._source = source
         self._lines = source.text.split("\n")
         self._path = os.path.realpath(source.path)
-        self._code: CodeType | None = None
         self._seen: list[Look] = []
+
+    @functools.cached_property
+    def _code(self) -> CodeType:
+        return compile(self._source.text, self._source.path, "exec", dont_inherit=True)
 
     def differences(self) -> Iterator[str]:
         """One line for each name that does not run what the file says. None while the module has not been imported."""
@@ -105,12 +109,9 @@ class _File:
         if module is None or (self._seen and all(map(_is_unchanged, self._seen))):
             return
         file = getattr(module, "__file__", None)
-        for origin in (file, getattr(getattr(module, "__spec__", None), "origin", file)):
-            if not self._is_this_file(origin):
-                yield f"{self._name} runs from {origin}, and the verdict was read from {self._source.path}"
-                return
-        if self._code is None:
-            self._code = compile(self._source.text, self._source.path, "exec", dont_inherit=True)
+        if not self._is_this_file(file):
+            yield f"{self._name} runs from {file}, and the verdict was read from {self._source.path}"
+            return
         seen: list[Look] = [(sys.modules, self._name, module, None, None)]
         found = False
         for difference in self._compare(vars(module), self._code, "", seen):
@@ -119,9 +120,7 @@ class _File:
         if not found:
             self._seen = seen
 
-    def _compare(
-        self, namespace: Namespace, code: CodeType, prefix: str, seen: list[Look]
-    ) -> Iterator[str]:
+    def _compare(self, namespace: Namespace, code: CodeType, prefix: str, seen: list[Look]) -> Iterator[str]:
         """What a module's or class's namespace has, against the code that made it. Notes in `seen` what was looked at."""
         for name, definitions in _definitions(code).items():
             key = _mangled(name, prefix)
@@ -148,14 +147,17 @@ class _File:
         )
 
     def _replaced(self, label: str, value: object) -> str:
-        owner = _owner_of(_without_ours(value))
+        function = _without_ours(value)
+        owner = _owner_of(function)
+        if function is None:
+            return f"{label} is gone"
         if owner != self._name:
             return f"{label} has been replaced by {owner}"
-        file = getattr(getattr(value, "__code__", None), "co_filename", None)
-        return f"{label} runs code of {file} that {self._source.path} does not have"
+        file = getattr(getattr(function, "__code__", None), "co_filename", None)
+        return f"{label} runs code that is not in {self._source.path}; it says that it is from {file}"
 
     def _is_settled(self, label: str, definitions: list[CodeType]) -> bool:
-        """Whether the file's own text says what a name is: one definition, undecorated, unconditional, never bound again."""
+        """Whether the file's own text says what a name is: definitions, undecorated, unconditional, and nothing else."""
         if any(self._lines[code.co_firstlineno - 1].lstrip().startswith("@") for code in definitions):
             return False
         *classes, name = label.split(".")
@@ -167,7 +169,7 @@ class _File:
         bound_by_functions = not classes and any(
             isinstance(node, ast.Global) and name in node.names for node in ast.walk(tree)
         )
-        return len(bound) == 1 and bound[0] in body and not bound_by_functions
+        return bool(bound) and all(node in body for node in bound) and not bound_by_functions
 
     def holds(self, layer: type) -> bool:
         """Whether a class is one that this module has at its top level."""
@@ -175,11 +177,10 @@ class _File:
 
     def additions(self, layer: type) -> Iterator[str]:
         """One line for each method of one of this module's classes that the class's text does not name."""
-        assert self._code is not None
-        (definition,) = _definitions(self._code)[layer.__qualname__]
+        definition = _definitions(self._code)[layer.__qualname__][-1]
         for name in sorted(set(vars(layer)) - set(definition.co_names) - _PYTHONS_OWN):
             value = vars(layer)[name]
-            owner = _owner_of(getattr(value, "fget", None) or _without_ours(value))
+            owner = _owner_of(getattr(value, "fget", None) or getattr(value, "__func__", value))
             if hasattr(type(value), "__get__") and not owner.startswith(_OURS):
                 yield f"{layer.__qualname__}.{name} has been added by {owner}"
 
@@ -236,7 +237,7 @@ def _without_ours(value: object) -> object:
     """What the overlay's own wrappers are around, and what a class keeps a plain function in."""
     while True:
         if type(value) in (staticmethod, classmethod):
-            value = getattr(value, "__func__")
+            value = value.__func__  # type: ignore[attr-defined]
         elif _owner_of(value).startswith(_OURS) and hasattr(value, "__wrapped__"):
             value = value.__wrapped__
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import inspect
 import pathlib
 import sys
 import textwrap
@@ -16,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-wrapt = pytest.importorskip("wrapt")
+pytest.importorskip("wrapt")
+
+import wrapt
 
 from overlay import layers, running
 from overlay.journal import REFUSED, Journal, PatchRecord
@@ -65,6 +68,24 @@ traced = once(traced)
 class Base:
     def inherited(self):
         return 1
+
+    def wrapped_by_us(self):
+        return 1
+
+class Twice:
+    def first(self):
+        return 1
+
+class Twice:
+    def second(self):
+        return 2
+
+if TYPES := None:
+    pass
+else:
+    class Conditional:
+        def method(self):
+            return 1
 
 @register
 class Layer(Base):
@@ -208,10 +229,10 @@ def a_file_that_was_changed_after_the_import(site: Site) -> types.ModuleType:
 FROM_THE_START = {
     a_changed_copy: "copy.py",
     the_same_text_elsewhere: "copy.py",
-    a_loader_that_changes_the_text: "Layer.forward runs code of",
+    a_loader_that_changes_the_text: "Layer.forward runs code that is not in",
     byte_code_only: "judged.pyc",
-    byte_code_older_than_the_file: "Layer.forward runs code of",
-    a_file_that_was_changed_after_the_import: "Layer.forward runs code of",
+    byte_code_older_than_the_file: "Layer.forward runs code that is not in",
+    a_file_that_was_changed_after_the_import: "Layer.forward runs code that is not in",
 }
 
 
@@ -229,7 +250,12 @@ def executed_in_the_namespace(module: Any) -> None:
 
 
 def executed_in_the_namespace_unchanged(module: Any) -> None:
-    exec(TEXT, vars(module))
+    exec(compile(TEXT, "<string>", "exec", dont_inherit=True), vars(module))
+
+
+def a_class_derived_in_the_namespace(module: Any) -> None:
+    text = "class Layer(Layer):\n    def forward(self, value):\n        return value\n"
+    exec(compile(text, module.__file__, "exec", dont_inherit=True), vars(module))
 
 
 def a_method_wrapped(module: Any) -> None:
@@ -265,7 +291,7 @@ def a_property_added(module: Any) -> None:
 
 
 def code_put_into_the_function(module: Any) -> None:
-    getattr(module.Layer.forward, "__wrapped__", module.Layer.forward).__code__ = (lambda self, value: value).__code__
+    inspect.unwrap(module.Layer.forward).__code__ = (lambda self, value: value).__code__
 
 
 def a_helper_function_replaced(module: Any) -> None:
@@ -289,38 +315,54 @@ def a_class_of_theirs_derived(module: Any) -> None:
     module.registered = type("Theirs", (type("Between", (module.Layer,), {"__module__": NAME}),), body)
 
 
+def a_class_of_theirs_that_answers_for_attributes(module: Any) -> None:
+    body = {"__module__": "somebody.plugin", "__getattr__": lambda self, name: 1}
+    module.registered = type("Theirs", (module.Layer,), body)
+
+
+def the_module_replaced(module: Any) -> None:
+    other = types.ModuleType(module.__name__)
+    other.__file__ = module.__file__
+    exec(compile(changed(TEXT), module.__file__, "exec", dont_inherit=True), vars(other))
+    sys.modules[module.__name__] = other
+
+
 def another_judged_module_replaced(module: Any) -> None:
     sys.modules[HELPERS].scale = theirs(sys.modules[HELPERS].scale)  # type: ignore[attr-defined]
 
 
 BEFORE_A_LAYER = {
-    executed_in_the_namespace: "Layer.forward runs code of",
-    executed_in_the_namespace_unchanged: "runs code of <string>",
+    executed_in_the_namespace: "Layer.forward runs code that is not in",
+    executed_in_the_namespace_unchanged: "it says that it is from <string>",
+    a_class_derived_in_the_namespace: "Layer.__init__ is gone",
     a_method_wrapped: "Layer.forward has been replaced by somebody.plugin",
     a_method_wrapped_by_wrapt: "Layer.forward has been replaced by somebody.plugin",
     a_helper_method_replaced: "Layer.prepare has been replaced by somebody.plugin",
     a_hidden_method_replaced: "Layer.__hidden has been replaced by somebody.plugin",
     a_constructor_replaced: "Layer.__init__ has been replaced by somebody.plugin",
-    a_method_removed: "Layer.prepare",
+    a_method_removed: "Layer.prepare is gone",
     a_method_added: "Layer.inherited has been added by somebody.plugin",
     a_property_added: "Layer.value has been added by somebody.plugin",
-    code_put_into_the_function: "Layer.forward runs code of",
+    code_put_into_the_function: "Layer.forward runs code that is not in",
     a_helper_function_replaced: "helper has been replaced by somebody.plugin",
     the_same_code_in_another_namespace: "helper has been replaced by somebody.plugin",
     a_base_class_replaced: "Base is somebody.plugin's Base",
     a_class_of_theirs_derived: "somebody.plugin.Theirs is derived from Layer and has prepare of its own",
+    a_class_of_theirs_that_answers_for_attributes: "somebody.plugin.Theirs is derived from Layer and has __getattr__",
+    the_module_replaced: "Layer.forward runs code that is not in",
     another_judged_module_replaced: "scale has been replaced by somebody.plugin",
 }
 
 
 def install(module: Any) -> None:
-    """What a patch does to a class: a plain function on top of a method, and a wrapt wrapper around `__init__`."""
+    """What patches do to a class: plain functions on top of a method, wrapt's wrappers around others, also inherited ones."""
     original = module.Layer.forward
     namespace = {"__name__": "overlay.patches.any", "original": original, "functools": functools}
     exec("@functools.wraps(original)\ndef forward(self, value):\n    return original(self, value)", namespace)
     module.Layer.forward = namespace["forward"]
-    exec("def after_init(wrapped, self, args, kwargs):\n    wrapped(*args, **kwargs)", namespace)
-    wrapt.wrap_function_wrapper(module, "Layer.__init__", namespace["after_init"])
+    exec("def after(wrapped, self, args, kwargs):\n    return wrapped(*args, **kwargs)", namespace)
+    for name in ("__init__", "forward", "wrapped_by_us"):
+        wrapt.wrap_function_wrapper(module, f"Layer.{name}", namespace["after"])
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["at once", "after our patch"])
@@ -351,6 +393,25 @@ def test_a_class_that_was_replaced_is_refused_at_once_and_its_patched_predecesso
     assert found is not None and "Layer is somebody.plugin's Layer" in found
 
 
+def test_a_package_that_offers_another_class_than_its_module_is_refused(site: Site) -> None:
+    site.run()
+    package: Any = types.ModuleType("vllm")
+    package.Layer = type("Layer", (), {"__module__": NAME})
+    found = site.judged(package)
+    assert found is not None and "Layer is vllm.judged's Layer" in found
+
+
+def test_who_takes_it_back_has_been_there_all_the_same(site: Site) -> None:
+    """Else some layers of a model would be patched, by the chance of when they are made."""
+    module: Any = site.run()
+    assert site.judged(module) is None
+    original = module.Layer.forward
+    a_method_wrapped(module)
+    found = running.stranger("patch")
+    module.Layer.forward = original
+    assert found is not None and running.stranger("patch") == found
+
+
 def test_a_module_that_is_imported_later_is_compared_then(site: Site) -> None:
     assert site.judged(site.run()) is None
     site.run(LATER).Wrapper.add = theirs(lambda self, output: output)
@@ -379,11 +440,17 @@ def values_that_are_no_code(module: Any) -> None:
 
 
 def a_class_of_theirs_that_changes_no_way(module: Any) -> None:
-    module.registered = type("Theirs", (module.Layer,), {"__module__": "somebody.plugin", "__init__": lambda self: None})
+    module.registered = type(
+        "Theirs", (module.Layer,), {"__module__": "somebody.plugin", "__init__": lambda self: None}
+    )
 
 
 def vllms_own_subclass(module: Any) -> None:
     module.registered = type("Other", (module.Layer,), {"__module__": NAME, "prepare": lambda self, value: value})
+
+
+def a_class_that_has_no_one_definition(module: Any) -> None:
+    module.Conditional.method = theirs(module.Conditional.method)
 
 
 def a_reload(module: Any) -> None:
@@ -391,7 +458,7 @@ def a_reload(module: Any) -> None:
 
 
 def stock_put_back(module: Any) -> None:
-    module.Layer.forward = getattr(module.Layer.forward, "__wrapped__", module.Layer.forward)
+    module.Layer.forward = inspect.unwrap(module.Layer.forward)
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["at once", "after our patch"])
@@ -404,6 +471,7 @@ def stock_put_back(module: Any) -> None:
         values_that_are_no_code,
         a_class_of_theirs_that_changes_no_way,
         vllms_own_subclass,
+        a_class_that_has_no_one_definition,
         a_reload,
         stock_put_back,
     ],
@@ -503,7 +571,7 @@ def test_any_function_whose_code_differs_is_found_and_no_other(
             del sys.modules["vllm_any"], running._judged["any"]
 
     assert judged(text) is None
-    assert (judged(other) or "").startswith(f"{target} runs code of")
+    assert (judged(other) or "").startswith(f"{target} runs code that is not in")
 
 
 # ------------------------------------------------------------------------- the layer's fate
@@ -530,8 +598,17 @@ def test_a_layer_that_is_made_after_a_method_was_replaced_is_refused(site: Site,
     assert record.refused == {"layer.0": reason, "layer.1": reason} and record.patched == {}
     assert (record.verdict, record.reason) == (REFUSED, reason)
     assert journal.problems == [f"patch: refused, vLLM runs stock here: {reason}"]
-    with pytest.raises(running.Replaced, match="somebody.plugin"):
+    with pytest.raises(running.Replaced, match=r"somebody\.plugin"):
         adopt(record, "layer.2", strict=True)
+
+
+def test_a_comparison_that_fails_costs_the_patch_and_no_layer(
+    site: Site, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = PatchRecord(verdict=APPLY)
+    monkeypatch.setattr(running, "stranger", lambda _: 1 / 0)
+    assert adopt(record, "layer.0") is None
+    assert "cannot tell what runs: ZeroDivisionError" in record.refused["layer.0"] and len(journal.problems) == 1
 
 
 def test_layers_that_were_patched_before_stay_in_the_record(site: Site, journal: Journal) -> None:
