@@ -2,31 +2,42 @@
 
 Python imports the first module named sitecustomize on sys.path and no other. Ours takes that place, and gives it back:
 `hand_on` runs the one that Python would have run without us. Only that one, because those behind it were shadowed
-already; if it chains on in its turn, as ddtrace's does, its search meets ours again, and ours hands on once more.
+already; if it chains on in its turn, as many tools' do, its search meets ours again, and ours hands on once more.
 
-Three rules keep this from looping: a file is known by its real path, no file is started twice, and no file is started
-that is still running further down the stack (it came before us on sys.path, and imported us).
+Tools run the next one in many ways: an import, its spec, load_module, runpy; as a module of any name, in sys.modules or
+not, or even in the tool's own module. One rule holds for all of them: **the module that our file is run in becomes the next
+one**. We execute the next one's code in our own namespace, so whoever holds that module holds what it would have held without
+us. Where there is no next one, a tool that imported it has to hear so from an exception, and expects it; a tool that
+executes our file has found one and expects none, so for that tool our module is an empty one.
 
-It is loaded while Python starts, and only if there is something to hand on to. So it uses only what the interpreter
+This cannot loop: no file is started while it is still running further up the stack.
+
+It is loaded while Python starts, and only if there may be something to hand on to. So it uses only what the interpreter
 has loaded by then: no importlib (the frozen parts of it are there already), no typing, and not even `from __future__`,
-which is a file too.
+which is a file too. It runs in Python 3.6 and later: PYTHONPATH also holds for a container's older Pythons.
 """
 
 # os.path throughout: pathlib would be one more import
 import os
 import sys
 from _frozen_importlib import module_from_spec
-from _frozen_importlib_external import PathFinder
+from _frozen_importlib_external import PathFinder, spec_from_file_location
 
 TYPE_CHECKING = False  # type checkers know this name; typing, which defines it, costs more than all of this module
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from importlib.machinery import ModuleSpec
-    from types import FrameType
+    from types import FrameType, ModuleType
+    from typing import Any
 
 _NAME = "sitecustomize"
-_own_files: set[str] = set()  # the sitecustomize.py of this overlay, and those of further copies of it
-_started_files: set[str] = set()
+#: Who has our file run: Python's own start; a module that imports the next one meanwhile; somebody who executes the file.
+_SITE, _IMPORT, _EXECUTION = "site", "import", "execution"
+#: The functions of importlib and runpy that look a module up by its name, and raise ImportError where there is none.
+_LOOK_UP = ("_find_and_load", "run_module")
+
+_own_files: "set[str]" = set()  # the sitecustomize.py of this overlay, and those of further copies of it that have run
+_running: "list[str]" = []  # those that we have started and that have not ended
 
 
 def has_run(own_file: str) -> bool:
@@ -34,39 +45,90 @@ def has_run(own_file: str) -> bool:
     return os.path.realpath(own_file) in _own_files
 
 
-def hand_on(own_file: str) -> None:
-    """Run the sitecustomize that the one in `own_file` shadows, under its own name, and leave it in sys.modules.
+def hand_on(frame: "FrameType", file: str) -> None:
+    """Run the sitecustomize that ours shadows, in ours: the module that `frame` executes, from our `file`.
 
-    A failure is reported as site.py would report it, and survived. A foreign sitecustomize that imported ours while
-    looking for the next one gets the answer it would have got without us: the next one, its exception, or no module.
+    Where site.py asks, a failure is reported in site.py's way, and survived. Whoever else asks gets the answer that there
+    would be without us: the next one, its exception, or that there is none.
     """
-    own_path = os.path.realpath(own_file)
-    _own_files.add(own_path)
-    imported_by_another = any(
-        frame.f_globals.get("__name__") == _NAME and path not in _own_files for frame, path in _running_modules()
-    )
-    spec = _find_shadowed(own_path)
-    if spec is None or spec.loader is None:
-        if imported_by_another:
+    own = os.path.realpath(file)
+    _own_files.update((own, _file_of(frame)))
+    asked = _who_asks(frame)
+    spec = _find_shadowed(own, frame)
+    namespace = frame.f_globals
+    if spec is None:
+        _give_back(namespace, own, frame)
+        if asked == _IMPORT:
             raise ModuleNotFoundError(f"No module named {_NAME!r}", name=_NAME)
         return
 
-    ours = sys.modules.get(_NAME)
+    before = dict(namespace)
+    name = str(namespace.get("__name__"))
+    ours = sys.modules.get(name)
+    if getattr(ours, "__dict__", None) is not namespace:
+        ours = None
     python_path = os.environ.get("PYTHONPATH", "")
+    _running.append(os.path.realpath(str(spec.origin)))
     try:
-        module = sys.modules[_NAME] = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules.setdefault(_NAME, module)  # the import system insists that whoever was imported is there
-    except Exception as error:
+        _become(namespace, own, spec, ours)
         if ours is not None:
-            sys.modules[_NAME] = ours
-        if imported_by_another:
+            sys.modules.setdefault(name, ours)  # the import system insists that whoever was imported is there
+    except Exception as error:
+        if asked != _SITE:
             raise
+        namespace.clear()
+        namespace.update(before)
+        if ours is not None:
+            sys.modules[name] = ours
         # site.py, too, is silent about a sitecustomize that ends by not finding a further one.
         if not (isinstance(error, ImportError) and error.name == _NAME):
             _report(str(spec.origin), error)
     finally:
-        _stay_ahead(os.path.realpath(os.path.dirname(os.path.abspath(own_file))), python_path)
+        _running.pop()
+        _stay_ahead(os.path.realpath(os.path.dirname(os.path.abspath(file))), python_path)
+
+
+def _become(namespace: "dict[str, Any]", own: str, spec: "ModuleSpec", ours: "ModuleType | None") -> None:
+    """Execute the module of `spec` in our `namespace`, or beside it where its loader has no code to execute."""
+    get_code = getattr(spec.loader, "get_code", None)
+    code = get_code(_NAME) if get_code is not None else None
+    module = _describe(namespace, own, spec)
+    if code is not None:
+        exec(code, namespace)
+        return
+    if ours is not None:  # an extension module
+        sys.modules[spec.name] = module
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    namespace.update(vars(module))
+
+
+def _describe(namespace: "dict[str, Any]", own: str, spec: "ModuleSpec") -> "ModuleType":
+    """Have a `namespace` say that it is made from `spec` wherever it says that it is made from ours. Gives what it copies."""
+    ours = namespace.get("__spec__")
+    names = ["__file__"] if _is_file(namespace.get("__file__"), own) else []
+    if ours is not None and _is_file(ours.origin, own):
+        names += ["__spec__", "__loader__", "__package__", "__cached__", "__path__", "__doc__"]
+        spec.name = ours.name
+    module = module_from_spec(spec)
+    for name in names:
+        namespace.pop(name, None)
+        if hasattr(module, name):
+            namespace[name] = getattr(module, name)
+    return module
+
+
+def _give_back(namespace: "dict[str, Any]", own: str, frame: "FrameType") -> None:
+    """A tool's own module that our file is executed in says who it was: load_module has written ours over that."""
+    for above in _modules_above(frame):
+        if above.f_globals is namespace and _file_of(above) not in _own_files:
+            spec = spec_from_file_location(str(namespace.get("__name__")), above.f_code.co_filename)
+            if spec is not None:
+                _describe(namespace, own, spec)
+            return
+
+
+def _is_file(path: object, real_path: str) -> bool:
+    return isinstance(path, str) and os.path.realpath(path) == real_path
 
 
 def _report(origin: str, error: Exception) -> None:
@@ -81,15 +143,10 @@ def _report(origin: str, error: Exception) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
 
 
-def _find_shadowed(own_path: str) -> "ModuleSpec | None":
-    """Find the first sitecustomize behind ours on sys.path that has not been started.
-
-    Those in front of ours count only where ours is not on sys.path at all, because somebody loaded it by its file name.
-    """
-    in_front: list[ModuleSpec] = []
+def _find_shadowed(own: str, frame: "FrameType") -> "ModuleSpec | None":
+    """Find the first sitecustomize behind ours on sys.path that is not running. Those in front of ours shadow ours."""
+    barred = _own_files.union(_running, map(_file_of, _modules_above(frame)))
     passed_ours = False
-    barred = _own_files | _started_files
-    barred.update(path for _, path in _running_modules())
     for entry in list(sys.path):
         try:
             spec = PathFinder.find_spec(_NAME, [entry])  # None, too, for an entry that is no text
@@ -100,31 +157,46 @@ def _find_shadowed(own_path: str) -> "ModuleSpec | None":
         if spec is None or spec.loader is None or spec.origin is None:
             continue
         path = os.path.realpath(spec.origin)
-        if path == own_path:
+        if path == own:
             passed_ours = True
-            in_front.clear()
-        elif path not in barred:
-            in_front.append(spec)
-            if passed_ours:
-                break
-    if not in_front:
-        return None
-    _started_files.add(os.path.realpath(str(in_front[0].origin)))
-    return in_front[0]
+        elif passed_ours and path not in barred:
+            return spec
+    return None
 
 
-def _running_modules() -> "Iterator[tuple[FrameType, str]]":
-    """Yield frame and real path of every module on the stack that is being executed.
+def _who_asks(frame: "FrameType") -> str:
+    """Give _SITE, _IMPORT or _EXECUTION, from what is on the stack above our module, which `frame` executes.
 
-    By its `__file__`: the name in the code object of a module without source is that of the file it was compiled from.
+    Once Python has started, nobody chains any more: there an import that finds nothing to hand on to gets our module.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "<module>":
-            file = frame.f_globals.get("__file__")
-            if isinstance(file, str):
-                yield frame, os.path.realpath(file)
-        frame = frame.f_back
+    imported = chained = False
+    above = frame.f_back
+    while above is not None:
+        name = above.f_code.co_name
+        if name == "execsitecustomize":
+            return _IMPORT if chained else _SITE
+        if name in _LOOK_UP:
+            imported = True
+        elif name == "<module>" and _file_of(above) not in _own_files:
+            if not imported:
+                break
+            chained = True
+        above = above.f_back
+    return _EXECUTION
+
+
+def _modules_above(frame: "FrameType") -> "Iterator[FrameType]":
+    """Yield the frame of every module that is being executed further up the stack."""
+    above = frame.f_back
+    while above is not None:
+        if above.f_code.co_name == "<module>":
+            yield above
+        above = above.f_back
+
+
+def _file_of(frame: "FrameType") -> str:
+    """The real path of the file whose code `frame` executes; not `__file__`, which load_module changes under a tool."""
+    return os.path.realpath(frame.f_code.co_filename)
 
 
 def _stay_ahead(own_folder: str, python_path_before: str) -> None:

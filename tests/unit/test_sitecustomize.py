@@ -7,6 +7,7 @@ the same PYTHONPATH without our folder, and what ran there.
 import itertools
 import json
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_armed_from_a_zip(world: World) -> None:
 
     archive = shutil.make_archive(str(world.root / "overlay"), "zip", world.overlay())
     assert world.start([archive, world.foreign("foreign")]).log == ["armed", "foreign"]
+
+
+def test_armed_from_byte_code_that_was_compiled_elsewhere(world: World) -> None:
+    """Byte code names the file it was compiled from, which may still be there, and is not this folder's."""
+    built, ours = world.overlay("built"), world.root / "ours"
+    for file in built.rglob("*.py"):
+        target = ours / file.relative_to(built).with_suffix(".pyc")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        py_compile.compile(str(file), cfile=str(target), doraise=True)
+    result = world.start([ours, world.foreign("foreign")])
+    assert (result.log, result.stderr) == (["armed", "foreign"], "")
 
 
 @pytest.mark.parametrize("flag", ["-I", "-S", "-E"])
