@@ -8,6 +8,7 @@ folder in a manifest must not be able to do that.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,6 +125,29 @@ _VARIABLES: dict[str, tuple[str, Callable[[str, str], Any]]] = {
 }
 
 
+_ADDRESS = r"[0-9]+(\.[0-9]+){3}|[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*"
+_URL = rf"(tcp|udp|sctp)://({_ADDRESS}|\[({_ADDRESS})\]):[0-9]+"
+#: What the kubelet puts into a pod for each Service of its namespace, by name, with the values that it gives. A Service that
+#: is named like the family gives such variables the family's name. Source: Kubernetes, "Service", environment variables.
+_LINKS = {
+    re.compile(rf"({FAMILY}|{HABITUAL})([A-Z0-9_]*){name}"): re.compile(value)
+    for name, value in {
+        "_SERVICE_HOST": _ADDRESS,
+        "_SERVICE_PORT(_[A-Z0-9_]+)?": "[0-9]+",
+        "_PORT": _URL,
+        "_PORT_[0-9]+_(TCP|UDP|SCTP)": _URL,
+        "_PORT_[0-9]+_(TCP|UDP|SCTP)_PROTO": "tcp|udp|sctp",
+        "_PORT_[0-9]+_(TCP|UDP|SCTP)_PORT": "[0-9]+",
+        "_PORT_[0-9]+_(TCP|UDP|SCTP)_ADDR": _ADDRESS,
+    }.items()
+}
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes made this variable. By its value, too: a misspelt setting must not pass for a link."""
+    return any(link.fullmatch(name) and form.fullmatch(value) for link, form in _LINKS.items())
+
+
 def strict_was_asked_for(environ: Mapping[str, str]) -> bool:
     """Whether strict is on, for the moment when the other settings cannot be parsed."""
     return environ.get(f"{FAMILY}_STRICT", "").strip().lower() in ON
@@ -133,10 +157,12 @@ def load(environ: Mapping[str, str]) -> Settings:
     """Parse the family out of `environ`.
 
     An empty value counts as not set, as in vLLM's own variables in a compose file. Raises SettingsError for an unknown
-    name of the family and for a value that is not allowed.
+    name of the family and for a value that is not allowed. The links of a Kubernetes Service are nobody's settings.
     """
     found: dict[str, Any] = {}
     for name, value in environ.items():
+        if not name.startswith((FAMILY, HABITUAL)) or _is_service_link(name, value):
+            continue
         if name.startswith(HABITUAL):
             allowed = f"the family is {FAMILY}…; did you mean {FAMILY}{name.removeprefix(HABITUAL)}?"
             raise SettingsError(name, value, allowed)

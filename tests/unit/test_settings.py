@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import string
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from overlay import settings, verdict
@@ -101,6 +102,78 @@ def test_a_switch_is_on_or_off_or_an_error(value: str) -> None:
         assert value != "" and value.strip().lower() not in (*settings.ON, *settings.OFF)
     else:
         assert enabled == (value == "" or value.strip().lower() in settings.ON)
+
+
+#: Names of Services whose variables look like the family's, as Kubernetes allows them.
+SERVICES = st.tuples(
+    st.sampled_from(["vllmoverlay", "vllm-overlay"]),
+    st.sampled_from(["", "-"]) | st.just("-plan") | st.just("-strict"),
+    st.text(string.ascii_lowercase + string.digits + "-", max_size=12),
+).map(lambda parts: "".join(parts).rstrip("-"))
+PORTS = st.integers(1, 65535)
+PORT_NAMES = st.none() | st.from_regex(r"[a-z][a-z0-9-]{0,12}[a-z0-9]", fullmatch=True)
+ADDRESSES = st.ip_addresses().map(str)
+PROTOCOLS = st.sampled_from(["TCP", "UDP", "SCTP"])
+
+
+def service_links(
+    service: str, address: str, ports: Sequence[tuple[int, str | None, str]], first: int = 0
+) -> dict[str, str]:
+    """The variables that the kubelet makes for a Service, as Kubernetes documents them; `first`: of a pod's own start."""
+    prefix = service.upper().replace("-", "_")
+    host = f"[{address}]" if ":" in address else address
+    port, _, protocol = ports[first]
+    links = {
+        f"{prefix}_SERVICE_HOST": address,
+        f"{prefix}_SERVICE_PORT": str(port),
+        f"{prefix}_PORT": f"{protocol.lower()}://{host}:{port}",
+    }
+    for port, name, protocol in ports:
+        if name is not None:
+            links[f"{prefix}_SERVICE_PORT_{name.upper().replace('-', '_')}"] = str(port)
+        link = f"{prefix}_PORT_{port}_{protocol}"
+        links[link] = f"{protocol.lower()}://{host}:{port}"
+        links |= {f"{link}_PROTO": protocol.lower(), f"{link}_PORT": str(port), f"{link}_ADDR": address}
+    return links
+
+
+@given(SERVICES, ADDRESSES, st.lists(st.tuples(PORTS, PORT_NAMES, PROTOCOLS), min_size=1, max_size=3))
+@example("vllm-overlay", "10.0.0.7", [(8000, "http", "TCP")])
+@example("vllmoverlay-plan", "fd00::7", [(53, None, "UDP"), (9000, "log-level", "SCTP")])
+def test_the_links_of_a_service_that_is_named_like_the_family_are_not_ours(
+    service: str, address: str, ports: list[tuple[int, str | None, str]]
+) -> None:
+    links = service_links(service, address, ports)
+    assert load(links) == load({})
+    assert load({**links, "VLLMOVERLAY_PLAN": "serial"}).plan == "serial"
+    assert not set(links) & set(settings._VARIABLES), "a Service must not be able to set anything"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VLLMOVERLAY_PORTS", "tcp://10.0.0.7:8000"),
+        ("VLLMOVERLAY_PORT", "8000"),
+        ("VLLMOVERLAY_SERVICE_PORT", "http"),
+        ("VLLMOVERLAY_SERVICE_PORT", ""),
+        ("VLLMOVERLAY_SERVICE_HOST", "serial"),
+        ("VLLMOVERLAY_SERVICE", "10.0.0.7"),
+        ("VLLMOVERLAY_PLAN_PORT", "dual"),
+        ("VLLMOVERLAY_PORT_8000", "tcp://10.0.0.7:8000"),
+        ("VLLMOVERLAY_PORT_8000_TCP_PROTO", "http"),
+        ("VLLMOVERLAY_PORT_8000_TCP_ADDR", "10.0.0.7:8000"),
+        ("VLLM_OVERLAY_PLAN", "10.0.0.7"),
+        ("VLLM_OVERLAY_STRICT", "8000"),
+    ],
+)
+def test_what_only_looks_like_a_link_is_still_an_error(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        load({name: value})
+
+
+def test_no_setting_has_the_name_of_a_link() -> None:
+    for name in settings._VARIABLES:
+        assert not any(pattern.fullmatch(name) for pattern in settings._LINKS), name
 
 
 @given(st.text(string.ascii_uppercase + "_", min_size=1, max_size=12), st.text(string.printable, max_size=12))
