@@ -48,7 +48,8 @@ class BundleError(Exception):
 
 def contents(root: Path, site_packages: Path) -> dict[str, bytes]:
     """Every file of the bundle by its path in it, sorted. Raises BundleError where something is missing or not pinned."""
-    sources = [root / "sitecustomize.py", root / "LICENSE", *(root / "overlay").rglob("*.py")]
+    modules = (path for path in (root / "overlay").rglob("*.py") if path.is_file())  # an editor's lock leads nowhere
+    sources = [root / "sitecustomize.py", root / "LICENSE", *modules]
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in sources}
     files.update(plugin_metadata.files(root))
     files.update(wrapt_files(site_packages, pinned_version(root / "requirements.lock")))

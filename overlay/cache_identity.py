@@ -74,8 +74,8 @@ def source_hash() -> str:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name != "cli")
         for name in sorted(names):
-            if name.endswith(".py"):
-                path = os.path.join(parent, name)
+            path = os.path.join(parent, name)
+            if name.endswith(".py") and os.path.isfile(path):  # an editor's lock is a link to nowhere
                 digest.update(os.path.relpath(path, folder).encode())
                 with open(path, "rb") as file:
                     digest.update(file.read())

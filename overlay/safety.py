@@ -14,6 +14,7 @@ owner, so it is covered; a read-only mount counts by its bits like any other, fo
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import stat
@@ -56,9 +57,11 @@ def check_code(package: str) -> None:
     commands = [f"chmod go-w {shlex.join(path for path, _ in around)}"] if around else []
     if any(inside.values()):
         commands.append(f"chmod -R go-w {shlex.join(part for part, found in inside.items() if found)}")
+    user = os.geteuid()
+    by_root = ", as root" if user and any(os.stat(path).st_uid != user for path, _ in wrong) else ""
     raise Writable(
         f"{named}{more} can be written by others than the owner and root, who could run code in this process; "
-        f"to change that: {' && '.join(commands)}"
+        f"to change that{by_root}: {' && '.join(commands)}"
     )
 
 
@@ -83,11 +86,16 @@ def check_own_folder(folder: str) -> None:
 
 
 def _mode(path: str) -> list[tuple[str, int]]:
-    """The path with its permission bits; nothing where there is nothing (bytecode comes and goes, links may dangle)."""
+    """The path with its permission bits; nothing where nothing can run: it is not there, leads nowhere, or is closed to us.
+
+    Byte code comes and goes, and root's may be closed; links may dangle, as an editor's lock does, or go in a circle.
+    """
     try:
         return [(path, stat.S_IMODE(os.stat(path).st_mode))]
-    except FileNotFoundError:
-        return []
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
+            return []
+        raise
 
 
 def _others_can_write(found: list[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -101,28 +109,46 @@ def _content(part: str) -> tuple[list[tuple[str, int]], list[str]]:
     waiting, seen = [part], set()
     while waiting:
         path = waiting.pop()
+        entry = _mode(path)
+        if not entry:
+            continue
+        links.extend(os.path.dirname(target) for target in _targets(path))
         real = os.path.realpath(path)
-        if os.path.islink(path):
-            links.append(os.path.dirname(real))
-        if real not in seen:
-            seen.add(real)
-            found.extend(_mode(path))
-            if os.path.isdir(path):
-                waiting.extend(os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True))
+        if real in seen:
+            continue
+        seen.add(real)
+        found.extend(entry)
+        if os.path.isdir(path) and _mode(os.path.join(path, ".")):  # else nobody of this user finds a file in it
+            waiting.extend(os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True))
     return found, links
 
 
+def _targets(path: str) -> list[str]:
+    """What a link that leads somewhere is read as, and, if that is a link, what that one is read as, and so on."""
+    found = []
+    while os.path.islink(path):
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+        found.append(path)
+    return found
+
+
 def _ways(folders: Collection[str]) -> list[tuple[str, int]]:
-    """The folders and what leads to them, with their permission bits, as given and without links.
+    """The folders and what leads to them, with their permission bits: as given, and over each link on the way.
 
     Of what is further up a sticky folder is left out: only an owner can rename or remove there. The folders themselves
     are not: a new file beside ours, named like a module of Python's own, is imported instead of it.
     """
     found: dict[str, int] = {}
-    for folder in [*folders, *map(os.path.realpath, folders)]:
-        found.update(_mode(folder))
-        way = os.path.dirname(folder)
-        while way != os.path.dirname(way):
-            found.update((path, mode) for path, mode in _mode(way) if path not in found and not mode & stat.S_ISVTX)
-            way = os.path.dirname(way)
+    for folder in folders:
+        found.update(_mode(os.path.realpath(folder)))
+        waiting, seen = [folder], set()
+        while waiting:
+            path = waiting.pop()
+            if path in seen:
+                continue
+            seen.add(path)
+            above = os.path.dirname(path)
+            real = _mode(os.path.realpath(above))
+            found.update((way, mode) for way, mode in real if way not in found and not mode & stat.S_ISVTX)
+            waiting.extend([above, *_targets(path)])
     return list(found.items())

@@ -328,6 +328,16 @@ def test_with_others_on_the_python_path(
     place.assert_works(place.run(bare_python("3.11"), *entries, code=check + IMPORT))
 
 
+def test_an_editors_lock_is_not_in_it(tmp_path: pathlib.Path) -> None:
+    assert PACKAGES is not None
+    shutil.copytree(REPOSITORY / "overlay", tmp_path / "overlay", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("sitecustomize.py", "LICENSE", "pyproject.toml", "README.md", "requirements.lock"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    before = bundle.contents(tmp_path, PACKAGES)
+    (tmp_path / "overlay" / ".#hooks.py").symlink_to("somebody@machine.1234")
+    assert bundle.contents(tmp_path, PACKAGES) == before
+
+
 def test_as_a_zip_itself_it_leaves_vllm_stock_with_one_line(place: Place, bare_python: Callable[[str], str]) -> None:
     """Whether others can write to it, and what its source is (for the compile cache's key), is asked of a folder."""
     packed = pathlib.Path(shutil.make_archive(str(place.folder / "overlay"), "zip", place.overlay))

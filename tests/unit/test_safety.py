@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from devtools import plugin_metadata
-from overlay import safety
+from overlay import cache_identity, safety
 from overlay.cli import journals as reader
 from overlay.journal import Journal
 from tests.conftest import REPOSITORY, overlay_environment, run_python
@@ -31,8 +33,12 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     shutil.copytree(REPOSITORY / "overlay", place / "overlay", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "sitecustomize.py", place)
     plugin_metadata.write(REPOSITORY, place)
-    (place / "wrapt").mkdir()
-    (place / "wrapt" / "decorators.py").write_text("")
+    for wrapt in (
+        place / "wrapt",
+        place / "fallback" / "wrapt",
+    ):  # where an environment has it, and where the bundle has it
+        wrapt.mkdir(parents=True)
+        (wrapt / "decorators.py").write_text("")
     (place / "somebody_elses").mkdir()
     (place / "overlay" / "__pycache__").mkdir()
     (place / "overlay" / "__pycache__" / "hooks.cpython-311.pyc").write_bytes(b"")
@@ -58,6 +64,8 @@ def check(folder: pathlib.Path) -> None:
         "overlay",
         "sitecustomize.py",
         "wrapt/decorators.py",
+        "fallback/wrapt/decorators.py",
+        "fallback",
         "vllm_auxstream_overlay-0.1.0.dist-info/entry_points.txt",
         ".",
         "..",
@@ -79,6 +87,7 @@ def test_what_others_can_write_is_named_with_the_command_that_changes_it(
 
 
 def test_a_checkout_under_umask_002_takes_one_command(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder / "fallback")  # a bundle's
     for path in (folder, *folder.rglob("*")):
         path.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IWGRP)
     with pytest.raises(safety.Writable, match=r"\(mode 0664\).* and \d+ more") as refusal:
@@ -116,10 +125,81 @@ def test_links_are_followed_to_what_others_can_write(folder: pathlib.Path, tmp_p
         check(folder)
 
 
-def test_a_link_to_nowhere_or_in_a_circle_ends(folder: pathlib.Path) -> None:
-    (folder / "overlay" / ".#hooks.py").symlink_to("somebody@machine.1234")  # an editor's lock
-    (folder / "overlay" / "circle").symlink_to(folder / "overlay")
+def test_whoever_can_turn_a_link_on_the_way_is_named(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The path as given, and each link that it leads over: /opt/overlay, to /srv/current/overlay, to /data/1/overlay."""
+    opt, srv = tmp_path / "opt", tmp_path / "srv"
+    for place in (opt, srv):
+        place.mkdir(mode=0o755)
+    (srv / "current").symlink_to(pathlib.Path("..", "srv", "..", folder.parent.name))
+    (opt / "overlay").symlink_to(srv / "current" / folder.name)
+    given = opt / "overlay"
+    check(given)
+    for place in (opt, srv, folder.parent):
+        place.chmod(0o775)
+        with pytest.raises(safety.Writable, match=f"{place.name} .mode 0775"):
+            check(given)
+        place.chmod(0o1777)
+        check(given)
+        place.chmod(0o755)
+
+    (srv / "plan.py").symlink_to(folder / "overlay" / "plan.py")
+    (folder / "overlay" / "same_plan.py").symlink_to(srv / "plan.py")
     check(folder)
+    srv.chmod(0o775)
+    with pytest.raises(safety.Writable, match="srv"):
+        check(folder)
+
+
+DANGLING = {
+    ".#hooks.py": "somebody@machine.1234",  # an editor's lock
+    "gone.py": "/nowhere/at/all.py",
+    "in_a_file.py": "hooks.py/inside.py",
+    "itself.py": "./itself.py",
+    "beyond_itself.py": "../overlay/itself.py/more.py",
+    "circle": "../overlay",
+}
+
+
+def test_a_link_to_nowhere_or_in_a_circle_changes_nothing(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_identity, "__file__", str(folder / "overlay" / "cache_identity.py"))
+    before = cache_identity.source_hash()
+    for name, target in DANGLING.items():
+        (folder / "overlay" / name).symlink_to(target)
+    check(folder)
+    assert cache_identity.source_hash() == before
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    os.seteuid(SOMEBODY_ELSE)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@needs_root
+def test_byte_code_that_only_root_can_read_is_nothing_to_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root has run from the folder under umask 077. For others Python then reads the sources, as if nothing were there."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        place = pathlib.Path(name, "overlay")
+        cached = place / "__pycache__"
+        cached.mkdir(parents=True, mode=0o755)
+        (place / "hooks.py").write_text("")
+        (cached / "hooks.cpython-311.pyc").write_bytes(b"")
+        for mode in (0o700, 0o744):
+            cached.chmod(mode)
+            with another_user():
+                safety.check_code(str(place))
+        cached.chmod(0o711)  # what is in there runs, for those who know its name
+        with another_user(), pytest.raises(PermissionError):
+            safety.check_code(str(place))
+        cached.chmod(0o777)
+        with another_user(), pytest.raises(safety.Writable, match="to change that, as root: chmod"):
+            safety.check_code(str(place))
 
 
 @needs_root
