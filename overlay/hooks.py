@@ -15,17 +15,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
-from overlay import agreement, cache_identity, effect, frame_stack, loaded, log, running, safety, summary, verdict
+from overlay import (
+    agreement,
+    bootstrap,
+    cache_identity,
+    effect,
+    frame_stack,
+    loaded,
+    log,
+    running,
+    safety,
+    summary,
+    verdict,
+)
 from overlay import settings as settings_module
 from overlay.journal import OFF, REFUSED, journal
 from overlay.settings import Settings
 from overlay.verdict import Verdict
 
-#: vLLM's own environment module; torch's environment is in place once it has been executed.
-ENVIRONMENT_MODULES = ("vllm.env_override", "vllm._environment")
 #: The module from which vLLM's /metrics gets its registry.
 METRICS_MODULE = "vllm.v1.metrics.prometheus"
-NOT_YET = "vllm has not been imported"
 
 _came_by = False
 
@@ -34,7 +43,7 @@ class Drifted(RuntimeError):
     """Under strict: what runs is not of a shape that is known. Has been said already."""
 
 
-def around_vllm(execute: Callable[[], None]) -> None:
+def around_vllm(module: ModuleType, execute: Callable[[], None]) -> None:
     """The first ``import vllm`` of this process: settings and hooks, vLLM itself, then what can be said of it.
 
     A reload of vLLM comes by here again, and has its hooks already.
@@ -47,7 +56,7 @@ def around_vllm(execute: Callable[[], None]) -> None:
     settings = _prepare()
     execute()
     if settings is not None:
-        _guarded("sources", lambda module: _after_vllm(module, settings), settings)(sys.modules["vllm"])
+        _guarded("sources", lambda module: _after_vllm(module, settings), settings)(module)
 
 
 def _prepare() -> Settings | None:
@@ -60,10 +69,11 @@ def _prepare() -> Settings | None:
         safety.check_code(os.path.dirname(__file__))
         _set_hooks(settings)
     except Exception as error:
+        strict = settings_module.strict_was_asked_for(os.environ)
         log.hold("warning")
-        log.logger.warning("overlay: vLLM runs stock: %s: %s", type(error).__name__, error)
+        log.logger.warning("overlay: %s: %s: %s", settings_module.outcome(strict), type(error).__name__, error)
         log.give_up()
-        if settings_module.strict_was_asked_for(os.environ):
+        if strict:
             raise
         return None
     return settings
@@ -75,8 +85,7 @@ def _set_hooks(settings: Settings) -> None:
 
     register_post_import_hook(_guarded("logging", log.release_when_configured, settings), "vllm.logger")
     journal.open(settings.journal_folder)
-    for name in ENVIRONMENT_MODULES:
-        register_post_import_hook(_guarded("transformers first", _import_transformers, settings), name)
+    _watch_transformers(settings)
     for patch, module_names in verdict.TARGET_MODULES.items():
         record = journal.patch(patch)
         if patch not in settings.patches:
@@ -112,7 +121,7 @@ def _guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) 
         except Drifted:
             raise
         except Exception as error:
-            journal.problem(f"{what}: vLLM runs stock here: {type(error).__name__}: {error}")
+            journal.problem(f"{what}: {settings_module.outcome(settings.strict)}: {type(error).__name__}: {error}")
             if settings.strict:
                 raise
 
@@ -129,34 +138,50 @@ def _publish_metrics(module: ModuleType) -> None:
     metrics.publish(module)
 
 
-def _import_transformers(_: ModuleType) -> None:
-    """Complete transformers' module on this thread, before vLLM starts threads that import from it.
+def _watch_transformers(settings: Settings) -> None:
+    """Whoever imports transformers first, on whichever thread: nobody else gets a module that is half of it.
+
+    It is watched, and not imported by us: the import reads the settings of Hugging Face's hub (offline, home, endpoint), which
+    a program may make after ``import vllm``. Importing it before anybody else would be too early for them.
+    """
+    if "transformers" in sys.modules:
+        import transformers  # noqa: F401 - complete when this returns, should another thread be at it
+
+        journal.transformers = {"state": "was imported before vllm"}
+        return
+    journal.transformers = {"state": "has not been imported"}
+
+    def around(module: ModuleType, execute: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        try:
+            execute()
+        except ImportError:
+            journal.transformers = {"state": "missing"}
+            raise
+        seconds = round(time.perf_counter() - start, 3)
+        _guarded("transformers first", lambda module: _complete_transformers(module, seconds), settings)(module)
+
+    bootstrap.watch("transformers", around)
+
+
+def _complete_transformers(module: ModuleType, seconds: float) -> None:
+    """Give the module that has been executed the names of the one that it has put in its place.
 
     Symptom: ``ImportError: cannot import name … from partially initialized module 'transformers'`` at start, now and
-    then. Cause: one thread builds the module while another takes names from it. Upstream: vLLM #40331, taken back by
-    #40438. Not before vLLM's environment module: transformers may load torch, and torch reads its environment then.
+    then. Cause: transformers builds a second, lazy module and puts that into sys.modules. A thread that imports names
+    meanwhile waits, and then takes them from the module that it found before it waited: the first one, which never gets
+    them. Upstream: vLLM #40331, taken back by #40438.
     """
-    if journal.transformers["state"] != NOT_YET:
-        return
-    before = "transformers" in sys.modules
-    start = time.perf_counter()
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        journal.transformers = {"state": "missing"}
-        journal.problem(f"transformers cannot be imported, vLLM goes on without it: {error}")
-        return
-    if before:  # complete now, should another thread have been at it
-        journal.transformers = {"state": "was imported before vllm"}
-    else:
-        journal.transformers = {"state": "imported first", "seconds": round(time.perf_counter() - start, 3)}
+    lazy = sys.modules.get(module.__name__)
+    if lazy is not None and lazy is not module:
+        vars(module)["__getattr__"] = lambda name: getattr(lazy, name)
+    journal.transformers = {"state": "imported first", "seconds": seconds}
+    journal.write()
 
 
 def _after_vllm(module: ModuleType, settings: Settings) -> None:
     """vLLM's package is there: note its version, and what can be said of patches without reading a target."""
     journal.vllm_version = getattr(module, "__version__", None)
-    if journal.transformers["state"] == NOT_YET:  # a vLLM without an environment module
-        _import_transformers(module)
     tree = _sources()
     for patch, module_names in verdict.TARGET_MODULES.items():
         record = journal.patch(patch)
@@ -215,7 +240,7 @@ def _settle(patch: str, found: Verdict, settings: Settings) -> None:
         found.methods,
     )
     if found.state in (verdict.DRIFTED, REFUSED):
-        text = f"{patch}: {found.state}, vLLM runs stock here: {found.reason} ({found.where})"
+        text = f"{patch}: {found.state}, {settings_module.outcome(settings.strict)}: {found.reason} ({found.where})"
         journal.problem(text)
         if settings.strict:
             raise Drifted(text)

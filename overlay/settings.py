@@ -153,6 +153,11 @@ def strict_was_asked_for(environ: Mapping[str, str]) -> bool:
     return environ.get(f"{FAMILY}_STRICT", "").strip().lower() in ON
 
 
+def outcome(strict: bool) -> str:
+    """What a failure comes to, as every message about one says it."""
+    return "vLLM stops here, as strict asks" if strict else "vLLM runs stock here"
+
+
 def load(environ: Mapping[str, str]) -> Settings:
     """Parse the family out of `environ`.
 

@@ -63,7 +63,7 @@ RAISING = {
     "wrapt is missing": Fault("sys.modules['wrapt'] = None", "wrapt"),
     "the journal": Fault("import overlay.journal as j; j.Journal.open = broken", "injected fault"),
     "transformers first": Fault(
-        "import overlay.hooks as h; h._import_transformers = broken", "transformers first", patched=True
+        "import overlay.hooks as h; h._complete_transformers = broken", "transformers first", patched=True
     ),
     "after vllm": Fault("import overlay.hooks as h; h._after_vllm = broken", "sources", patched=True),
     "the verdict": Fault("import overlay.verdict as v; v.judge = broken", "injected fault"),

@@ -1,8 +1,10 @@
-"""On the real vLLM: transformers comes after vLLM's environment module, and torch comes no earlier than in stock."""
+"""On the real vLLM: torch, transformers and the hub are imported when stock imports them, with the settings of then."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,40 +14,86 @@ from tests.conftest import overlay_environment, run_python
 
 pytestmark = pytest.mark.engine
 
-#: Notes, at the first import of torch and of transformers, what vLLM's environment module has set and what is loaded.
-RECORDER = """
+#: A script that configures the hub between `import vllm` and its first use of vLLM, which is a notebook's usual order. It
+#: notes what vLLM's environment module has set, and what is loaded, at the first import of each of three packages.
+SCRIPT = """
 import json, os, sys
+PACKAGES = ("torch", "transformers", "huggingface_hub")
+KEYS = ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_COMPILE_THREADS", "HF_HUB_OFFLINE")
 seen = {}
 class Recorder:
     def find_spec(self, name, path=None, target=None):
-        if name in ("torch", "transformers") and name not in seen and "vllm" in sys.modules:
-            seen[name] = {
-                "environment": {key: os.environ.get(key) for key in KEYS},
-                "loaded": [m for m in ("vllm.env_override", "transformers", "torch") if m in sys.modules],
-            }
+        if name in PACKAGES and name not in seen and "vllm" in sys.modules:
+            loaded = [module for module in ("vllm.env_override", "vllm.config", *PACKAGES) if module in sys.modules]
+            seen[name] = {"environment": {key: os.environ.get(key) for key in KEYS}, "loaded": loaded}
         return None
-KEYS = ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_COMPILE_THREADS")
 sys.meta_path.insert(0, Recorder())
 import vllm
-print(json.dumps({"seen": seen, "after": {key: os.environ.get(key) for key in KEYS}}))
+imported = sorted(seen)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = "/another/home"
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9/mirror"
+os.environ["HF_TOKEN"] = "another-token"
+
+from vllm import SamplingParams
+import huggingface_hub
+from huggingface_hub import constants
+try:
+    huggingface_hub.HfApi().model_info("somebody/something")
+    asked = "online"
+except Exception as error:
+    asked = type(error).__name__
+hub = [constants.HF_HUB_OFFLINE, constants.HF_HOME, constants.ENDPOINT, huggingface_hub.get_token(), asked]
+print(json.dumps({"by import vllm": imported, "seen": seen, "hub": hub}))
 """
 
 
-def record(overlay: bool, folder: str) -> dict[str, Any]:
+#: vLLM #40331 on the real packages: a thread imports transformers, and names are taken from it meanwhile.
+RACE = """
+import sys, threading, time
+import vllm
+thread = threading.Thread(target=__import__, args=("transformers",))
+thread.start()
+while "transformers" not in sys.modules:
+    time.sleep(0.001)
+from transformers import GenerationConfig, PretrainedConfig
+thread.join()
+assert GenerationConfig is sys.modules["transformers"].GenerationConfig
+"""
+
+
+def run(script: str, overlay: bool, folder: str) -> subprocess.CompletedProcess[str]:
     environment = overlay_environment(VLLMOVERLAY_JOURNAL_DIR=folder, **servers.cpu_environment())
+    for name in [name for name in environment if name.startswith("HF_")]:
+        del environment[name]
     if not overlay:
         del environment["PYTHONPATH"]
-    result = run_python("-c", RECORDER, environment=environment)
+    return run_python("-c", script, environment=environment)
+
+
+def record(overlay: bool, folder: str) -> dict[str, Any]:
+    result = run(SCRIPT, overlay, folder)
     assert result.returncode == 0, result.stderr[-2000:]
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 
-def test_the_environment_module_comes_first(tmp_path: Any) -> None:
-    stock, overlay = record(False, str(tmp_path)), record(True, str(tmp_path))
-    assert "transformers" not in stock["seen"], "import vllm alone imports transformers now: the hook may go"
-    assert overlay["seen"]["transformers"]["environment"] == stock["after"]
-    assert stock["after"]["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
-    # torch is imported by vLLM's environment module itself, with and without the overlay, and by nothing before it.
-    assert overlay["seen"]["torch"] == stock["seen"]["torch"]
-    assert overlay["seen"]["torch"]["loaded"] == ["vllm.env_override"]
+def test_packages_are_imported_when_stock_imports_them_and_the_hubs_settings_count(tmp_path: Any) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        stock, overlay = pool.map(lambda overlay: record(overlay, str(tmp_path)), (False, True))
+    assert overlay == stock
+    assert stock["by import vllm"] == ["torch"]
+    assert stock["hub"] == [True, "/another/home", "http://127.0.0.1:9/mirror", "another-token", "OfflineModeIsEnabled"]
+    # Else the comparison shows nothing: vLLM's environment module comes before torch, and the script before transformers.
+    assert stock["seen"]["torch"]["loaded"] == ["vllm.env_override"]
+    assert stock["seen"]["transformers"]["environment"]["HF_HUB_OFFLINE"] == "1"
+    (journal,) = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert journal["transformers"]["state"] == "imported first" and journal["transformers"]["seconds"] > 0
+
+
+def test_the_load_race_is_there_in_stock_and_gone_with_the_overlay(tmp_path: Any) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        stock, overlay = pool.map(lambda overlay: run(RACE, overlay, str(tmp_path)), (False, True))
+    assert overlay.returncode == 0, overlay.stderr[-2000:]
+    assert stock.returncode != 0, "transformers has no such race any more: the watch may go"
+    assert "cannot import name 'GenerationConfig' from 'transformers'" in stock.stderr

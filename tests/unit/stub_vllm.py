@@ -32,6 +32,7 @@ FILES = {
             return logging.getLogger(name)
         """,
     "envs.py": "environment_variables = {}\n",
+    "sampling_params.py": "from transformers import PreTrainedModel\n",
     "model_executor/__init__.py": "",
     "model_executor/layers/__init__.py": "",
     "model_executor/layers/mamba/__init__.py": "",

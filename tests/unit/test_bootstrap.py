@@ -62,72 +62,102 @@ assert importlib.util.find_spec("vllm") is not None   # asking is not importing
 heavy = {"wrapt", "transformers", "torch", "vllm", "overlay.settings", "json", "typing"} & set(sys.modules)
 assert not heavy - {"typing"}, heavy
 import vllm
-assert "wrapt" in sys.modules and "transformers" in sys.modules
+assert "wrapt" in sys.modules
 """
     succeeded(world.run(code))
     assert len(world.journals()) == 1
 
 
-def test_transformers_comes_after_the_environment_module_and_before_the_rest(world: World) -> None:
-    world.build(
-        {
-            "__init__.py": """
-            from .version import __version__
-            import vllm.env_override
-            import sys
-            BEFORE_THE_REST = "transformers" in sys.modules
-            """
-        },
-        transformers="import os\nSEEN = os.environ.get('PYTORCH_NVML_BASED_CUDA_CHECK')\n",
-    )
+def test_transformers_is_imported_when_vllm_first_uses_it_and_not_before(world: World) -> None:
+    """Its import reads settings that a program may make after `import vllm`, and before it first uses it."""
+    world.build(transformers="import os\nSEEN = os.environ.get('HF_HUB_OFFLINE')\nPreTrainedModel = object\n")
     code = """
-import os, vllm, transformers
-assert os.environ["SEEN_BY_ENVIRONMENT_MODULE"] == ""   # neither transformers nor torch was there
-assert vllm.BEFORE_THE_REST and transformers.SEEN == "1"
+import os, sys, vllm, vllm.logger, vllm.envs
+assert "transformers" not in sys.modules
+os.environ["HF_HUB_OFFLINE"] = "1"
+import vllm.sampling_params, transformers
+assert transformers.SEEN == "1"
 """
     succeeded(world.run(code))
     (journal,) = world.journals()
-    assert journal["transformers"]["state"] == "imported first"
+    assert journal["transformers"].keys() == {"state", "seconds"}
+    assert journal["transformers"]["state"] == "imported first" and journal["transformers"]["seconds"] >= 0
 
 
-def test_a_vllm_without_an_environment_module_gets_transformers_too(world: World) -> None:
-    world.build({"env_override.py": None, "__init__.py": "from .version import __version__\n"})
-    succeeded(world.run("import vllm, sys; assert 'transformers' in sys.modules"))
+def test_transformers_that_nobody_imports_stays_away(world: World) -> None:
+    world.build()
+    succeeded(world.run("import vllm, sys; assert 'transformers' not in sys.modules"))
+    assert world.journals()[0]["transformers"] == {"state": "has not been imported"}
 
 
 RACING_VLLM = """
 from .version import __version__
 import vllm.env_override
-import threading, time
-thread = threading.Thread(target=__import__, args=("transformers",))
+"""
+#: As vLLM #40331: a module of vLLM's has a thread import transformers, and takes names from it meanwhile.
+RACING_MODULE = """
+import sys, threading, time
+def load():
+    {in_thread}
+thread = threading.Thread(target=load)
 thread.start()
-time.sleep(0.2)                                    # the thread is inside transformers' module now
-from transformers import PreTrainedModel
+while "transformers" not in sys.modules:           # until the thread is inside transformers' module
+    time.sleep(0.01)
+{meanwhile}
 thread.join()
 """
 SLOW_LAZY_TRANSFORMERS = """
 import sys, time, types
-time.sleep(1)
-lazy = types.ModuleType(__name__)
+time.sleep(0.5)
+class Lazy(types.ModuleType):
+    def __getattr__(self, name):
+        if name != "PreTrainedModel":
+            raise AttributeError(name)
+        return object
+lazy = Lazy(__name__)
 lazy.__spec__ = __spec__
-lazy.PreTrainedModel = object
+lazy.__path__ = __path__
 sys.modules[__name__] = lazy                       # as transformers does with its lazy module
 """
+MEANWHILE = {
+    "names": "from transformers import PreTrainedModel\nassert PreTrainedModel is object",
+    "the module": "import transformers\nassert transformers.PreTrainedModel is object",
+    "a part": "from transformers import part\nassert part.WHOLE",
+    "what is not there": "try:\n    from transformers import Nothing\nexcept ImportError: pass\nelse: raise SystemExit(1)",
+}
 
 
-def test_the_load_race_is_there_without_the_overlay_and_gone_with_it(world: World) -> None:
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+def test_the_load_race_is_there_without_the_overlay_and_gone_with_it(world: World, meanwhile: str) -> None:
     """The waiting import hands out the module object that it found before the wait: the one that was replaced."""
-    world.build({"__init__.py": RACING_VLLM}, transformers=SLOW_LAZY_TRANSFORMERS)
-    stock = world.run("import vllm", path=[])
-    assert stock.returncode != 0 and "cannot import name 'PreTrainedModel'" in stock.stderr
-    succeeded(world.run("import vllm"))
+    racing = RACING_MODULE.format(in_thread="import transformers", meanwhile=MEANWHILE[meanwhile])
+    world.build({"__init__.py": RACING_VLLM, "racing.py": racing}, transformers=SLOW_LAZY_TRANSFORMERS)
+    (world.folder / "site" / "transformers" / "part.py").write_text("WHOLE = True\n")
+    # Somebody else watches transformers, too.
+    code = "import wrapt; wrapt.register_post_import_hook(print, 'transformers'); import vllm.racing"
+    result = succeeded(world.run(code))
+    assert result.stdout.count("<module 'transformers'") == 1
+    assert world.journals()[0]["transformers"]["state"] == "imported first"
+    if meanwhile in ("names", "the module"):
+        stock = world.run("import vllm.racing", path=[])
+        assert stock.returncode != 0 and "PreTrainedModel" in stock.stderr
 
 
-def test_transformers_missing_costs_one_line_and_vllm_goes_on(world: World) -> None:
+def test_two_threads_that_import_names_at_once(world: World) -> None:
+    """Whichever is first is as late as without the overlay, and both get all of it."""
+    racing = RACING_MODULE.format(
+        in_thread="global name\n    from transformers import PreTrainedModel as name",
+        meanwhile="from transformers import PreTrainedModel",
+    )
+    world.build({"__init__.py": RACING_VLLM, "racing.py": racing}, transformers=SLOW_LAZY_TRANSFORMERS)
+    succeeded(world.run("import vllm.racing as racing; assert racing.name is racing.PreTrainedModel is object"))
+
+
+def test_transformers_missing_is_vllms_own_error(world: World) -> None:
     world.build(transformers="raise ImportError('no transformers here')")
-    result = succeeded(world.run(IMPORT_ALL))
-    (line,) = [line for line in overlay_lines(result) if "transformers" in line]
-    assert "no transformers here" in line and "vLLM goes on" in line
+    code = "import vllm.logger\ntry:\n    import vllm.sampling_params\nexcept ImportError as error:\n    print(error)"
+    result = succeeded(world.run(code))
+    assert (result.stdout.strip(), overlay_lines(result)) == ("no transformers here", [])
     assert world.journals()[0]["transformers"] == {"state": "missing"}
 
 
@@ -155,10 +185,24 @@ def test_a_setting_that_cannot_be_used_leaves_vllm_stock_with_one_line(world: Wo
     assert name in line and repr(value) in line and "stock" in line
 
 
-def test_a_setting_that_cannot_be_used_is_fatal_under_strict(world: World) -> None:
-    world.build()
-    result = world.run("import vllm", VLLMOVERLAY_PLAN="fast", VLLMOVERLAY_STRICT="1")
-    assert result.returncode != 0 and "VLLMOVERLAY_PLAN='fast'" in result.stderr
+#: What stops vLLM under strict: changes of the stub, and further settings.
+FATAL: dict[str, tuple[dict[str, str | None], dict[str, str]]] = {
+    "VLLMOVERLAY_PLAN='fast'": ({}, {"VLLMOVERLAY_PLAN": "fast"}),
+    "gdn: drifted": ({stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": "import os\n"}, {}),
+    "gdn: {}: ModuleNotFoundError": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("said", FATAL)
+def test_what_stops_vllm_under_strict_does_not_say_that_vllm_runs_stock(world: World, said: str) -> None:
+    changes, extra = FATAL[said]
+    world.build(changes)
+    default, strict = world.run(IMPORT_ALL, **extra), world.run(IMPORT_ALL, VLLMOVERLAY_STRICT="1", **extra)
+    (line,) = overlay_lines(succeeded(default))
+    stock, stopped = "vLLM runs stock here", "vLLM stops here, as strict asks"
+    assert said.format(stock) in line and stock in line
+    assert strict.returncode != 0 and "runs stock" not in strict.stderr
+    assert any(said.format(stopped) in line and stopped in line for line in overlay_lines(strict))
 
 
 def test_switched_off_means_not_there(world: World) -> None:
@@ -402,12 +446,46 @@ importlib.reload(vllm)
 
 
 def test_a_warning_of_a_process_that_never_configures_logging_reaches_stderr(world: World) -> None:
-    world.build(
-        {"__init__.py": "from .version import __version__\nimport vllm.env_override\n"},
-        transformers="raise ImportError('none')",
-    )
+    world.build({"__init__.py": RACING_VLLM, stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": ""})
     (line,) = overlay_lines(succeeded(world.run("import vllm")))
     assert line.startswith("WARNING")
+
+
+def test_a_loader_that_several_modules_share(world: World) -> None:
+    """A zip's, or one that a finder of somebody's keeps: asking for vLLM's spec, even twice, is not importing vLLM."""
+    world.build()
+    code = """
+import sys, importlib.machinery, importlib.util
+class Loader:
+    def create_module(self, spec): return None
+    def exec_module(self, module):
+        exec(compile(open(module.__spec__.origin).read(), module.__spec__.origin, "exec"), vars(module))
+loader = Loader()
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
+            spec.loader = loader
+        return spec
+sys.meta_path.insert(1, Finder())
+importlib.util.find_spec("vllm"), importlib.util.find_spec("vllm"), importlib.util.find_spec("transformers")
+import colorsys
+assert "overlay.hooks" not in sys.modules
+import vllm, transformers
+assert vars(loader) == {}
+print(vllm.__version__)
+"""
+    assert succeeded(world.run(code, VLLMOVERLAY_PATCHES="none")).stdout.strip() == "0.32.0+stub"
+    assert world.journals()[0]["transformers"]["state"] == "imported first"
+
+
+def test_a_vllm_that_leaves_sys_modules_fails_as_it_does_in_stock(world: World) -> None:
+    world.build({"__init__.py": "import sys\n__version__ = '1'\ndel sys.modules[__name__]\n"})
+    stock, result = world.run("import vllm", path=[]), world.run("import vllm")
+    assert stock.returncode == result.returncode == 1
+    assert stock.stderr.splitlines()[-1] == "KeyError: 'vllm'"
+    assert stock.stderr in result.stderr, "not an error of the overlay's"
+    assert [line for line in overlay_lines(result) if "sources" in line]
 
 
 def test_a_loader_that_cannot_be_watched_costs_one_line(world: World) -> None:

@@ -30,7 +30,9 @@ PACKAGES = bundle.own_site_packages(REPOSITORY) if (REPOSITORY / ".venv").is_dir
 pytestmark = pytest.mark.skipif(PACKAGES is None, reason="the bundle takes wrapt from .venv, which is not there")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 NOBODY = 65534
-IMPORT = "import vllm, vllm.logger, wrapt, json; print(json.dumps([wrapt.__file__, vllm.__file__]))"
+IMPORT = (
+    "import vllm, vllm.logger, vllm.sampling_params, wrapt, json; print(json.dumps([wrapt.__file__, vllm.__file__]))"
+)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from tests.unit import stub_vllm
 
 #: What vLLM does with the plugins of this group.
 LOAD = """
-import sys, vllm, vllm.model_executor.models.qwen3_next
+import sys, vllm, vllm.sampling_params, vllm.model_executor.models.qwen3_next
 from importlib.metadata import entry_points
 for plugin in entry_points(group="vllm.general_plugins"):
     if plugin.name == "auxstream_overlay":
@@ -81,6 +81,7 @@ def test_it_is_found_by_the_metadata_and_arms_once(mounted: pathlib.Path) -> Non
     assert "drifted" in line
     (journal,) = journals(mounted)
     assert journal["patches"]["gdn"]["verdict"] == "drifted"
+    assert journal["transformers"] == {"state": "was imported before vllm"}
 
 
 def test_both_doors_arm_once(mounted: pathlib.Path) -> None:
