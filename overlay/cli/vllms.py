@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from overlay.cli.failure import CommandError
-from overlay.verdict import Source, SourceTree
+from overlay.verdict import WITNESSES, Source, SourceTree, decoded, kind_of
 
 ALLOWED = "allowed are a folder that holds vllm/, the vllm folder itself, a wheel file of vLLM, and a version number such as 0.33.0"
-#: Every vLLM has these. A folder with less is another package, or half a copy, and would be judged as absent throughout.
-MARKS = ("vllm", "vllm.version", "vllm.envs")
+#: Every vLLM has the sources of these. What has less is another package, half a copy, or byte code alone.
+MARKS = ("vllm", "vllm.version", "vllm.envs", *WITNESSES)
 
 Result = TypeVar("Result")
 
@@ -54,12 +54,9 @@ class WheelTree(SourceTree):
     def read(self, module: str) -> Source | None:
         for name in self._paths(module):
             if name in self._names:
-                return Source(self._readable(lambda name=name: self._text(name)), f"{self.folder}/{name}")  # type: ignore[misc]
+                path = f"{self.folder}/{name}"
+                return Source(decoded(self._readable(lambda name=name: self._wheel.read(name)), path), path)  # type: ignore[misc]
         return None
-
-    def _text(self, name: str) -> str:
-        with self._wheel.open(name) as member:
-            return io.TextIOWrapper(member, encoding="utf-8").read()
 
     def _readable(self, read: Callable[[], Result]) -> Result:
         """zipfile has half a dozen kinds of exceptions for a damaged archive; for a reader they are one."""
@@ -77,12 +74,14 @@ def find(given: str | None, cache: Path | None) -> Vllm:
     if given is None:
         return _installed()
     path = os.path.abspath(os.path.expanduser(given))
-    if given and os.path.isdir(path):
+    kind = read(lambda: kind_of(path), path) if given else 0
+    if stat.S_ISDIR(kind):
         return _unpacked(given, path)
-    if given and os.path.isfile(path):
+    if stat.S_ISREG(kind):
         tree = WheelTree(path)
-        if not _is_vllm(tree):
-            raise CommandError(f"--vllm={given!r} is not a wheel of vLLM; {ALLOWED}")
+        missing = _missing(tree)
+        if missing is not None:
+            raise CommandError(f"--vllm={given!r} is not a wheel of vLLM: it has no {missing}; {ALLOWED}")
         return Vllm("wheel", path, _version(tree), tree)
     if not re.match(r"v?\d", given) or "/" in given or given.endswith(".whl"):
         raise CommandError(f"--vllm={given!r} is neither a folder, nor a file, nor a version number; {ALLOWED}")
@@ -99,7 +98,13 @@ def release(version: str, cache: Path | None) -> Vllm:
 
 def of_release(folder: Path) -> Vllm:
     """A fetched release; its folder is named after it."""
-    return Vllm("release", str(folder), folder.name, SourceTree(folder))
+    tree = SourceTree(folder)
+    missing = _missing(tree)
+    if missing is not None:
+        raise CommandError(
+            f"{folder} is not a whole vLLM: it has no {missing}; remove that folder, and the release is fetched again"
+        )
+    return Vllm("release", str(folder), folder.name, tree)
 
 
 def _installed() -> Vllm:
@@ -112,21 +117,30 @@ def _installed() -> Vllm:
         raise CommandError(f"no vLLM is installed in this Python; name one with --vllm: {ALLOWED}")
     package = os.path.dirname(os.path.abspath(spec.origin))
     tree = SourceTree(os.path.dirname(package))
-    if not _is_vllm(tree):
-        raise CommandError(f"{package} is what this Python imports as vllm, and it is not vLLM: {ALLOWED}")
+    missing = _missing(tree)
+    if missing is not None:
+        raise CommandError(
+            f"{package} is what this Python imports as vllm, and it is not a whole vLLM with its sources: "
+            f"it has no {missing}; name one with --vllm: {ALLOWED}"
+        )
     return Vllm("installed", package, _version(tree), tree)
 
 
 def _unpacked(given: str, path: str) -> Vllm:
-    for folder in (path, os.path.dirname(path)):
-        tree = SourceTree(folder)
-        if (folder == path or os.path.basename(path) == "vllm") and _is_vllm(tree):
-            return Vllm("tree", os.path.join(folder, "vllm"), _version(tree), tree)
-    raise CommandError(f"--vllm={given!r} is a folder without a vLLM; {ALLOWED}")
+    holds_one = read(lambda: kind_of(os.path.join(path, "vllm")), path)
+    tree = SourceTree(os.path.dirname(path) if os.path.basename(path) == "vllm" and not holds_one else path)
+    missing = _missing(tree)
+    if missing is not None:
+        raise CommandError(f"--vllm={given!r} is a folder without a whole vLLM: it has no {missing}; {ALLOWED}")
+    return Vllm("tree", os.path.join(tree.folder, "vllm"), _version(tree), tree)
 
 
-def _is_vllm(tree: SourceTree) -> bool:
-    return all(tree.has(module) for module in MARKS)
+def _missing(tree: SourceTree) -> str | None:
+    """The first file that every vLLM has and this one lacks. Raises CommandError where nobody can tell."""
+    for module in MARKS:
+        if not read(lambda module=module: tree.has(module), tree.folder):  # type: ignore[misc]
+            return f"{module.replace('.', '/')}{'/__init__' if module == MARKS[0] else ''}.py"
+    return None
 
 
 def _version(tree: SourceTree) -> str | None:
@@ -137,7 +151,7 @@ def _version(tree: SourceTree) -> str | None:
 
 
 def read(look: Callable[[], Result], path: str) -> Result:
-    """`look` at sources. Raises CommandError where a file is there and is no readable Python text."""
+    """`look` at sources. Raises CommandError where a file is there, or may be, and is no readable Python text."""
     try:
         return look()
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a NUL

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from overlay.verdict import deepseek_v4, gdn, lora_linear, pooling
-from overlay.verdict.model import ABSENT, APPLY, DRIFTED, INERT, LANDED, Source, SourceTree, Upstream, Verdict, class_at
+from overlay.verdict.model import (
+    ABSENT,
+    APPLY,
+    DRIFTED,
+    INERT,
+    LANDED,
+    Source,
+    SourceTree,
+    Upstream,
+    Verdict,
+    class_at,
+    decoded,
+    kind_of,
+)
 
 __all__ = [
     "ABSENT",
@@ -14,12 +27,15 @@ __all__ = [
     "INERT",
     "LANDED",
     "TARGET_MODULES",
+    "WITNESSES",
     "Source",
     "SourceTree",
     "Upstream",
     "Verdict",
     "class_at",
+    "decoded",
     "judge",
+    "kind_of",
 ]
 
 _JUDGES: dict[str, Callable[[SourceTree], Verdict]] = {
@@ -35,6 +51,10 @@ TARGET_MODULES: dict[str, tuple[str, ...]] = {
     "lora_linear": lora_linear.MODULES,
     "pooling": pooling.MODULES,
 }
+#: Modules of every vLLM that say which targets it has.
+WITNESSES: tuple[str, ...] = tuple(
+    dict.fromkeys(judges.WITNESS.module for judges in (gdn, deepseek_v4, lora_linear, pooling))
+)
 
 
 def judge(patch: str, tree: SourceTree) -> Verdict:

@@ -11,7 +11,17 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from overlay.verdict.model import ABSENT, APPLY, DRIFTED, LANDED, Source, SourceTree, Upstream, Verdict
+from overlay.verdict.model import (
+    APPLY,
+    DRIFTED,
+    LANDED,
+    Source,
+    SourceTree,
+    Upstream,
+    Verdict,
+    in_model_registry,
+    without_target,
+)
 from overlay.verdict.shapes import (
     HARMLESS_ATTRIBUTES,
     Drift,
@@ -27,7 +37,7 @@ from overlay.verdict.shapes import (
 #: Where the attention has lived: from vLLM 0.22.0, and 0.20.0 to 0.21.0.
 MODULES = ("vllm.models.deepseek_v4.attention", "vllm.model_executor.layers.deepseek_v4_attention")
 #: The model itself, in case its attention moves again.
-MODELS = ("vllm.models.deepseek_v4", "vllm.model_executor.models.deepseek_v4")
+WITNESS = in_model_registry("deepseek_v4")
 COMPRESSOR_MODULE = "vllm.model_executor.layers.deepseek_compressor"
 STREAMS_MODULE = "vllm.utils.multi_stream_utils"
 
@@ -53,12 +63,12 @@ def judge(tree: SourceTree) -> Verdict:
         except SyntaxError as error:
             where = f"{error.filename}:{error.lineno}"
             return Verdict(DRIFTED, f"not readable as Python: {error.msg}", module, where=where)
-    for module in MODELS:
-        model = tree.read(module)
-        if model is not None:
-            reason = f"this vLLM has DeepSeek-V4, but its attention is not in {' or '.join(MODULES)}"
-            return Verdict(DRIFTED, reason, where=f"{model.path}:1")
-    return Verdict(ABSENT, "this vLLM has no DeepSeek-V4")
+    return without_target(
+        tree,
+        WITNESS,
+        absent="this vLLM has no DeepSeek-V4",
+        lost=f"this vLLM has DeepSeek-V4, but its attention is not in {' or '.join(MODULES)}",
+    )
 
 
 def _landed(source: Source, module: str) -> Verdict | None:

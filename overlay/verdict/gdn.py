@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import ast
 
-from overlay.verdict.model import ABSENT, APPLY, DRIFTED, LANDED, SourceTree, Verdict
+from overlay.verdict.model import (
+    ABSENT,
+    APPLY,
+    DRIFTED,
+    LANDED,
+    SourceTree,
+    Verdict,
+    in_model_registry,
+    without_target,
+)
 from overlay.verdict.shapes import (
     Drift,
     Function,
@@ -25,8 +34,10 @@ TARGETS = (
     ("vllm.model_executor.layers.mamba.gdn_linear_attn", "GatedDeltaNetAttention"),
 )
 MODULES = tuple(module for module, _ in TARGETS)
-#: Where releases before 0.19.0 kept it; and, in all releases, a model that is built on it.
+#: Where releases before 0.19.0 kept it.
 MODEL = "vllm.model_executor.models.qwen3_next"
+#: The models that are built on it.
+WITNESS = in_model_registry("qwen3_next|qwen3_5")
 METHODS = ("forward", "forward_cuda", "forward_hip", "forward_cpu")
 #: The op that vLLM #36795 brought and #38152 reverted. Where it is back, upstream does the overlap.
 LANDED_OP = "gdn_in_proj"
@@ -49,17 +60,19 @@ def judge(tree: SourceTree) -> Verdict:
 
 def _without_target(tree: SourceTree) -> Verdict:
     model = tree.read(MODEL)
-    if model is None:
-        return Verdict(ABSENT, "this vLLM has no Qwen3-Next and no GDN layer")
-    if QKVZ in model.text:
+    if model is not None and f"self.{QKVZ}(" in model.text:
         return Verdict(
             ABSENT,
             "the GDN layer is part of models/qwen3_next.py, as before vLLM 0.19.0; the overlay supports 0.19.0 and later",
             MODEL,
             where=f"{model.path}:1",
         )
-    known = " or ".join(module for module, _ in TARGETS)
-    return Verdict(DRIFTED, f"this vLLM has Qwen3-Next, but its GDN layer is not in {known}", where=f"{model.path}:1")
+    return without_target(
+        tree,
+        WITNESS,
+        absent="this vLLM has no Qwen3-Next and no GDN layer",
+        lost=f"this vLLM has Qwen3-Next, but its GDN layer is not in {' or '.join(MODULES)}",
+    )
 
 
 def _judge_class(tree: ast.Module, module: str, class_name: str, path: str) -> Verdict:

@@ -15,7 +15,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from overlay.verdict.model import ABSENT, APPLY, DRIFTED, LANDED, Source, SourceTree, Upstream, Verdict
+from overlay.verdict.model import (
+    APPLY,
+    DRIFTED,
+    LANDED,
+    Source,
+    SourceTree,
+    Upstream,
+    Verdict,
+    Witness,
+    without_target,
+)
 from overlay.verdict.shapes import (
     HARMLESS_ATTRIBUTES,
     QUIET,
@@ -28,6 +38,8 @@ from overlay.verdict.shapes import (
 
 PACKAGE = "vllm.lora.layers"
 MODULES = (PACKAGE,)
+#: Where LoRA is switched on.
+WITNESS = Witness("vllm.engine.arg_utils", "class AsyncEngineArgs(", "enable_lora")
 BASE = ("base_linear", "BaseLinearLayerWithLoRA")
 #: Classes whose own `apply`, where they have one, may leave upstream's dual stream aside.
 OTHERS = (
@@ -58,7 +70,8 @@ Roles = dict[str, str]
 def judge(tree: SourceTree) -> Verdict:
     """The verdict for one vLLM, read from its sources without importing it."""
     if not tree.has(PACKAGE):
-        return Verdict(ABSENT, "this vLLM has no LoRA layers")
+        lost = f"this vLLM has LoRA, but its layers are not in {PACKAGE}"
+        return without_target(tree, WITNESS, absent="this vLLM has no LoRA layers", lost=lost)
     base = tree.read(f"{PACKAGE}.{BASE[0]}")
     if base is None:
         return Verdict(DRIFTED, f"this vLLM has LoRA layers, but no {PACKAGE}.{BASE[0]}", PACKAGE)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import stat
 from dataclasses import dataclass
+from importlib.util import decode_source
 
 APPLY = "apply"  #: the shape is known and there is something to gain
 LANDED = "landed"  #: upstream does it
@@ -67,6 +70,25 @@ class Source:
         return ast.parse(self.text, self.path)
 
 
+def kind_of(path: str) -> int:
+    """The kind of file at a path (`st_mode`), 0 for none.
+
+    Raises OSError where nobody can tell: what lies in a closed folder is not absent, though os.path.isfile says so.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def decoded(content: bytes, path: str) -> str:
+    """A source file's text as Python reads it, with a byte order mark or a coding line. Raises ValueError with the path."""
+    try:
+        return decode_source(content)
+    except (SyntaxError, ValueError) as error:  # SyntaxError: an encoding that does not exist
+        raise ValueError(f"{path} is no Python text: {error}") from error
+
+
 class SourceTree:
     """The Python sources of one vLLM: a folder that holds the package folder ``vllm``.
 
@@ -82,16 +104,59 @@ class SourceTree:
         return f"{base}.py", os.path.join(base, "__init__.py")
 
     def has(self, module: str) -> bool:
-        """Whether this vLLM has a module of that dotted name. One look at the file system, nothing is read."""
-        return any(os.path.isfile(path) for path in self._paths(module))
+        """Whether this vLLM has a module of that dotted name. One look at the file system, nothing is read.
+
+        Raises OSError where nobody can tell.
+        """
+        return any(stat.S_ISREG(kind_of(path)) for path in self._paths(module))
 
     def read(self, module: str) -> Source | None:
-        """The source of a module given by its dotted name, or None where this vLLM has no such module."""
+        """The source of a module given by its dotted name, or None where this vLLM has no such module.
+
+        Raises OSError or ValueError, with the path, where it has one that cannot be read.
+        """
         for path in () if module in self.texts else self._paths(module):
             try:
-                with open(path, encoding="utf-8") as file:
-                    self.texts[module] = Source(file.read(), path)
+                with open(path, "rb") as file:
+                    self.texts[module] = Source(decoded(file.read(), path), path)
                 break
             except (FileNotFoundError, NotADirectoryError):
                 continue
         return self.texts.get(module)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A module of every vLLM that names a patch's target, if that vLLM has the target.
+
+    A folder without the target may be half a copy, or hold byte code alone. Only a witness that is there, whole, and does
+    not name the target says that this vLLM has none. `last` is a definition that every vLLM has in the witness behind all
+    such names: without it the witness itself is half a file.
+    """
+
+    module: str
+    last: str
+    names: str  #: a regular expression
+
+
+def in_model_registry(names: str) -> Witness:
+    """vLLM's table of all models as the witness."""
+    return Witness("vllm.model_executor.models.registry", "ModelRegistry =", names)
+
+
+def without_target(tree: SourceTree, witness: Witness, *, absent: str, lost: str) -> Verdict:
+    """The verdict where none of a patch's modules is there.
+
+    `absent` is the reason where the witness does not name the target either, `lost` the reason where it does.
+    """
+    source = tree.read(witness.module)
+    if source is None:
+        return Verdict(DRIFTED, f"{witness.module} has no source here, so nobody can tell what this vLLM has")
+    if f"\n{witness.last}" not in source.text:
+        reason = f"{witness.module} ends too early, so nobody can tell what this vLLM has"
+        return Verdict(DRIFTED, reason, where=f"{source.path}:1")
+    named = re.search(witness.names, source.text)
+    if named is None:
+        return Verdict(ABSENT, absent)
+    line = source.text.count("\n", 0, named.start()) + 1
+    return Verdict(DRIFTED, lost, where=f"{source.path}:{line}")

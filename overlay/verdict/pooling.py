@@ -6,11 +6,23 @@ import ast
 import re
 from collections.abc import Iterator
 
-from overlay.verdict.model import ABSENT, APPLY, DRIFTED, LANDED, Source, SourceTree, Upstream, Verdict
+from overlay.verdict.model import (
+    APPLY,
+    DRIFTED,
+    LANDED,
+    Source,
+    SourceTree,
+    Upstream,
+    Verdict,
+    Witness,
+    without_target,
+)
 from overlay.verdict.shapes import Drift, Function, attribute_of_self, methods_of, uses_of
 
 MODULE = "vllm.v1.worker.gpu_model_runner"
 MODULES = (MODULE,)
+#: Who makes the runner.
+WITNESS = Witness("vllm.v1.worker.gpu_worker", "def init_worker_distributed_environment(", "gpu_model_runner")
 RUNNER, METHOD = "GPUModelRunner", "_pool"
 #: Upstream's own class: it copies on a stream of its own, and who asks for the result waits for an event.
 OUTPUT = "AsyncGPUPoolingModelRunnerOutput"
@@ -36,7 +48,8 @@ def judge(tree: SourceTree) -> Verdict:
     """The verdict for one vLLM, read from its sources without importing it."""
     source = tree.read(MODULE)
     if source is None:
-        return Verdict(ABSENT, "this vLLM has no V1 model runner for GPUs")
+        lost = f"this vLLM has a V1 model runner for GPUs, but it is not in {MODULE}"
+        return without_target(tree, WITNESS, absent="this vLLM has no V1 model runner for GPUs", lost=lost)
     try:
         pool = _pool(source)
         where = f"{source.path}:{pool.lineno}"

@@ -7,8 +7,6 @@ import re
 
 import pytest
 
-from overlay.verdict import SourceTree, judge
-
 from .released import EXPECTED, releases, tree, verdict
 
 pytestmark = pytest.mark.contract
@@ -54,7 +52,3 @@ def test_every_method_with_the_pair_is_named_or_not_ours(version: str) -> None:
         if "self.in_proj_qkvz(" in text and "self.in_proj_ba(" in text
     }
     assert calling - {"forward_xpu"} == set(found.methods)
-
-
-def test_a_folder_without_vllm_is_absent(tmp_path: pathlib.Path) -> None:
-    assert judge("gdn", SourceTree(tmp_path)).state == "absent"

@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from overlay.verdict import Source, SourceTree, Upstream, Verdict, class_at, judge
+from overlay.verdict import Source, Upstream, Verdict, class_at, judge
 from overlay.verdict.lora_linear import BASE, METADATA, OTHERS, PACKAGE, PUNICA, SWITCH
 from tests.conftest import REPOSITORY
 
@@ -80,10 +80,6 @@ def test_no_class_with_an_apply_is_overlooked(version: str) -> None:
                 others[name.group()] = match.group()
     for name, text in others.items():
         assert name.endswith("ShardedLoRA") or "super().apply(x, bias)" in text, name
-
-
-def test_a_vllm_without_lora_is_absent(tmp_path: pathlib.Path) -> None:
-    assert judge("lora_linear", SourceTree(tmp_path)).state == "absent"
 
 
 def test_a_class_is_found_below_a_package() -> None:

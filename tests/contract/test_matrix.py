@@ -7,8 +7,21 @@ import os
 import time
 
 import pytest
+from packaging.version import Version
 
-from overlay.verdict import ABSENT, APPLY, DRIFTED, INERT, LANDED, TARGET_MODULES
+from overlay.verdict import (
+    ABSENT,
+    APPLY,
+    DRIFTED,
+    INERT,
+    LANDED,
+    TARGET_MODULES,
+    WITNESSES,
+    Source,
+    SourceTree,
+    gdn,
+    judge,
+)
 
 pytest.importorskip("pypi_simple", reason="the command line's libraries are not installed")
 from devtools.releases import OLDER, ROOT, SUPPORTED
@@ -43,6 +56,35 @@ def test_the_table_has_a_verdict_and_a_reason_for_each_patch() -> None:
 @pytest.mark.parametrize("version", EXPECTED)
 def test_verdicts(version: str) -> None:
     assert list(judged(version).differences()) == []
+
+
+class Without(SourceTree):
+    """A release with modules missing, and others of which only the first half is there."""
+
+    def __init__(self, version: str, missing: tuple[str, ...], halves: tuple[str, ...] = ()) -> None:
+        super().__init__(judged(version).vllm.tree.folder)
+        self._missing, self._halves = missing, halves
+
+    def has(self, module: str) -> bool:
+        return not module.startswith(self._missing) and super().has(module)
+
+    def read(self, module: str) -> Source | None:
+        source = None if module.startswith(self._missing) else super().read(module)
+        if source is not None and module in self._halves:
+            return Source(source.text[: len(source.text) // 2], source.path)
+        return source
+
+
+@pytest.mark.parametrize("patch", TARGET_MODULES)
+@pytest.mark.parametrize("version", EXPECTED)
+def test_a_release_without_a_patchs_modules_is_half_a_release(version: str, patch: str) -> None:
+    """Unless it never had them. Releases before 0.19.0 have gdn's in the model."""
+    missing = (*TARGET_MODULES[patch], *((gdn.MODEL,) if patch == "gdn" else ()))
+    never = patch == "deepseek_v4" and Version(version) < Version("0.20.0")
+    found = judge(patch, Without(version, missing))
+    assert (found.state, found.where is None) == ((ABSENT, True) if never else (DRIFTED, False))
+    assert judge(patch, Without(version, (*missing, *WITNESSES))).state == DRIFTED
+    assert judge(patch, Without(version, missing, WITNESSES)).state == DRIFTED
 
 
 def test_the_written_table_is_the_one_of_now() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from overlay.verdict import Source, SourceTree, Upstream, Verdict, judge
+from overlay.verdict import Source, Upstream, Verdict, judge
 from overlay.verdict.pooling import EXECUTORS, FLAG, METHOD, MODULE, OUTPUT, RUNNER, STREAM, SYNC
 
 from .released import ChangedTree, releases, tree
@@ -46,10 +46,6 @@ def test_verdict(version: str) -> None:
         assert found.methods == (METHOD,) and not found.shapes_graph
     else:
         assert found.methods == () and found.upstream == Upstream("#39113", True)
-
-
-def test_a_folder_without_vllm_is_absent(tmp_path: pathlib.Path) -> None:
-    assert judge("pooling", SourceTree(tmp_path)).state == "absent"
 
 
 @pytest.mark.parametrize("version", ["0.19.1", "0.33.0"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pathlib
 import textwrap
 
+REGISTRY = "model_executor/models/registry.py"
 GDN_MODULE = "model_executor/layers/mamba/gdn/qwen_gdn_linear_attn.py"
 
 FILES = {
@@ -33,6 +34,23 @@ FILES = {
         """,
     "envs.py": "environment_variables = {}\n",
     "sampling_params.py": "from transformers import PreTrainedModel\n",
+    # What says which models, adapters and runners a vLLM has.
+    REGISTRY: """
+        _MODELS = {"Qwen3NextForCausalLM": ("qwen3_next", "Qwen3NextForCausalLM")}
+        ModelRegistry = dict(_MODELS)
+        """,
+    "engine/arg_utils.py": """
+        class EngineArgs:
+            model: str
+        class AsyncEngineArgs(EngineArgs):
+            enable_log_requests: bool
+        """,
+    "v1/worker/gpu_worker.py": """
+        class Worker:
+            model_runner: object
+        def init_worker_distributed_environment(vllm_config):
+            pass
+        """,
     "model_executor/__init__.py": "",
     "model_executor/layers/__init__.py": "",
     "model_executor/layers/mamba/__init__.py": "",
@@ -46,6 +64,13 @@ FILES = {
                 ba, _ = self.in_proj_ba(hidden_states)
                 return qkvz, ba
         """,
+}
+
+#: Over FILES: a vLLM in which the overlay has nothing to do.
+NOTHING: dict[str, str | None] = {
+    GDN_MODULE: None,
+    "model_executor/models/qwen3_next.py": None,
+    REGISTRY: "_MODELS = {}\nModelRegistry = dict(_MODELS)\n",
 }
 
 TRANSFORMERS = "PreTrainedModel = object\n"

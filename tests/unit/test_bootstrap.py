@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import pathlib
@@ -268,10 +269,22 @@ def test_the_process_of_vllm_serve_says_that_the_overlay_is_armed_and_others_are
 
 
 def test_a_vllm_without_the_model_says_absent(world: World) -> None:
-    world.build({stub_vllm.GDN_MODULE: None, "model_executor/models/qwen3_next.py": None})
+    world.build(stub_vllm.NOTHING)
     lines = overlay_lines(succeeded(world.run("import vllm", VLLMOVERLAY_LOG_LEVEL="debug")))
     (line,) = [line for line in lines if "gdn" in line]
     assert "absent" in line
+
+
+def test_byte_code_without_sources_is_no_vllm_without_features(world: World) -> None:
+    world.build()
+    byte_code = world.folder / "site" / "vllm"
+    compileall.compile_dir(byte_code, quiet=1, legacy=True)
+    for path in byte_code.rglob("*.py"):
+        path.unlink()
+    result = succeeded(world.run(IMPORT_ALL))
+    assert all("drifted, vLLM runs stock here" in line for line in overlay_lines(result))
+    (journal,) = world.journals()
+    assert {patch["verdict"] for patch in journal["patches"].values()} == {"drifted"}
 
 
 def test_a_moved_class_is_drift_not_absence(world: World) -> None:

@@ -21,6 +21,7 @@ from overlay import journal as journal_module
 from overlay.journal import Journal, PatchRecord
 from overlay.settings import Settings
 from overlay.verdict import SourceTree, Verdict
+from tests.unit import stub_vllm
 
 WORKER_MODULE = "vllm.v1.worker.gpu_worker"
 STEP = types.SimpleNamespace(total_num_scheduled_tokens=3)
@@ -293,14 +294,23 @@ def test_the_overlay_says_when_it_can_be_removed(
     assert len(removal_lines(caplog)) == removable
 
 
+@pytest.mark.parametrize(
+    ("sources", "removable"), [(stub_vllm.NOTHING, True), (None, False)], ids=["whole", "no sources"]
+)
 def test_targets_that_were_never_imported_count_by_their_source(
-    journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+    sources: dict[str, str | None] | None,
+    removable: bool,
+    journal: Journal,
+    make_worker: Any,
+    tmp_path: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An empty folder for a vLLM: every patch is absent there, or says that it does not know it."""
+    if sources is not None:
+        stub_vllm.write(tmp_path, sources)
     record = journal.patch("gdn")
     with caplog.at_level("INFO", logger="vllm.overlay"):
         make_worker().compile_or_warm_up_model()
-    assert "absent" in record.reason and len(removal_lines(caplog)) == 1
+    assert ("absent" in record.reason, len(removal_lines(caplog))) == (removable, int(removable))
 
 
 def test_every_worker_of_a_group_but_the_first_is_silent_about_removal(

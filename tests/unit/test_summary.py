@@ -11,6 +11,7 @@ import pytest
 from overlay import __version__, summary
 from overlay.journal import Calls, Journal, PatchRecord
 from overlay.verdict import SourceTree
+from tests.unit import stub_vllm
 
 
 def said(
@@ -92,7 +93,7 @@ def test_what_can_be_removed_is_said_by_the_first_rank_and_known_to_all(
 def test_a_target_that_was_not_imported_is_absent_where_the_source_says_so(
     caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path
 ) -> None:
-    """An empty folder for a vLLM: there is no such model."""
+    stub_vllm.write(tmp_path, stub_vllm.NOTHING)
     text = said(journal_of(gdn=PatchRecord()), caplog, tmp_path).getMessage()
     assert f"gdn: absent; {summary.REMOVABLE}" in text
 
