@@ -4,7 +4,7 @@
     python3 devtools/environment.py --demo   the same, but on a GPU machine that has a vLLM: print that one's Python
     python3 devtools/environment.py --lock   resolve pyproject.toml anew and write the two lock files
 
-This runs before anything is installed, so it uses the standard library alone. Progress goes to stderr, and the one line
+This runs before anything is installed, so it and what it imports use the standard library alone. Progress goes to stderr, and the one line
 on stdout is for the Makefile. Where packages come from is the user's own configuration of pip or uv: no registry is
 named here, and whatever pip is told to use is passed on to uv, which does not read pip's configuration.
 """
@@ -20,10 +20,15 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this file is run by its path
+
+from overlay.cli.failure import without_credentials  # noqa: E402 - after the line above
+
 VENV = ROOT / ".venv"
 CACHE = ROOT / ".cache"
 LOCK = ROOT / "requirements.lock"
@@ -53,7 +58,8 @@ class SetupError(Exception):
 
 
 def say(message: str) -> None:
-    print(f"[environment] {message}", file=sys.stderr, flush=True)
+    """A line on stderr; commands and errors may hold the address of an index with its password."""
+    print(f"[environment] {without_credentials(message)}", file=sys.stderr, flush=True)
 
 
 def execute(command: list[str], extra: dict[str, str] | None = None) -> None:
@@ -349,6 +355,9 @@ def main() -> int:
             print(demo_python() if arguments.demo else ensure())
     except SetupError as error:
         say(f"ERROR: {error}")
+        return 1
+    except Exception:
+        say(f"ERROR: {traceback.format_exc()}")
         return 1
     return 0
 

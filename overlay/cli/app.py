@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,21 +11,34 @@ import typer
 import typer.core
 
 from overlay import __version__
-from overlay.cli.failure import CommandError, missing_library
+from overlay.cli import failure
 
 
 class _Commands(typer.core.TyperGroup):
-    """Every failure that a person can do something about ends as one message on stderr and exit status 2."""
+    """Every failure ends as one message on stderr and an exit status that is not 1; see `failure.report`."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            status = super().main(*arguments, **{**options, "standalone_mode": False})
+        except Exception as error:
+            if not hasattr(error, "show"):
+                status = failure.report(error)
+            else:  # wrong usage: one of click's own exceptions, wherever typer has its click from
+                text = io.StringIO()
+                error.show(text)
+                failure.say(text.getvalue())
+                status = failure.FAILED
+        sys.exit(status)
 
     def invoke(self, ctx: Any) -> Any:
+        """What typer would end with status 1 itself: an interrupt, and a reader that has gone."""
         try:
-            return super().invoke(ctx)
-        except ModuleNotFoundError as error:
-            failure = missing_library(error)
-        except CommandError as error:
-            failure = error
-        typer.echo(f"error: {failure}", err=True)
-        raise typer.Exit(2)
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # here a full disk still has a message
+        except (KeyboardInterrupt, OSError) as error:
+            raise typer.Exit(failure.report(error)) from error
 
 
 app = typer.Typer(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from overlay import __version__, files, verdict
-from overlay.cli import check, releases, vllms
+from overlay.cli import check, failure, releases, vllms
 from overlay.cli.failure import CommandError
 from overlay.cli.vllms import Vllm
 from overlay.verdict import Verdict
@@ -137,7 +136,7 @@ def _all(expectations: Expectations, root: Path) -> list[str]:
     except releases.UnreachableError as error:
         if not found:
             raise
-        sys.stderr.write(f"only the releases of the table, newer ones are not known: {error}\n")
+        failure.say(f"only the releases of the table, newer ones are not known: {error}\n")
     return sorted(found, key=Version)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 from rich.console import Console
@@ -24,10 +25,19 @@ COLOURS = {
 }
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would leave with status 1, which has a meaning here
+
+
 def console() -> Console:
-    """The console on stdout."""
-    own_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if own_width else PIPE_COLUMNS, highlight=False, markup=False)
+    """The console on stdout. COLUMNS counts where it is a width; rich would take any number."""
+    columns = os.environ.get("COLUMNS", "")
+    if not re.fullmatch("0*[1-9][0-9]{0,4}", columns, re.ASCII):
+        columns = ""
+        os.environ.pop("COLUMNS", None)
+    own_width = sys.stdout.isatty() or columns
+    return _Console(width=None if own_width else PIPE_COLUMNS, highlight=False, markup=False)
 
 
 def visible(text: str) -> str:

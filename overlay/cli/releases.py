@@ -19,6 +19,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ import pypi_simple
 import remotezip
 import requests
 import requests.adapters
+import requests.auth
 import rich.console
 import rich.progress
 import urllib3
@@ -113,8 +115,9 @@ def _fetch(version: str, folder: pathlib.Path, on_progress: OnProgress | None) -
     partial = folder.parent / f".{version}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed; the lock says nobody uses it
     try:
-        with _network(f"fetch the Python files of vLLM {version}", folder), _session() as session:
-            _extract(_wheel(_wheels(session), version), partial, session, on_progress)
+        index = _index()
+        with _network(f"fetch the Python files of vLLM {version}", folder), _session(index) as session:
+            _extract(_wheel(_wheels(session, index), version), partial, session, on_progress)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -126,8 +129,9 @@ def available(root: pathlib.Path) -> list[str]:
     Without those that were taken back and those before a release; `sources` has them by their number. `root` is named in
     the message where the registry does not answer.
     """
-    with _network("list the released versions of vLLM", root), _session() as session:
-        wheels = _wheels(session)
+    index = _index()
+    with _network("list the released versions of vLLM", root), _session(index) as session:
+        wheels = _wheels(session, index)
     released = sorted(version for version, wheel in wheels.items() if not (wheel.is_yanked or version.is_prerelease))
     return [str(version) for version in released if version >= FIRST]
 
@@ -160,22 +164,59 @@ def fetch(versions: Sequence[str], root: pathlib.Path) -> list[pathlib.Path]:
 # ---------------------------------------------------------------------------------------------------- the registry
 
 
-def _session() -> requests.Session:
+class _AsSomebody(requests.adapters.HTTPAdapter):
+    """Sends a user's name and password, which stay out of the addresses: every library puts those into its messages."""
+
+    def __init__(self, user: str, password: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._authorize = requests.auth.HTTPBasicAuth(user, password)
+
+    def add_headers(self, request: requests.PreparedRequest, **_: Any) -> None:
+        self._authorize(request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The package index that pip would ask. `host` is how addresses on it begin."""
+
+    url: str
+    host: str
+    user: str | None
+    password: str | None
+
+
+def _index() -> Index:
+    """PIP_INDEX_URL, pip's configuration, else the library's default. Raises UnreachableError for what is no address."""
+    in_environment = os.environ.get("PIP_INDEX_URL", "").strip()
+    given = in_environment or _index_in_pip_configuration() or str(pypi_simple.PYPI_SIMPLE_ENDPOINT)
+    try:
+        parts = urllib.parse.urlsplit(given)
+        _ = parts.port  # raises for what is none: most likely a password with a slash in it
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError
+    except ValueError:
+        raise UnreachableError(
+            f"{'PIP_INDEX_URL' if in_environment else 'the index-url in the configuration of pip'} is no address that "
+            "can be asked: allowed is http(s)://host/path, with / ? # and @ in a name or password written as %2F %3F %23 %40"
+        ) from None
+    place = parts.netloc.rpartition("@")[2]
+    name, secret = (part and urllib.parse.unquote(part) for part in (parts.username, parts.password))
+    return Index(parts._replace(netloc=place).geturl(), f"{parts.scheme}://{place}/", name, secret)
+
+
+def _session(index: Index) -> requests.Session:
     """A session that repeats what a busy server refuses, and trusts what pip trusts."""
     session = requests.Session()
     retry = urllib3.Retry(total=4, connect=2, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504))
     for scheme in ("https://", "http://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=CONNECTIONS))
+    if index.user is not None or index.password is not None:
+        known = _AsSomebody(index.user or "", index.password or "", max_retries=retry, pool_maxsize=CONNECTIONS)
+        session.mount(index.host, known)
     certificates = os.environ.get("PIP_CERT")
     if certificates and pathlib.Path(certificates).exists():
         session.verify = certificates
     return session
-
-
-def _endpoint() -> str:
-    """The index pip would ask: PIP_INDEX_URL, pip's configuration, else the library's default."""
-    in_environment = os.environ.get("PIP_INDEX_URL", "").strip()
-    return in_environment or _index_in_pip_configuration() or str(pypi_simple.PYPI_SIMPLE_ENDPOINT)
 
 
 @functools.cache
@@ -194,9 +235,9 @@ class Wheel:
     is_yanked: bool
 
 
-def _wheels(session: requests.Session) -> dict[Version, Wheel]:
+def _wheels(session: requests.Session, index: Index) -> dict[Version, Wheel]:
     """Version → its x86_64 manylinux wheel."""
-    client = pypi_simple.PyPISimple(_endpoint(), session=session)
+    client = pypi_simple.PyPISimple(index.url, session=session)
     found: dict[Version, Wheel] = {}
     for package in client.get_project_page("vllm", timeout=TIMEOUT_SECONDS).packages:
         if package.package_type != "wheel" or package.version is None:
@@ -317,7 +358,8 @@ def _network(purpose: str, folder: pathlib.Path) -> Iterator[None]:
         yield
     except pypi_simple.NoSuchProjectError as error:
         raise ReleaseError(f"cannot {purpose}: the configured package index does not have vllm") from error
-    except (requests.RequestException, remotezip.RemoteZipError, urllib3.exceptions.HTTPError) as error:
+    except (requests.RequestException, remotezip.RemoteZipError, urllib3.exceptions.HTTPError, ValueError) as error:
+        # ValueError: sent on to what is no address
         raise UnreachableError(
             f"cannot {purpose}: the package index gave no usable answer ({type(error).__name__}: {error}). "
             f"Without a network, copy {folder} from a machine that has it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,41 @@ def test_without_pip_and_venv_the_debian_package_is_named(tmp_path: Path, monkey
 def test_no_gpu_means_no_gpu_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "ask", lambda _command: None)
     assert environment.gpu_python() is None
+
+
+ADDRESS = "https://somebody:s3cret@host/simple"
+
+
+def fail_with_a_command() -> str:
+    environment.execute([sys.executable, "-c", "raise SystemExit(3)", "--find-links", ADDRESS])
+    return ""
+
+
+def fail_unforeseen() -> str:
+    try:
+        raise KeyError(ADDRESS)
+    except KeyError as error:
+        raise RuntimeError(ADDRESS) from error
+
+
+@pytest.mark.parametrize("fail", [fail_with_a_command, fail_unforeseen])
+def test_no_failure_shows_the_password_of_an_index(
+    fail: Callable[[], str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "ensure", fail)
+    monkeypatch.setattr(sys, "argv", ["environment.py"])
+    assert environment.main() == 1
+    shown = capfd.readouterr()
+    assert "ERROR" in shown.err and "https://***@host/simple" in shown.err
+    assert "s3cret" not in shown.err + shown.out
+
+
+def test_it_runs_by_its_path_in_any_folder_with_the_standard_library_alone(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", environment.__file__, "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "--lock" in done.stdout, done.stderr

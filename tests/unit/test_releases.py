@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import io
 import pathlib
 import subprocess
 import sys
 import threading
+import traceback
 import zipfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -50,10 +52,20 @@ class Index:
         self.files = files
         self.ranges: list[str] = []
         self.yanked: set[str] = set()
+        #: What is answered in the place of the page, or of a wheel: a status, a body, an address to go to.
+        self.page: tuple[int, bytes, str | None] | None = None
+        self.wheel: tuple[int, bytes, str | None] | None = None
+        self.authorizations: list[str | None] = []
         index = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                index.authorizations.append(self.headers.get("Authorization"))
+                instead = index.page if self.path == "/simple/vllm/" else index.wheel
+                if instead is not None:
+                    status, body, place = instead
+                    self._answer(status, body, {"Location": place} if place else {"Content-Type": "text/html"})
+                    return
                 if self.path == "/simple/vllm/":
                     links = "".join(
                         f'<a href="/files/{name}"{" data-yanked" if name in index.yanked else ""}>{name}</a>\n'
@@ -255,3 +267,95 @@ def test_progress_goes_to_stderr(index: Index, tmp_path: pathlib.Path, capsys: p
     assert [folder.name for folder in folders] == ["0.17.1", "0.19.0"]
     assert shown.out == ""
     assert [line.split(",")[0] for line in shown.err.splitlines()] == ["fetching vLLM 0.17.1", "fetching vLLM 0.19.0"]
+
+
+# ---------------------------------------------------------------- names and passwords
+
+
+#: What stands before the host of an index, and what the index is to be told.
+SECRETS = {
+    "somebody:s3cret": "somebody:s3cret",
+    "some%20body:s3cret%2F%40%3A": "some body:s3cret/@:",
+    "s3cret": "s3cret:",
+    ":s3cret": ":s3cret",
+    "somebody:s3cret@s3cret": "somebody:s3cret@s3cret",
+}
+
+
+def with_secret(url: str, secret: str) -> str:
+    return url.replace("://", f"://{secret}@", 1)
+
+
+@pytest.mark.parametrize(("secret", "told"), SECRETS.items())
+def test_an_index_is_told_who_asks_and_no_other_host_is(
+    index: Index, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, secret: str, told: str
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", with_secret(index.url, secret))
+    releases.sources("0.19.0", root=tmp_path)
+    expected = "Basic " + base64.b64encode(told.encode()).decode()
+    assert len(index.authorizations) > 3 and set(index.authorizations) == {expected}
+    index.authorizations.clear()
+    monkeypatch.setenv("PIP_INDEX_URL", with_secret(index.url.replace("127.0.0.1", "localhost"), secret))
+    index.page = (302, b"", f"{index.url}elsewhere/")
+    with pytest.raises(releases.ReleaseError):
+        releases.sources("0.17.1", root=tmp_path)
+    assert index.authorizations == [expected, None]
+
+
+WHEEL = "vllm-0.19.0-cp38-abi3-manylinux_2_31_x86_64.whl"
+FAILURES: dict[str, dict[str, Any]] = {
+    **{f"the page: {status}": {"page": (status, b"", None)} for status in (401, 403, 404, 500)},
+    **{f"the wheel: {status}": {"wheel": (status, b"", None)} for status in (200, 403, 416, 503)},
+    "no page": {"page": (200, b"\xff\x00 {", None)},
+    "a page of another type": {"page": (200, b"{", "text/plain")},
+    "a circle": {"page": (302, b"", "/simple/vllm/")},
+    "to nowhere": {"page": (302, b"", "http://127.0.0.1:9/")},
+    "to no address": {"page": (302, b"", "http://[/")},
+    "damaged": {"files": {WHEEL: b"no archive" * 1000}},
+    "nobody listens": {"url": "http://127.0.0.1:9/simple/"},
+    "no TLS": {"scheme": "https"},
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_no_failure_shows_a_password(
+    index: Index,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    how: str,
+) -> None:
+    """Neither the message, nor an exception behind it, nor what a library says itself."""
+    changes = dict(FAILURES[how])
+    url = changes.pop("url", index.url.replace("http", changes.pop("scheme", "http"), 1))
+    for name, value in changes.items():
+        setattr(index, name, value)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for secret in SECRETS:
+        monkeypatch.setenv("PIP_INDEX_URL", with_secret(url, secret))
+        with pytest.raises(releases.ReleaseError) as caught:
+            releases.sources("0.19.0", root=tmp_path)
+        shown = "".join(traceback.format_exception(caught.type, caught.value, caught.tb)) + "".join(capfd.readouterr())
+        assert "s3cret" not in shown.replace(repr(secret), ""), shown
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://somebody:s3/cret@host/simple",
+        "http://somebody:s3cret@[::1/simple",
+        "http://somebody:s3cret@h\u2100/simple",
+        "ftp://somebody:s3cret@host/simple",
+        "somebody:s3cret@host/simple",
+        "http://somebody:s3cret@/simple",
+        "http://somebody:s3cret@host:port/simple",
+    ],
+)
+def test_an_address_that_is_none_is_not_shown(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", address)
+    with pytest.raises(releases.UnreachableError, match="PIP_INDEX_URL is no address") as caught:
+        releases.available(tmp_path)
+    assert "cret" not in "".join(traceback.format_exception_only(caught.type, caught.value))
+    assert caught.value.__suppress_context__
