@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 FAMILY = "VLLMOVERLAY"
@@ -35,8 +35,14 @@ class SettingsError(ValueError):
 
 
 def default_journal_folder() -> str:
-    """A folder of this user's own; journals of every process on the host meet there."""
-    return os.path.join(tempfile.gettempdir(), f"vllm-overlay-{os.getuid()}")
+    """A folder of this user's own; journals of every process on the host meet there. Raises SettingsError where there is
+    no folder for temporary files."""
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        allowed = "there is no folder for temporary files to put its default in; allowed is an absolute path"
+        raise SettingsError(f"{FAMILY}_JOURNAL_DIR", "", allowed) from error
+    return os.path.join(temporary, f"vllm-overlay-{os.getuid()}")
 
 
 @dataclass(frozen=True)
@@ -179,5 +185,7 @@ def load(environ: Mapping[str, str]) -> Settings:
             continue
         field, parse = _VARIABLES[name]
         found[field] = parse(name, value)
-    found.setdefault("journal_folder", default_journal_folder())
-    return Settings(**found)
+    settings = Settings(**found)
+    if not settings.enabled or settings.journal_folder:
+        return settings
+    return replace(settings, journal_folder=default_journal_folder())

@@ -12,6 +12,7 @@ import typer.core
 
 from overlay import __version__
 from overlay.cli import failure
+from overlay.cli.options import parse_words
 
 
 class _Commands(typer.core.TyperGroup):
@@ -119,15 +120,24 @@ def status(
     journal_dir: Annotated[
         Path | None, typer.Option(help="The journals' folder; VLLMOVERLAY_JOURNAL_DIR or its default when left out.")
     ] = None,
+    require: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATCH,PATCH,…",
+            help="For probes and alerts: status 1 unless each of these patches is in effect in some process.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """What the overlay does in the processes of this host.
 
-    Exit status: 0 nothing is wrong, 1 a live process has a problem or a patch without effect, 2 bad input.
+    Exit status: 0 nothing is wrong, 1 a live process has a problem or a patch without effect, or a required patch is
+    missing, 2 bad input.
     """
     from overlay.cli import status
 
-    raise typer.Exit(status.run(journal_dir, gone=gone, as_json=json, watch=watch))
+    raise typer.Exit(status.run(journal_dir, gone=gone, as_json=json, watch=watch, required=require))
 
 
 @app.command()
@@ -220,7 +230,7 @@ def bench(
                 layers=layers,
                 tensor_parallel=tensor_parallel,
                 arms=command.parse_arms(arms),
-                phases=command.parse_words("--phases", phases, command.ALL_PHASES),
+                phases=parse_words("--phases", phases, command.ALL_PHASES),
                 batches=command.parse_numbers("--batches", batches),
                 prompts=command.parse_numbers("--prompts", prompts),
                 rates=command.parse_rates(rates),

@@ -59,6 +59,10 @@ class Patch:
         """How often the op has really run; what the compiler's fake tensors called does not count."""
         return self.dual_stream_calls + self.fused_calls + sum(self.serial_calls.values())
 
+    def is_in_effect(self) -> bool:
+        """Whether it was installed, and what it installed has run."""
+        return self.verdict == "apply" and self.calls > 0
+
 
 @dataclass(frozen=True)
 class Journal:

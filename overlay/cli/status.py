@@ -3,6 +3,7 @@
 JSON (schema 1)::
 
     {"schema": 1, "overlay": "0.1.0", "folder": "…", "ok": true,
+     "missing": ["gdn: no process with the overlay runs here"],
      "processes": [{"pid": 4711, "role": "EngineCore", "alive": true, "started": 1767225600.0, "vllm": "0.33.0" | null,
                     "overlay": "0.1.0" | null, "fingerprint": "…" | null, "problems": ["…"],
                     "patches": {"gdn": {"verdict": "apply", "reason": "…", "module": "vllm.…" | null, "methods": ["…"],
@@ -33,10 +34,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay import __version__, settings
+from overlay import __version__, settings, verdict
 from overlay.cli import journals
 from overlay.cli.failure import CommandError
 from overlay.cli.journals import Journal, Patch, Skipped
+from overlay.cli.options import parse_words
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 WATCH_SECONDS = 1.0
 BAD_VERDICTS = ("drifted", "ineffective", "refused")
+NOT_SEEN = "not seen"
+NOBODY = "no process with the overlay runs here"
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,44 @@ class Look:
     folder: Path
     processes: tuple[Process, ...]
     skipped: tuple[Skipped, ...]
+    required: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return not any(process.is_wrong() for process in self.processes)
+        return not (any(process.is_wrong() for process in self.processes) or self.missing())
+
+    def missing(self) -> list[str]:
+        """Each required patch that is in effect nowhere, and what there is instead."""
+        live = [process.journal for process in self.processes if process.alive]
+        found = {
+            name: [patch for journal in live for patch in journal.patches if patch.name == name]
+            for name in self.required
+        }
+        return [
+            f"{name}: {_instead(patches)}"
+            for name, patches in found.items()
+            if not any(patch.is_in_effect() for patch in patches)
+        ]
 
 
-def run(given: Path | None, *, gone: bool, as_json: bool, watch: bool) -> int:
+def _instead(patches: list[Patch]) -> str:
+    """What a patch is in the processes where it is not in effect. A worker's word counts more than that of a process which
+    has not even imported the target."""
+    said = {
+        f"{patch.verdict}{', and its op has not run' if patch.verdict == verdict.APPLY else ''}" for patch in patches
+    }
+    return ", ".join(sorted(said - {NOT_SEEN} or said)) or NOBODY
+
+
+def run(given: Path | None, *, gone: bool, as_json: bool, watch: bool, required: str | None = None) -> int:
     """Look, show, and give the exit status."""
     if watch and as_json:
         raise CommandError("--watch is for people; for machines, call status --json as often as you like")
+    wanted = parse_words("--require", required, settings.PATCH_NAMES) if required is not None else ()
     folder = _folder(given)
     if watch:
-        return _watch(folder, gone)
-    found = look(folder, gone)
+        return _watch(folder, gone, wanted)
+    found = look(folder, gone, wanted)
     if as_json:
         print(json.dumps(as_dict(found), indent=1))
     else:
@@ -103,12 +131,12 @@ def _folder(given: Path | None) -> Path:
             )
         return given
     try:
-        return Path(settings.load(os.environ).journal_folder)
+        return Path(settings.load(os.environ).journal_folder or settings.default_journal_folder())
     except settings.SettingsError as error:
         raise CommandError(str(error)) from error
 
 
-def look(folder: Path, gone: bool) -> Look:
+def look(folder: Path, gone: bool, required: tuple[str, ...] = ()) -> Look:
     """The processes of a folder's journals; `gone`: also those that have ended."""
     try:
         found, skipped = journals.load(folder)
@@ -117,7 +145,7 @@ def look(folder: Path, gone: bool) -> Look:
     except OSError as error:
         raise CommandError(f"the journals in {folder} cannot be read: {error}") from error
     processes = map(Process, found)
-    return Look(folder, tuple(process for process in processes if process.alive or gone), tuple(skipped))
+    return Look(folder, tuple(process for process in processes if process.alive or gone), tuple(skipped), required)
 
 
 def as_dict(found: Look) -> dict[str, Any]:
@@ -127,6 +155,7 @@ def as_dict(found: Look) -> dict[str, Any]:
         "overlay": __version__,
         "folder": str(found.folder),
         "ok": found.ok,
+        "missing": found.missing(),
         "processes": [_process_as_dict(process) for process in found.processes],
         "skipped": [{"file": one.file, "reason": one.reason} for one in found.skipped],
     }
@@ -177,18 +206,18 @@ def _patch_as_dict(patch: Patch) -> dict[str, Any]:
 # ---------------------------------------------------------------- for people
 
 
-def _watch(folder: Path, gone: bool) -> int:
+def _watch(folder: Path, gone: bool, required: tuple[str, ...]) -> int:
     from rich.console import Group
     from rich.live import Live
 
     from overlay.cli import output
 
-    found = look(folder, gone)
+    found = look(folder, gone, required)
     try:
         with Live(Group(*rendered(found)), console=output.console(), auto_refresh=False) as live:
             while True:
                 time.sleep(WATCH_SECONDS)
-                found = look(folder, gone)
+                found = look(folder, gone, required)
                 live.update(Group(*rendered(found)), refresh=True)
     except KeyboardInterrupt:
         return int(not found.ok)
@@ -205,7 +234,7 @@ def rendered(found: Look) -> Iterator[RenderableType]:
     if found.processes:
         yield _table(found)
     else:
-        yield f"no process with the overlay runs here (journals: {visible(str(found.folder))})"
+        yield f"{NOBODY} (journals: {visible(str(found.folder))})"
     who_says: dict[str, list[str]] = {}
     for process in found.processes:
         for note in _notes(process.journal):
@@ -214,6 +243,8 @@ def rendered(found: Look) -> Iterator[RenderableType]:
         yield visible(f"{', '.join(processes)}: {note}")
     for one in found.skipped:
         yield visible(f"{one.file}: skipped: {one.reason}")
+    if found.missing():
+        yield visible(f"REQUIRED, and in effect in no process: {'; '.join(found.missing())}")
 
 
 def _table(found: Look) -> Table:

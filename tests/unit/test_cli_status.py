@@ -138,6 +138,64 @@ def test_every_other_verdict_is_status_0(journal_folder: pathlib.Path, verdict: 
     assert result.exit_code == 0 and verdict in result.stdout
 
 
+OFF: dict[str, Any] = {"verdict": "off", "reason": "switched off"}
+UNSEEN: dict[str, Any] = {"verdict": "not seen"}
+TRACED: dict[str, Any] = {**GDN, "calls": {"fake": 4}}
+
+
+@pytest.mark.parametrize(
+    ("processes", "required", "said"),
+    [
+        ([{"gdn": GDN}], "gdn", None),
+        ([{"gdn": UNSEEN}, {"gdn": GDN}, {"gdn": TRACED}], " gdn ,gdn", None),
+        ([{"gdn": GDN, "pooling": GDN}], "pooling,gdn", None),
+        ([{"gdn": GDN}, {"pooling": GDN}], "pooling,gdn", None),
+        ([], "gdn", "gdn: no process with the overlay runs here"),
+        (
+            [],
+            "gdn,pooling",
+            "gdn: no process with the overlay runs here; pooling: no process with the overlay runs here",
+        ),
+        ([{"gdn": GDN, "pooling": OFF}], "gdn,pooling", "pooling: off"),
+        ([{"gdn": UNSEEN}, {"gdn": TRACED}], "gdn", "gdn: apply, and its op has not run"),
+        ([{"gdn": UNSEEN}], "gdn", "gdn: not seen"),
+        ([{"gdn": {**GDN, "verdict": "landed"}}, {"gdn": OFF}], "gdn", "gdn: landed, off"),
+    ],
+)
+def test_a_required_patch_has_to_be_in_effect_in_some_process(
+    journal_folder: pathlib.Path, processes: list[dict[str, Any]], required: str, said: str | None
+) -> None:
+    put(journal_folder, "gone", pid=GONE, patches={"gdn": GDN, "pooling": GDN})
+    for number, patches in enumerate(processes):
+        put(journal_folder, str(number), patches=patches)
+    result = invoke(journal_folder, "--require", required)
+    lines = [line for line in result.stdout.splitlines() if "REQUIRED" in line]
+    assert lines == ([f"REQUIRED, and in effect in no process: {said}"] if said else [])
+    assert result.exit_code == bool(said) and invoke(journal_folder).exit_code == 0
+    for arguments in ((), ("--all",)):
+        answer = json.loads(invoke(journal_folder, "--require", required, "--json", *arguments).stdout)
+        assert (answer["ok"], "; ".join(answer["missing"])) == (not said, said or "")
+
+
+@pytest.mark.parametrize("required", ["", ",", "gnd", "gdn,all"])
+def test_a_patch_that_is_none_cannot_be_required(journal_folder: pathlib.Path, required: str) -> None:
+    put(journal_folder)
+    result = invoke(journal_folder, "--require", required)
+    assert result.exit_code == 2 and f"--require={required!r}: allowed are gdn, " in result.stderr
+
+
+def test_without_a_folder_for_temporary_files_the_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gettempdir() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", gettempdir)
+    for environment in ({}, {"VLLMOVERLAY": "0"}):
+        monkeypatch.setenv("VLLMOVERLAY", environment.get("VLLMOVERLAY", ""))
+        result = CliRunner().invoke(app, ["status"])
+        assert result.exit_code == 2 and "VLLMOVERLAY_JOURNAL_DIR=''" in result.stderr
+        assert "no folder for temporary files" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_a_problem_is_status_1(journal_folder: pathlib.Path) -> None:
     put(journal_folder, problems=["transformers cannot be imported"])
     result = invoke(journal_folder)

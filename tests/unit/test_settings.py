@@ -20,6 +20,17 @@ def test_nothing_set_gives_the_defaults() -> None:
     )
 
 
+def test_a_folder_for_temporary_files_is_asked_for_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gettempdir() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", gettempdir)
+    assert load({"VLLMOVERLAY_JOURNAL_DIR": "/journals"}).journal_folder == "/journals"
+    assert not load({"VLLMOVERLAY": "0"}).enabled
+    with pytest.raises(SettingsError, match=r"VLLMOVERLAY_JOURNAL_DIR='' .* absolute path"):
+        load({})
+
+
 def test_every_setting_can_be_set() -> None:
     loaded = load(
         {

@@ -47,6 +47,7 @@ from overlay.cli.bench.results import REPOSITORY, Results, different
 from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITHOUT_OVERLAY, Setup
 from overlay.cli.bench.workers import WorkerError
 from overlay.cli.failure import CommandError
+from overlay.cli.options import parse_words
 
 if TYPE_CHECKING:
     from overlay.cli.bench.shapes import Model
@@ -157,15 +158,6 @@ def parse_rates(text: str | None) -> tuple[float, ...]:
     if any(not 0.0 < rate < 1e6 for rate in found):
         raise CommandError(f"--rates={text!r}: allowed are requests per second above 0, separated by commas")
     return tuple(sorted(set(found)))
-
-
-def parse_words(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Words by comma, each one of those allowed, in the order given."""
-    found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    unknown = [word for word in found if word not in allowed]
-    if unknown or not found:
-        raise CommandError(f"{option}={text!r}: allowed are {', '.join(allowed)}, separated by commas")
-    return found
 
 
 def parse_arms(text: str) -> tuple[str, ...]:
