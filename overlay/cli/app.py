@@ -143,12 +143,14 @@ def status(
 @app.command()
 def bench(
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME|CONFIG.JSON|FOLDER",
-            help="Qwen3.5-35B-A3B, Qwen3.5-27B, Qwen3-Next-80B-A3B or tiny; a configuration; a checkpoint's folder.",
+            help="Qwen3.5-35B-A3B (the default), Qwen3.5-27B, Qwen3-Next-80B-A3B or tiny (the default without a GPU); a "
+            "configuration; a checkpoint's folder.",
+            show_default=False,
         ),
-    ] = "Qwen3.5-35B-A3B",
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -211,6 +213,8 @@ def bench(
     ] = None,
 ) -> None:
     """Stock vLLM and the overlay against each other on this machine: tokens, decode step, first token, starts, servers.
+
+    Without a GPU it compares tokens, and its times say nothing about speed.
 
     Exit status: 0 measured, tokens identical; 1 tokens differ, something failed, or --compare found a regression; 2 bad
     input, or too little memory; 3 interrupted or out of time: what was measured is kept.

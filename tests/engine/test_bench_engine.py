@@ -18,7 +18,8 @@ from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.engine
 
-TINY = ("--model", "tiny", "--quick", "--start-together", "--engine", "enforce_eager=true")
+#: Without a GPU the tiny model is what it takes.
+TINY = ("--quick", "--start-together", "--engine", "enforce_eager=true")
 LIMIT_SECONDS = 240.0
 
 
@@ -74,10 +75,11 @@ def test_a_whole_run(tmp_path: Path) -> None:
     for row in [*found["decode"], *found["first_token"], found["host_speed"]["Python"]]:
         assert 0.0 < row["low"] <= row["ratio"] <= row["high"]
         assert list(row["arms"]) == ["overlay", "control"]
-    assert (tmp_path / "out" / "ratio.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "out" / "report.txt").read_text()
-    assert "greedy tokens against stock" in report and "decode step" in report and "start and compile time" in report
-    assert "overlay / stock" in output
+    for shown in (report, output):
+        assert "greedy tokens against stock" in shown and "CPU: says nothing about speed" in shown
+        assert "/ stock" not in shown and "no difference shown" not in shown
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
@@ -94,5 +96,5 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     found = _results(tmp_path)
     assert found["interrupted"] and "interrupted" in found["unfinished"][-1]
     assert found["decode"][0]["requests"] == 1
-    assert (tmp_path / "out" / "ratio.png").exists() and "interrupted" in output
+    assert "interrupted" in output
     assert _processes_in(tmp_path.parent / "bench-work") == []

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from overlay.cli.bench import command, engines, memory, plots, report, serving, shapes
+from overlay.cli.bench import command, compare, engines, memory, plots, report, serving, shapes
 from overlay.cli.bench.results import Results, different
 from overlay.cli.bench.setup import Setup
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, in_turn
 from overlay.cli.failure import CommandError
 from tests.conftest import REPOSITORY
+from tests.unit import stub_vllm
 
 LOAD = memory.Load(requests=256, request_tokens=480, prompt=8256, prefill=8192)
 GIB = memory.GIB
@@ -141,6 +142,57 @@ def test_visible_gpus_are_the_named_ones() -> None:
     found = [(0, "H200", 5), (1, "H200", 6), (2, "H200", 7)]
     assert memory.visible(found, "2,0") == [found[2], found[0]]
     assert memory.visible(found, None) == memory.visible(found, "GPU-abc") == found
+    assert memory.visible(found, "") == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "peak"),
+    [({}, 0, 1.7), ({"hidden_size": 1024, "vocab_size": 248320}, 1.0, 3.65)],
+    ids=["tiny", "embeddings"],
+)
+def test_a_process_on_a_cpu_is_estimated_as_it_was_measured(shape: dict[str, int], weights: float, peak: float) -> None:
+    """GiB of one worker, vLLM 0.32.0: the peak of its resident memory over a whole run."""
+    _, text, layers = shapes.SHAPES["tiny"]
+    model = shapes.Model("m", shapes.configuration("qwen3_5", {**text, **shape}, layers))
+    need = memory.need(model, memory.Load(requests=16, request_tokens=196, prompt=316, prefill=2048), cpu=True)
+    assert need.weights / GIB == pytest.approx(weights, abs=0.05)
+    assert peak < need.total / GIB < peak + 0.75
+
+
+STATISTICS = "anon 5\ninactive_file {0}\ntotal_inactive_file {0}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "free"),
+    [
+        ("0::/", {}, 1000),
+        ("0::/", {"memory.max": "600", "memory.current": "200"}, 450),
+        ("0::/", {"memory.max": "max", "memory.current": "200"}, 1000),
+        ("0::/", {"memory.max": "100", "memory.current": "200"}, 0),
+        ("0::/", {"memory.max": "1000000", "memory.current": "0"}, 1000),
+        ("0::/a/b", {"a/memory.max": "700", "a/memory.current": "100", "a/b/memory.max": "max"}, 650),
+        ("0::/of/the/host", {"memory.max": "600", "memory.current": "200"}, 450),
+        (
+            "3:cpuset:/\n9:memory:/x",
+            {"memory/x/memory.limit_in_bytes": "600", "memory/x/memory.usage_in_bytes": "200"},
+            450,
+        ),
+        ("9:memory:/x", {"memory/memory.limit_in_bytes": "600", "memory/memory.usage_in_bytes": "200"}, 450),
+        (None, {"memory.max": "600", "memory.current": "200"}, 1000),
+    ],
+)
+def test_a_containers_limit_counts(line: str | None, files: dict[str, str], free: int, tmp_path: Path) -> None:
+    """Kilobytes; 50 of what is used are files that the kernel would drop."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 1000 kB\n")
+    if line is not None:
+        (tmp_path / "proc" / "self" / "cgroup").write_text(f"{line}\n")
+    for name, content in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{int(content) << 10}\n" if content.isdigit() else f"{content}\n")
+        (path.parent / "memory.stat").write_text(STATISTICS.format(50 << 10))
+    assert memory.free_host_memory(tmp_path) == free << 10
 
 
 # ---------------------------------------------------------------- what was asked for
@@ -170,21 +222,94 @@ def test_rates_and_pairs() -> None:
         command.parse_pairs("--env", ("=x",))
 
 
-def test_results_are_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}")
-    plan = command.Plan(
-        command.Options(out=tmp_path),
+def a_plan(**options: Any) -> command.Plan:
+    return command.Plan(
+        command.Options(**options),
         shapes.find("tiny", None),
         command.QUICK,
         (1,),
         (8,),
         True,
         LOAD,
-        memory.Need(1, 1, 1),
+        memory.Need(1, (2 << 30) + 1, 1),
         10,
     )
+
+
+def test_results_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
     with pytest.raises(CommandError, match="has results already"):
-        command.setup_of(plan)
+        command.setup_of(a_plan(out=tmp_path, work=tmp_path))
+
+
+@pytest.mark.parametrize("option", ["out", "work"])
+def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folders = {"out": tmp_path / "out", "work": tmp_path / "work", option: tmp_path / "file" / "folder"}
+    with pytest.raises(CommandError, match=rf"--{option}='.*folder' cannot be made: "):
+        command.setup_of(a_plan(**folders))
+
+
+def test_a_cpus_cache_is_as_large_as_was_counted(tmp_path: Path) -> None:
+    """vLLM's CPU build takes whole GiB from its variable, whatever the engine is told."""
+    setup = command.setup_of(a_plan(out=tmp_path / "out", work=tmp_path / "work"))
+    assert setup.environment("stock", "run")["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    asked = command.setup_of(a_plan(out=tmp_path / "out", work=tmp_path, variables=("VLLM_CPU_KVCACHE_SPACE=9",)))
+    assert asked.environment("overlay", "run")["VLLM_CPU_KVCACHE_SPACE"] == "9"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A machine with a vLLM of a few lines; its GPUs and its free memory can be set."""
+    arguments = "class EngineArgs:\n    model: str\n    max_num_seqs: int\n\n    def f(self) -> None:\n        a: int\n"
+    stub_vllm.write(
+        tmp_path / "site", {"engine/arg_utils.py": f"{arguments}\nclass AsyncEngineArgs(EngineArgs): ...\n"}
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found: dict[str, Any] = {"gpus": [], "free": 16 * GIB}
+    monkeypatch.setattr(memory, "gpus", lambda: found["gpus"])
+    monkeypatch.setattr(memory, "free_host_memory", lambda: found["free"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return found
+
+
+def test_without_a_gpu_the_tiny_model_is_the_default(machine: dict[str, Any]) -> None:
+    plan = command.settle(command.Options())
+    assert (plan.model.name, plan.model.layers, plan.cpu) == ("tiny", 4, True)
+    machine["free"] = 64 * GIB
+    asked = command.settle(command.Options(model="Qwen3.5-35B-A3B"))
+    assert asked.model.name == "Qwen3.5-35B-A3B" and 2 * asked.need.total <= 64 * GIB
+    machine["gpus"] = [(0, "H200", 139 * GIB)]
+    plan = command.settle(command.Options())
+    assert (plan.model.name, plan.cpu) == ("Qwen3.5-35B-A3B", False)
+
+
+def test_a_machine_without_the_memory_is_told_so(machine: dict[str, Any]) -> None:
+    machine["free"] = 4 * GIB
+    with pytest.raises(CommandError, match=r"2 engines of tiny with 4 layers need about .* this CPU"):
+        command.settle(command.Options())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("foo", "NAME=VALUE"),
+        ("foo=1", "no such engine argument"),
+        ("max_num_seq=4", "did you mean max_num_seqs"),
+        ("a=1", "no such"),
+    ],
+)
+def test_engine_arguments_are_judged_before_anything_is_made(
+    word: str, message: str, machine: dict[str, Any], tmp_path: Path
+) -> None:
+    options = command.Options(out=tmp_path / "out", work=tmp_path / "work", engine=(word,))
+    with pytest.raises(CommandError, match=message):
+        command.run(options)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "work").exists()
+
+
+def test_engine_arguments_of_this_vllm_pass(machine: dict[str, Any]) -> None:
+    command.check_engine({"max_num_seqs": 4})
 
 
 # ---------------------------------------------------------------- stock is stock
@@ -490,6 +615,41 @@ def test_every_table_is_shown_and_kept(data: dict[str, Any], tmp_path: Path) -> 
     for text in ("Qwen3.5-27B, 8 layers", "1 of 2", "fused / stock", "overlay / fused", "TPOT", "out of time"):
         assert text in shown
     assert "TOKENS DIFFER: overlay, N=2: 1 of 2 requests" in shown
+
+
+def test_a_cpu_says_nothing_about_speed(data: dict[str, Any], tmp_path: Path) -> None:
+    data |= {"cpu": True, "host_speed": {"Python": engines.paired_row({"stock": [1.0], "overlay": [1.5]})}}
+    report.show(data, Console(width=120, file=(tmp_path / "terminal").open("w")), tmp_path / "report.txt")
+    shown = (tmp_path / "report.txt").read_text()
+    assert shown.count(report.CPU) == 1
+    for text in ("/ stock", "decode step", "first token", "TPOT", "compile s", "host: the same", "faster", "GPU"):
+        assert text not in shown
+    assert "greedy tokens" in shown and "TOKENS DIFFER: overlay, N=2: 1 of 2 requests" in shown
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(CommandError, match=r"results\.json is of a CPU, which says nothing about speed"):
+        compare.run(tmp_path / "results.json", tmp_path / "results.json", Console())
+
+
+@given(low=st.floats(0.1, 2.0), width=st.floats(0.0, 1.0), rounds=st.integers(1, 3))
+def test_an_interval_that_contains_1_shows_no_difference(low: float, width: float, rounds: int) -> None:
+    found = {"ratio": low + width / 2, "low": low, "high": low + width}
+    shown = report.outcome(found, rounds)
+    assert (shown == report.NO_DIFFERENCE) == (rounds == 1 or low <= 1.0 <= low + width)
+    assert shown != report.FASTER or low + width < 1.0
+
+
+def test_each_arm_has_one_line_of_what_was_shown(data: dict[str, Any]) -> None:
+    shown = report.conclusions(data)
+    assert shown == [
+        "overlay, decode step, N: faster 1, 8",
+        "fused, decode step, N: slower 1, 8",
+        "overlay, time to first token, prompt: faster 100",
+        "fused, time to first token, prompt: slower 100",
+        "overlay, servers, TTFT at rate: no difference shown 4",
+        "overlay, servers, TPOT at rate: faster 4",
+    ]
+    data["decode"][1] = {"requests": 8, **engines.paired_row({"stock": [1.0] * 6, "overlay": [0.9] * 3 + [1.1] * 3})}
+    assert report.conclusions(data)[0] == "overlay, decode step, N: faster 1; no difference shown 8"
 
 
 def test_plots_are_written(data: dict[str, Any], tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 ``results.json`` (schema 2; times in seconds; written after every step)::
 
-    {"schema": 2, "command": ["…"], "overlay": {"version", "commit", "source"}, "host": {"gpu", "kernel", "date", …},
+    {"schema": 2, "command": ["…"], "cpu": false, "overlay": {"version", "commit", "source"}, "host": {"gpu", "kernel", "date", …},
      "model": {"name", "format", "layers", "linear_attention_layers", "tensor_parallel", "checkpoint"}, "memory": {…},
      "pair": {"stock": {"vllm", "torch", "compile_seconds", "build_seconds", "counters", …}, "overlay": {…},
               "weights_equal": true, "started_together": false, "journals": {"overlay": […]}},
@@ -25,28 +25,32 @@ microseconds; timeline.py says what its rows hold.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from overlay.cli import vllms
 from overlay.cli.bench import engines, formats, memory, report, serving, shapes, timeline
 from overlay.cli.bench.engines import Engines
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import REPOSITORY, Results, different
 from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITHOUT_OVERLAY, Setup
 from overlay.cli.bench.workers import WorkerError
-from overlay.cli.failure import CommandError
+from overlay.cli.failure import CommandError, without_credentials
 from overlay.cli.options import parse_words
 
 if TYPE_CHECKING:
@@ -89,7 +93,7 @@ QUICK = Effort(16, 1, 5, 16, 4, 2, 8.0, 1)
 class Options:
     """What was asked for. None: chosen here."""
 
-    model: str = shapes.DEFAULT_SHAPE
+    model: str | None = None
     format: str = formats.DEFAULT
     layers: int | None = None
     tensor_parallel: int = 1
@@ -188,10 +192,28 @@ def parse_engine(words: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def check_engine(arguments: Mapping[str, Any]) -> None:
+    """Raise CommandError for an argument that this Python's vLLM does not take, by its source."""
+    vllm = vllms.find(None, None)
+    source = vllms.read(lambda: vllm.tree.read("vllm.engine.arg_utils"), vllm.path)
+    fields = re.search(
+        r"^class EngineArgs\b.*?(?=^    (?:def|@))", source.text if source else "", re.MULTILINE | re.DOTALL
+    )
+    known = re.findall(r"^    (\w+):", fields[0] if fields else "", re.MULTILINE)
+    for name in arguments if known else ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            raise CommandError(
+                f"--engine {name}: vLLM {vllm.version} has no such engine argument"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+
+
 def settle(options: Options) -> Plan:
     """Look at the machine and the model. Raises CommandError for everything that cannot work."""
     if importlib.util.find_spec("vllm") is None:
         raise CommandError("there is no vLLM in this Python; run it where vLLM is, or put its folder on PYTHONPATH")
+    check_engine(parse_engine(options.engine))
     gpus = memory.visible(memory.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     cpu = not gpus
     shards = options.tensor_parallel
@@ -218,7 +240,8 @@ def settle(options: Options) -> Plan:
         prompt=max(longest, tokens),
         prefill=min(PREFILL_TOKENS, max(2048, longest)),
     )
-    model = shapes.find(options.model, options.layers).with_format(options.format)
+    name = options.model or (shapes.CPU_SHAPE if cpu else shapes.DEFAULT_SHAPE)
+    model = shapes.find(name, options.layers).with_format(options.format)
     most = model.text.get("max_position_embeddings")
     if most and load.prompt > int(most):
         raise CommandError(
@@ -255,14 +278,20 @@ def setup_of(plan: Plan) -> Setup:
     """Folders and environments of this run."""
     options = plan.options
     out = options.out or Path(time.strftime("bench-%Y%m%d-%H%M%S"))
-    if (out / "results.json").exists():
-        raise CommandError(f"--out={str(out)!r} has results already; allowed is a new folder")
+    work = options.work or Path(tempfile.gettempdir()) / f"vllm-overlay-bench-{os.getuid()}"
     variables = parse_pairs("--env", options.variables)
     overlay = parse_pairs("--overlay-env", options.overlay_variables)
-    if plan.cpu:  # or the overlay leaves everything as it is: there are no streams
+    if plan.cpu:
+        # There are no streams, and without this the overlay leaves everything as it is.
         overlay.setdefault("VLLMOVERLAY_SERIAL_PASS_THROUGH", "1")
+        # Whole GiB, and stronger than the engine's own argument.
+        variables.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(plan.need.cache / memory.GIB)))
+    if (out / "results.json").exists():
+        raise CommandError(f"--out={str(out)!r} has results already; allowed is a new folder")
+    _make("--out", out)
+    _make("--work", work)
     return Setup(
-        work=(options.work or Path(tempfile.gettempdir()) / f"vllm-overlay-bench-{os.getuid()}").resolve(),
+        work=work.resolve(),
         out=out.resolve(),
         site=vllm_folders(dict(os.environ)),
         budget=options.budget,
@@ -275,6 +304,13 @@ def setup_of(plan: Plan) -> Setup:
         flashinfer=importlib.util.find_spec("flashinfer") is not None,
         installed=is_installed(),
     )
+
+
+def _make(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{option}={str(folder)!r} cannot be made: {error}") from error
 
 
 def engine_arguments(plan: Plan, setup: Setup, folder: Path) -> dict[str, Any]:
@@ -303,7 +339,6 @@ def run(options: Options) -> int:
 
     plan = settle(options)
     setup = setup_of(plan)
-    setup.work.mkdir(parents=True, exist_ok=True)
     console = output.console()
     with _alone(setup.work), Progress(console) as progress, _stoppable():
         results = Results(setup.out / "results.json", progress.problem)
@@ -316,7 +351,8 @@ def run(options: Options) -> int:
         except (WorkerError, serving.ServingError) as error:
             results.problem(str(error))
     report.show(results.data, console, setup.out / "report.txt")
-    _plots(results.data, setup.out, console)
+    if not plan.cpu:
+        _plots(results.data, setup.out, console)
     console.print(f"results: {setup.out}", soft_wrap=True)
     return status(results.data)
 
@@ -330,7 +366,8 @@ def status(data: dict[str, Any]) -> int:
 
 def _describe(plan: Plan, results: Results, progress: Progress) -> None:
     model, options = plan.model, plan.options
-    results.put("command", value=sys.argv)
+    results.put("command", value=[without_credentials(word) for word in sys.argv])
+    results.put("cpu", value=plan.cpu)
     results.put(
         "model",
         value={
@@ -344,6 +381,8 @@ def _describe(plan: Plan, results: Results, progress: Progress) -> None:
         },
     )
     results.put("memory", value={"engine": plan.need.as_dict(), "engines": len(options.arms), "free": plan.free})
+    if plan.cpu:
+        progress.say(f"no NVIDIA GPU is visible. {report.CPU}")
     progress.say(
         f"{model.name}, {model.format_name}, {model.layers} layers; arms {', '.join(options.arms)}; {plan.need.total / memory.GIB:.1f} GiB "
         f"per engine and GPU, {plan.free / memory.GIB:.1f} GiB free"

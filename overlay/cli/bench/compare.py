@@ -83,6 +83,9 @@ class Subject:
 def run(old: Path, new: Path, console: Console) -> int:
     """Compare two results files and show the table. 1: something is slower, or tokens differ that did not."""
     before, after = read(old), read(new)
+    for data, path in ((before, old), (after, new)):
+        if data.get("cpu"):
+            raise CommandError(f"not comparable: {path} is of a CPU, which says nothing about speed")
     first, second = subject(before, old), subject(after, new)
     if first != second:
         raise CommandError(f"not comparable: {old} is of {first}, {new} is of {second}")

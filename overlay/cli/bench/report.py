@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FILE_COLUMNS = 170
 #: Processes whose Python is no further apart than this have equal CPUs.
 EVEN_HOST = 0.01
+#: All that a run without a GPU says about times.
+CPU = "CPU: says nothing about speed, for there are no streams; it shows whether tokens differ"
+FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference shown"
 
 
 def table(title: str, *columns: str) -> Table:
@@ -34,17 +37,29 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
 
 
+STYLES = {FASTER: "green", SLOWER: "red", NO_DIFFERENCE: ""}
+
+
+def outcome(found: dict[str, Any], rounds: int | None = None) -> str:
+    """What an interval of ratios to stock shows. One round alone has no interval."""
+    if rounds == 1 or found["low"] <= 1.0 <= found["high"]:
+        return NO_DIFFERENCE
+    return FASTER if found["high"] < 1.0 else SLOWER
+
+
 def ratio(found: dict[str, Any] | None) -> Text:
     """A ratio with its interval: green where all of it is below 1, red where all of it is above."""
     if not found:
         return Text("-")
     text = f"{found['ratio']:.3f} ({found['low']:.3f}..{found['high']:.3f})"
-    return Text(text, style="green" if found["high"] < 1.0 else "red" if found["low"] > 1.0 else "")
+    return Text(text, style=STYLES[outcome(found)])
 
 
 def tables(data: dict[str, Any]) -> list[Any]:
     """Everything that a results file of `bench` holds, as rich renderables."""
     shown: list[Any] = [Text(head(data))]
+    if data.get("cpu"):
+        return [*shown, *([tokens(data["tokens"])] if data.get("tokens") else []), Text(CPU), *notes(data)]
     for key, make in (
         ("tokens", tokens),
         ("decode", decode),
@@ -55,12 +70,33 @@ def tables(data: dict[str, Any]) -> list[Any]:
         if data.get(key):
             shown.append(make(data[key]))
     shown += [timeline(row) for row in data.get("timeline") or []]
-    return [*shown, *notes(data)]
+    return [*shown, *(Text(text) for text in conclusions(data)), *notes(data)]
+
+
+def conclusions(data: dict[str, Any]) -> list[str]:
+    """One line for each table of ratios and arm: at which sizes the arm is faster than stock, slower, or neither is shown."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for title, key, rows in (
+        ("decode step, N", "requests", data.get("decode") or []),
+        ("time to first token, prompt", "prompt", data.get("first_token") or []),
+    ):
+        for row in rows:
+            for arm, values in arms_of(row).items():
+                line = found.setdefault(f"{arm}, {title}", {})
+                line.setdefault(outcome(values, row["rounds"]), []).append(str(row[key]))
+    for row in (data.get("serving") or {}).get("rows") or []:
+        line = found.setdefault(f"{row['arm']}, servers, {row['metric'].upper()} at rate", {})
+        line.setdefault(outcome(row), []).append(f"{row['rate']:g}")
+    return [
+        f"{what}: " + "; ".join(f"{state} {', '.join(sizes)}" for state in STYLES if (sizes := line.get(state)))
+        for what, line in found.items()
+    ]
 
 
 def notes(data: dict[str, Any]) -> list[Text]:
     """What went wrong or was left out, the worst last: there it is seen."""
-    shown = [Text(text, style="yellow") for text in uneven_hosts(data.get("host_speed", {}))]
+    hosts = {} if data.get("cpu") else data.get("host_speed", {})
+    shown = [Text(text, style="yellow") for text in uneven_hosts(hosts)]
     shown += [Text(text, style="yellow") for text in different_control(data.get("tokens") or [])]
     shown += [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
     shown += [Text(f"PROBLEM {text[:800]}", style="bold red") for text in data.get("problems", [])]
@@ -90,8 +126,9 @@ def uneven_hosts(rows: dict[str, dict[str, Any]]) -> list[str]:
 def head(data: dict[str, Any]) -> str:
     """Where and with what it was measured."""
     host, overlay = data.get("host", {}), data.get("overlay", {})
+    where = f"CPU, {host.get('cores')} cores" if data.get("cpu") else f"GPU {host.get('gpu')}"
     lines = [
-        f"GPU {host.get('gpu')}; kernel {host.get('kernel')}; {host.get('date')}",
+        f"{where}; kernel {host.get('kernel')}; {host.get('date')}",
         f"overlay {overlay.get('version')}, source {overlay.get('source')}, commit {overlay.get('commit')}",
     ]
     model = data.get("model")

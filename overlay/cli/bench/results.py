@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from overlay.cli.failure import without_credentials
+
 #: The folder that holds the package `overlay`: what goes on PYTHONPATH.
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCHEMA = 2
@@ -88,6 +90,7 @@ class Results:
 
     def problem(self, text: str) -> None:
         """Something that did not work; it stands in the file and in the report."""
+        text = without_credentials(text)
         self._say(f"PROBLEM {text}")
         self.data["problems"].append(text)
         self.save()

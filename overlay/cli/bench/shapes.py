@@ -123,6 +123,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any], int]] = {
 #: A folder with one of these is a checkpoint; without, its config.json is a shape.
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 DEFAULT_SHAPE = "Qwen3.5-35B-A3B"
+#: Where there is no GPU: larger shapes take hours there to say nothing about speed.
+CPU_SHAPE = "tiny"
 #: Fields that say how many routed experts there are, by family.
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 

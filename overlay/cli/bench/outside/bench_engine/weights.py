@@ -186,6 +186,6 @@ def checksum(model: Any) -> str:
             continue
         words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
         flat = (data.to(torch.int8) if data.dtype == torch.bool else data.contiguous().view(words)).flatten()
-        part = sum(int(piece.sum(dtype=torch.int64)) for piece in flat.split(1 << 28))
+        part = sum(int(piece.sum(dtype=torch.int64)) for piece in flat.split(1 << 24))
         total = (total * 31 + zlib.crc32(name.encode()) + part) & 0xFFFFFFFFFFFFFFFF
     return f"{total:016x}"
