@@ -5,7 +5,8 @@
 Two servers of the same tiny Qwen3.5 model with three LoRA adapters get the same kinds of requests at the same time: short
 and long prompts, base model and adapters, whole and streamed answers, and clients that hang up in the middle. Between
 spells of load, when the engines are empty, requests are sent alone, and their tokens have to be those that stock gave
-before any load, each time. Answers under load are compared, too; how often stock's own differ is the control.
+before any load, each time. Answers under load are compared, too: they may leave the reference where two tokens were as
+likely, since a batch of another make-up may round differently, and nowhere else.
 
 Exit status: 1 for an error, a different token, a request that stays in the engine, memory that is shown to grow beyond
 stock's by more than the limit, or an overlay without effect; 130 if it was interrupted without any of these. What is
@@ -55,6 +56,8 @@ def serve_arguments() -> list[str]:
         *("--max-model-len", "512"),
         *("--max-num-batched-tokens", "256"),
         "--enable-lora",
+        # Not gdn's two projections: with adapters on them gdn would leave its layers stock. vLLM has this from 0.19.0 on.
+        *("--lora-target-modules", "qkv_proj", "o_proj", "out_proj", "gate_up_proj", "down_proj"),
         # One more than there are adapters: vLLM 0.32.0 on a CPU gives a base request whatever is in the last slot.
         *("--max-loras", str(len(ADAPTERS) + 1)),
         *("--max-lora-rank", str(max(RANKS))),
@@ -70,8 +73,8 @@ def shares_of(cores: list[int]) -> tuple[list[int], list[int]]:
 
 
 @contextlib.contextmanager
-def both_servers(progress: Progress) -> Iterator[dict[str, Server]]:
-    """Both alive at once. On a GPU one starts after the other: vLLM measures the free memory of the device meanwhile."""
+def both_servers(progress: Progress, folder: Path) -> Iterator[dict[str, Server]]:
+    """Both alive at once, with what they write in `folder`. On a GPU one starts after the other: vLLM measures the free memory of the device meanwhile."""
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
         for name, cores in zip((STOCK, OVERLAY), shares_of(sorted(os.sched_getaffinity(0))), strict=True):
@@ -86,7 +89,7 @@ def both_servers(progress: Progress) -> Iterator[dict[str, Server]]:
                     sys.executable,
                     MODELS_FOLDER / MODEL,
                     overlay=name == OVERLAY,
-                    folder=FOLDER / name,
+                    folder=folder / name,
                     env=settings,
                     args=serve_arguments(),
                 )
@@ -133,8 +136,14 @@ class Runner:
 
     def check_alone(self, requests: list[Request]) -> None:
         """Each request by itself. The first answers of stock are the reference."""
-        answers = self.both("requests alone", lambda _, server, __: alone(server, requests, self.stop))
-        if not self.soak.reference:
+        first = not self.soak.reference
+        answers = self.both(
+            "requests alone",
+            lambda name, server, _: alone(
+                server, requests, self.stop, self.soak.margins if first and name == STOCK else None
+            ),
+        )
+        if first:
             failed = [text for text in answers[STOCK].values() if isinstance(text, str)]
             if failed:
                 raise ServerError(f"stock did not answer before there was any load: {failed[0]}")
@@ -153,6 +162,7 @@ class Runner:
                 server,
                 pool,
                 self.soak.reference,
+                self.soak.margins,
                 side.tally,
                 seconds=seconds,
                 clients=self.clients,
@@ -204,7 +214,7 @@ def soak(minutes: float, clients: int, growth_limit: float, out: Path) -> int:
             make_models([MODEL, *ADAPTERS.values()])
         with contextlib.ExitStack() as stack:
             with progress.doing("two servers"):
-                servers = stack.enter_context(both_servers(progress))
+                servers = stack.enter_context(both_servers(progress, out.parent))
             for name, server in servers.items():
                 result.sides[name].start_seconds = server.start_seconds
             sampler = Sampler({name: server.process_ids for name, server in servers.items()})
@@ -258,7 +268,7 @@ def main() -> None:
         growth_limit: float = typer.Option(
             5.0, help="MiB per minute that the overlay's processes may grow beyond stock's; less for a longer soak"
         ),
-        out: Path = typer.Option(FOLDER / "result.json", help="the result as JSON"),  # noqa: B008 - typer's way
+        out: Path = typer.Option(FOLDER / "result.json", help="the result as JSON; the servers' logs are beside it"),  # noqa: B008 - typer's way
     ) -> None:
         """Mixed load on a stock server and one with the overlay: errors, tokens, memory."""
         if minutes <= 0 or clients < 1:

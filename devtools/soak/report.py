@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from devtools.soak import memory
-from devtools.soak.load import Tally, Tokens
+from devtools.soak.load import Margins, Tally, Tokens
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,6 +82,7 @@ class Soak:
     sides: dict[str, Side] = field(default_factory=lambda: {STOCK: Side(), OVERLAY: Side()})
     samples: dict[str, Any] = field(default_factory=lambda: {"resident": {STOCK: [], OVERLAY: []}, "device": []})
     reference: dict[str, Tokens] = field(default_factory=dict)
+    margins: dict[str, Margins] = field(default_factory=dict)
     journals: list[Journal] = field(default_factory=list)
     load_seconds: float = 0.0
     interrupted: bool = False
@@ -110,8 +111,8 @@ class Soak:
         stock, overlay = self.sides[STOCK], self.sides[OVERLAY]
         if overlay.tally.different and not stock.tally.different:
             found.append(
-                f"overlay: {overlay.tally.different.total()} answers under load are not those to the same request alone; "
-                f"all of stock's are"
+                f"overlay: {overlay.tally.different.total()} answers under load leave those to the same request alone where "
+                f"rounding decides nothing; none of stock's do"
             )
         if len(set(self.reference.values())) * 2 < len(self.reference):
             found.append("most requests have the same answer, which proves nothing")
@@ -187,7 +188,10 @@ def table(soak: Soak) -> Table:
     row("errors", lambda side, _: str(side.tally.errors.total()))
     row("left in the engine", lambda side, _: str(side.left))
     row("sent alone: checks, different", lambda side, _: f"{side.compared}, {len(side.different)}")
-    row("under load: same, different", lambda side, _: f"{side.tally.same}, {side.tally.different.total()}")
+    row(
+        "under load: same, rounded, different",
+        lambda side, _: f"{side.tally.same}, {len(side.tally.rounded)}, {side.tally.different.total()}",
+    )
     row("processes", lambda side, _: str(side.processes))
     row("resident, MiB: first, last", lambda _, name: _ends(soak.samples["resident"][name]))
     row("grows, MiB per minute (95 %)", lambda _, name: _slope(growth[name]))
@@ -197,8 +201,8 @@ def table(soak: Soak) -> Table:
         result.add_row("  grows, MiB per minute (95 %)", _slope(growth["device"]), "")
     result.caption = (
         f"Growth over the second half. It fails when the overlay is shown to grow by more than {soak.growth_limit:g} MiB "
-        "per minute beyond stock. Different answers under load fail only where stock has none of its own: a request's batch "
-        "may change how its sums are rounded."
+        "per minute beyond stock. Rounded: the answer leaves the one to the same request alone where two tokens were about as "
+        "likely, for a request's batch may change how its sums are rounded. Different ones fail where stock has none."
     )
     result.caption_justify = "left"
     return result

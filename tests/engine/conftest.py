@@ -91,7 +91,6 @@ def run_engine(
     overlay: bool,
     compiled: bool = False,
     tensor_parallel_size: int = 1,
-    lora: pathlib.Path | None = None,
     adapters: Sequence[pathlib.Path] = (),
     behind: pathlib.Path | None = None,
     options: dict[str, Any] | None = None,
@@ -108,7 +107,6 @@ def run_engine(
         "model": str(model),
         "compiled": compiled,
         "tensor_parallel_size": tensor_parallel_size,
-        "lora": str(lora) if lora else None,
         "adapters": [str(adapter) for adapter in adapters],
         "options": options or {},
     }
@@ -143,19 +141,15 @@ def engine(model: Callable[[str], pathlib.Path], tmp_path_factory: pytest.TempPa
     """`engine(name, overlay=…, compiled=…, …)`: the run of a tiny model; the same arguments give the same run."""
     runs: dict[tuple[Any, ...], Run] = {}
 
-    def get(
-        name: str, *, overlay: bool, compiled: bool = False, tensor_parallel_size: int = 1, lora: bool = False
-    ) -> Run:
-        key = (name, overlay, compiled, tensor_parallel_size, lora)
+    def get(name: str, *, overlay: bool, compiled: bool = False, tensor_parallel_size: int = 1) -> Run:
+        key = (name, overlay, compiled, tensor_parallel_size)
         if key not in runs:
-            adapter = model(f"{name}-lora") if lora else None
             runs[key] = run_engine(
                 model(name),
                 tmp_path_factory.mktemp("engine"),
                 overlay=overlay,
                 compiled=compiled,
                 tensor_parallel_size=tensor_parallel_size,
-                lora=adapter,
                 **(PASS_THROUGH if overlay else {}),
                 **({} if overlay and compiled and name == ALL_PROCESSES else FEW_PROCESSES),
             )

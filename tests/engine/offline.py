@@ -29,22 +29,12 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         tensor_parallel_size=request["tensor_parallel_size"],
         skip_tokenizer_init=True,
     )
-    if request["lora"]:
-        options.update(enable_lora=True, max_lora_rank=8)
     options.update(request.get("options", {}))
     engine = LLM(**options)
     sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     # No log probabilities: for them vLLM compiles a kernel with Inductor on the CPU, half a minute of every run.
-    answers = {"base": [list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling)]}
-    if request["lora"]:
-        from vllm.lora.request import LoRARequest
-
-        adapter = LoRARequest("adapter", 1, request["lora"])
-        answers["lora"] = [
-            list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling, lora_request=adapter)
-        ]
-    return answers
+    return {"base": [list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling)]}
 
 
 def adapt(request: dict[str, Any]) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def _processes_in(folder: Path) -> list[str]:
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
-    process = _start(tmp_path, "--arms", "stock,overlay,control", "--batches", "1,2", "--prompts", "8,100")
+    process = _start(tmp_path, "--batches", "1,2", "--prompts", "8,100")
     output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output[-3000:]
     found = _results(tmp_path)
     assert found["problems"] == found["unfinished"] == []
     pair = found["pair"]
     assert pair["weights_equal"]
-    assert pair["stock"]["overlay_modules"] == pair["control"]["overlay_modules"] == []
+    assert pair["stock"]["overlay_modules"] == []
     assert "overlay.hooks" in pair["overlay"]["overlay_modules"] and list(pair["journals"]) == ["overlay"]
     assert pair["journal"][0]["patched"] == found["model"]["linear_attention_layers"] == 3
     assert pair["journal"][0]["calls"]["serial"]["serial pass-through"] > 0
@@ -74,7 +74,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert [row["prompt"] for row in found["first_token"]] == [8, 100]
     for row in [*found["decode"], *found["first_token"], found["host_speed"]["Python"]]:
         assert 0.0 < row["low"] <= row["ratio"] <= row["high"]
-        assert list(row["arms"]) == ["overlay", "control"]
+        assert list(row["arms"]) == ["overlay"]
     report = (tmp_path / "out" / "report.txt").read_text()
     for shown in (report, output):
         assert "greedy tokens against stock" in shown and "CPU: says nothing about speed" in shown

@@ -62,7 +62,7 @@ def test_a_mounted_bundle_gives_the_tokens_of_stock(
     }
     environment = servers.environment(False, tmp_path, os.environ, extra)
     environment["PYTHONPATH"] = os.pathsep.join([str(theirs), str(overlay)])
-    request = {"model": str(model(NAME)), "compiled": False, "tensor_parallel_size": 1, "lora": None}
+    request = {"model": str(model(NAME)), "compiled": False, "tensor_parallel_size": 1}
     result = run_offline(python, request, environment, tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert json.loads((tmp_path / "answers.json").read_text()) == stock.answers

@@ -340,7 +340,7 @@ assert "overlay.hooks" not in sys.modules
 from overlay.bootstrap import arm
 arm()
 import json, pathlib
-request = {{"model": {str(model(MODEL))!r}, "compiled": False, "tensor_parallel_size": 1, "lora": None}}
+request = {{"model": {str(model(MODEL))!r}, "compiled": False, "tensor_parallel_size": 1}}
 pathlib.Path("answers.json").write_text(json.dumps(offline.run(request)))
 """
     settings = {

@@ -57,16 +57,6 @@ def test_sizes_are_per_shard_with_two_real_shards(engine: Engine, name: str) -> 
         assert journal.raw["loop"] == "WorkerProc.worker_busy_loop"
 
 
-def test_lora_on_the_projections_leaves_them_stock(engine: Engine) -> None:
-    """Whether there is LoRA shows when the model has been loaded: the pair is given back before vLLM traces."""
-    stock, overlay = (engine("qwen3_5_text", overlay=side, lora=True) for side in (False, True))
-    assert_same_answers(overlay, stock)
-    assert stock.answers["lora"] != stock.answers["base"], "the adapter changes nothing, so the test shows nothing"
-    (gdn,) = (patch for patch in overlay.workers[0].patches if patch.name == "gdn")
-    assert set(gdn.refused.values()) == {"LoRA on the projections"} and not gdn.layers and not gdn.calls
-    assert len(gdn.refused) == tiny_models.gdn_layers("qwen3_5_text")
-
-
 def test_every_process_of_the_engine_has_a_journal(engine: Engine) -> None:
     overlay = engine("qwen3_5_text", overlay=True, compiled=True)
     roles = [journal.role for journal in overlay.journals]

@@ -104,7 +104,6 @@ def engine_on(
         "model": str(model),
         "compiled": True,
         "tensor_parallel_size": NODES,
-        "lora": None,
         "options": options,
     }
     result = run_offline(sys.executable, request, first, folder)

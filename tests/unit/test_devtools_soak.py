@@ -24,6 +24,7 @@ from devtools.soak.__main__ import shares_of
 from overlay.cli.journals import Journal, Patch
 
 POOL = load.make_pool(["first", "second"])
+MARGIN = 0.5
 
 
 def tokens_of(model: str, prompt: list[int], count: int) -> list[int]:
@@ -56,7 +57,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream" if asked.get("stream") else "application/json")
         self.end_headers()
         if not asked.get("stream"):
-            self.wfile.write(json.dumps(self._part(tokens)).encode())
+            self.wfile.write(json.dumps(self._part(tokens, asked.get("logprobs") == 2)).encode())
             return
         try:
             for token in tokens:
@@ -67,8 +68,10 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.hung_up.release()
 
-    def _part(self, tokens: list[int]) -> dict[str, Any]:
-        choice = {"index": 0, "text": "", "finish_reason": None, "logprobs": None, "token_ids": tokens}
+    def _part(self, tokens: list[int], logprobs: bool = False) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": None, "logprobs": None, "token_ids": tokens}
+        if logprobs:  # the chosen token may be one more beside the likeliest two
+            choice["logprobs"] = {"top_logprobs": [{"a": -2.0 - MARGIN, "b": -2.0, "c": -9.0} for _ in tokens]}
         return {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
 
 
@@ -88,9 +91,13 @@ def reference() -> dict[str, load.Tokens]:
     return {one.name: tuple(tokens_of(one.model, list(one.prompt), one.new_tokens)) for one in POOL}
 
 
-def loaded(server: servers.Server, wanted: dict[str, load.Tokens]) -> load.Tally:
+def margins(margin: float = MARGIN) -> dict[str, load.Margins]:
+    return {one.name: (margin,) * one.new_tokens for one in POOL}
+
+
+def loaded(server: servers.Server, wanted: dict[str, load.Tokens], margin: float = MARGIN) -> load.Tally:
     tally = load.Tally()
-    load.put_load(server, POOL, wanted, tally, seconds=1.5, clients=4, seed=1, stop=threading.Event())
+    load.put_load(server, POOL, wanted, margins(margin), tally, seconds=1.5, clients=4, seed=1, stop=threading.Event())
     return tally
 
 
@@ -117,11 +124,41 @@ def test_load_is_mixed_and_answers_are_compared(server: servers.Server) -> None:
         assert handler.hung_up.acquire(timeout=5), "a client that hung up has to be gone for the server"
 
 
+def other(place: int) -> dict[str, load.Tokens]:
+    """The reference, with another token at a place of each answer."""
+    found = {name: list(tokens) for name, tokens in reference().items()}
+    for tokens in found.values():
+        tokens[place] += 1
+    return {name: tuple(tokens) for name, tokens in found.items()}
+
+
+@pytest.mark.parametrize("place", [0, 5])
+@pytest.mark.parametrize("margin", [load.TIE, load.TIE + 0.01])
+def test_an_answer_under_load_may_leave_the_reference_only_where_two_tokens_are_as_likely(
+    place: int, margin: float
+) -> None:
+    tally = load.Tally()
+    sure = {one.name: tuple(margin if at == place else 9.0 for at in range(one.new_tokens)) for one in POOL}
+    for request in POOL:
+        tally.finished(load.WHOLE, request, reference()[request.name], other(place), sure)
+    assert tally.same == 0
+    if margin <= load.TIE:
+        assert tally.rounded == [margin] * len(POOL) and not tally.different
+    else:
+        assert tally.rounded == [] and set(tally.different) == {one.name for one in POOL}
+
+
 def test_other_tokens_under_load_are_counted_by_request(server: servers.Server) -> None:
     wanted = reference()
-    wanted[POOL[0].name] = (0,)
+    wanted[POOL[0].name] = other(0)[POOL[0].name]
     tally = loaded(server, wanted)
-    assert set(tally.different) == {POOL[0].name} and tally.same > 0
+    assert set(tally.different) == {POOL[0].name} and tally.same > 0 and not tally.errors
+
+
+def test_the_first_answers_come_with_margins(server: servers.Server) -> None:
+    found: dict[str, load.Margins] = {}
+    assert load.alone(server, POOL, threading.Event(), found) == reference()
+    assert found == {name: pytest.approx(values) for name, values in margins().items()}
 
 
 def test_too_few_tokens_are_an_error_and_not_asked_for_without_a_pause(server: servers.Server) -> None:
@@ -140,7 +177,7 @@ def test_stop_ends_the_load_at_once(server: servers.Server) -> None:
     stop = threading.Event()
     stop.set()
     tally = load.Tally()
-    load.put_load(server, POOL, reference(), tally, seconds=600, clients=2, seed=1, stop=stop)
+    load.put_load(server, POOL, reference(), margins(), tally, seconds=600, clients=2, seed=1, stop=stop)
     assert tally.sent.total() == 0 and load.alone(server, POOL, stop) == {}
 
 

@@ -1,0 +1,42 @@
+"""A minute of `make soak`: real servers under mixed load, stock and overlay, asked over HTTP with the openai client."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from devtools import tiny_models
+from devtools.soak import load, report
+from overlay.cli import journals
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.timeout(600)  # half of that on two cores that have other work
+def test_a_minute_of_mixed_load(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "devtools.soak", "--minutes", "1", "--out", str(out)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=570,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    found = json.loads(out.read_text())
+    for side in found["sides"].values():
+        assert set(side["by_kind"]) == set(load.WEIGHTS) and side["under_load"]["same"] > 10
+        assert len(side["checks"]) > 1 and not any(check["different"] for check in side["checks"])
+    assert set(found["overlay_calls"]) == set(report.EXPECTED_PATCHES)
+    assert found["overlay_calls"]["gdn"]["layers"] == tiny_models.gdn_layers("qwen3_5_text")
+    written = journals.read(tmp_path / "overlay" / "journals")
+    loops = {journal.role.partition("_")[0]: journal.raw["loop"] for journal in written}
+    assert loops["APIServer"] is None and loops["EngineCore"] == "EngineCoreProc.run_busy_loop", loops
+    assert not list((tmp_path / "stock" / "journals").iterdir())
