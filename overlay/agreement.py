@@ -44,7 +44,7 @@ _LONGEST_PAUSE_SECONDS = 0.05
 NAME = "agreement"
 ALIKE = "alike"
 #: Settings that say where and how loudly something is said, or what becomes of a failure, but not what a rank runs.
-_MAY_DIFFER = ("enabled", "strict", "log_level", "journal_folder")
+_MAY_DIFFER = ("enabled", "strict", "log_level", "journal_folder", "retired")
 _PREFIX = "vllm_overlay/agreement"
 _RESULT = "result"
 _NAMED = 8

@@ -66,6 +66,8 @@ def _prepare() -> Settings | None:
         if not settings.enabled:
             return None
         log.hold(settings.log_level)
+        for line in settings.retired:
+            log.logger.warning("overlay: %s", line)
         safety.check_code(os.path.dirname(__file__))
         _set_hooks(settings)
     except Exception as error:

@@ -19,7 +19,9 @@ FAMILY = "VLLMOVERLAY"
 HABITUAL = "VLLM_OVERLAY"
 PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling")
 AUTO = "auto"
-PLANS = (AUTO, "dual", "serial", "fused")
+PLANS = (AUTO, "dual", "serial")
+#: One GEMM for both projections, up to overlay 0.1. Who still asks for it gets `auto` and a WARNING.
+RETIRED_PLAN, RETIRED_NAME = "fused", f"{FAMILY}_INEXACT"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON = ("1", "true", "on", "yes")
 OFF = ("0", "false", "off", "no")
@@ -53,11 +55,11 @@ class Settings:
     patches: tuple[str, ...] = PATCH_NAMES
     strict: bool = False
     plan: str = AUTO
-    inexact: bool = False  #: whether a fused plan may change bits
     token_threshold: int | None = None  #: None: each patch has its own
     serial_pass_through: bool = False
     log_level: str = "info"
     journal_folder: str = ""
+    retired: tuple[str, ...] = ()  #: one line for each setting that was set and no longer does anything
 
     @property
     def forks(self) -> str:
@@ -123,7 +125,6 @@ _VARIABLES: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     f"{FAMILY}_PATCHES": ("patches", _patches),
     f"{FAMILY}_STRICT": ("strict", _switch),
     f"{FAMILY}_PLAN": ("plan", _one_of(PLANS)),
-    f"{FAMILY}_INEXACT": ("inexact", _switch),
     f"{FAMILY}_TOKEN_THRESHOLD": ("token_threshold", _tokens),
     f"{FAMILY}_SERIAL_PASS_THROUGH": ("serial_pass_through", _switch),
     f"{FAMILY}_LOG_LEVEL": ("log_level", _one_of(LOG_LEVELS)),
@@ -179,7 +180,13 @@ def load(environ: Mapping[str, str]) -> Settings:
             raise SettingsError(name, value, allowed)
         if name != FAMILY and not name.startswith(f"{FAMILY}_"):
             continue
-        if name not in _VARIABLES:
+        if (name, value.strip().lower()) == (f"{FAMILY}_PLAN", RETIRED_PLAN) or (name == RETIRED_NAME and value):
+            found["retired"] = (
+                *found.get("retired", ()),
+                f"{name}={value} does nothing any more, the plan is measured",
+            )
+            continue
+        if name not in _VARIABLES and name != RETIRED_NAME:
             raise SettingsError(name, value, f"no such setting; the family has {', '.join(_VARIABLES)}")
         if value == "":
             continue

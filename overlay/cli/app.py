@@ -166,7 +166,7 @@ def bench(
     arms: Annotated[
         str,
         typer.Option(
-            help="Of stock, overlay, the overlay with one plan (auto, dual, fused, serial), and control: stock again."
+            help="Of stock, overlay, the overlay with one plan (auto, dual, serial), and control: stock again."
         ),
     ] = "stock,overlay",
     batches: Annotated[

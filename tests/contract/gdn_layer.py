@@ -26,7 +26,7 @@ from .released import releases, tree
 torch = pytest.importorskip("torch")
 
 HIDDEN = 16
-OVERLAY_OP, OVERLAY_OP_ONE = "gdn_in_proj", "gdn_in_proj_one"
+START, START_LAYER, JOIN = "start", "start_layer", "join"
 
 # ---------------------------------------------------------------------------------------------- the surroundings
 
@@ -250,6 +250,7 @@ def _stand_in_for_vllm() -> dict[str, types.ModuleType]:
         "vllm.forward_context",
         "vllm.model_executor",
         "vllm.model_executor.layers",
+        "vllm.model_executor.layers.linear",
         "vllm.model_executor.layers.utils",
         "vllm.platforms",
         "vllm.utils",
@@ -276,6 +277,8 @@ def _stand_in_for_vllm() -> dict[str, types.ModuleType]:
     modules["vllm.forward_context"].__dict__.update(
         get_forward_context=lambda: current[0], override_forward_context=override_forward_context
     )
+    linears = ("ColumnParallelLinear", "MergedColumnParallelLinear", "ReplicatedLinear")
+    modules["vllm.model_executor.layers.linear"].__dict__.update({name: type(name, (), {}) for name in linears})
     modules["vllm.model_executor.layers.utils"].__dict__.update(dispatch_unquantized_gemm=None)
     modules["vllm.platforms"].__dict__.update(current_platform=types.SimpleNamespace(dispatch_key="CPU"))
     modules["vllm.utils.torch_utils"].__dict__.update(
@@ -319,34 +322,20 @@ def _defines(statement: ast.stmt) -> set[str]:
 
 @contextlib.contextmanager
 def overlay_patch() -> Iterator[types.ModuleType]:
-    """overlay.patches.gdn with its op registered, on the installed vLLM or, where there is none, on stand-ins."""
+    """overlay.patches.gdn with its ops defined, on the installed vLLM or, where there is none, on stand-ins."""
     stand_ins = {} if importlib.util.find_spec("vllm") else _stand_in_for_vllm()
     sys.modules.update(stand_ins)
     if stand_ins:
         _run_layer_name_code(stand_ins["vllm.utils.torch_utils"])
     try:
         patch = importlib.import_module("overlay.patches.gdn")
-        from overlay.journal import PatchRecord
-
-        libraries = patch.ops._libraries
-        kept = len(libraries)
-        if not hasattr(torch.ops.vllm_overlay, OVERLAY_OP):
-            patch.register_ops(PatchRecord())
+        patch.ops.define(declares_writes=True)
         yield patch
-        for library in libraries[kept:]:
-            library._destroy()
-        del libraries[kept:]
     finally:
         forget_modules()
         if stand_ins:
-            for name in [
-                *stand_ins,
-                "overlay.patches.gdn",
-                "overlay.side_work.ops",
-                "overlay.side_work.gemms",
-                "overlay.pair",
-                "overlay.side_work.pairs",
-            ]:
+            ours = [name for name in sys.modules if name.startswith(("overlay.patches.", "overlay.side_work."))]
+            for name in [*stand_ins, *ours]:
                 sys.modules.pop(name, None)
 
 
@@ -358,26 +347,19 @@ def intercept(patch: types.ModuleType, released: type[LayerBase]) -> None:
             setattr(released, name, patch.overlap_in_projections(released.__dict__[name]))
 
 
-def attach(patch: types.ModuleType, layer: LayerBase, one_result: bool = False) -> Any:
-    """What the overlay does to an instance; gives the record in which its op calls are counted.
+def attach(patch: types.ModuleType, layer: LayerBase, plain: bool = False) -> Any:
+    """What the overlay does to an instance; gives the record in which its ops' calls are counted.
 
-    With `one_result` the layer has the op that gives one tensor, and upstream's body gets slices of it.
+    A `plain` side is a GEMM of its weight, which start runs; else start calls the projection.
     """
     from overlay.journal import PatchRecord
     from overlay.side_work.plan import Plan
 
-    class ThroughTheLinears(patch.LinearPair):  # type: ignore[misc,name-defined]
-        """Fills the one tensor from the two linears, so that this module sees them called."""
-
-        def run_into_one(self, strategy: str, main: Any, side: Any, inputs: torch.Tensor) -> torch.Tensor:
-            result = inputs.new_full((inputs.shape[0], self.columns), float("nan"))
-            for part, linear in zip(self.slices(result), (main, side), strict=True):
-                part.copy_(linear(inputs)[0])
-            return result
-
+    qkvz, ba = patch.shard_sizes(layer)
+    layer.in_proj_qkvz.input_size = HIDDEN
+    pair = patch.Pair(layer.prefix, layer.in_proj_qkvz, layer.in_proj_ba, qkvz, ba, "main", "side", "weight", plain)
     record = PatchRecord()
-    pair = ThroughTheLinears(*patch.shard_sizes(layer), Plan("dual", 256), record)
-    pair.one_result = one_result
+    patch.ops.pairs[pair.name] = patch.ops.PlannedPair(Plan("dual", 256), record)
     setattr(layer, patch.PAIR, pair)
     return record
 

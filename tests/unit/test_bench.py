@@ -205,7 +205,7 @@ def test_bad_numbers_name_their_option(text: str) -> None:
 
 
 def test_stock_is_always_the_first_arm() -> None:
-    assert command.parse_arms("fused, overlay ,stock") == ("stock", "fused", "overlay")
+    assert command.parse_arms("dual, overlay ,stock") == ("stock", "dual", "overlay")
     for text in ("stock", "", "overlay,fast"):
         with pytest.raises(CommandError, match="--arms="):
             command.parse_arms(text)
@@ -323,12 +323,12 @@ def test_arms_differ_by_the_overlay_and_its_plan(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("VLLMOVERLAY_PLAN", "serial")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     setup = _setup(tmp_path, variables={"VLLM_X": "1"})
-    stock, overlay, fused = (setup.environment(arm, arm) for arm in ("stock", "overlay", "fused"))
+    stock, overlay, dual = (setup.environment(arm, arm) for arm in ("stock", "overlay", "dual"))
     own = {"PYTHONPATH", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "VLLMOVERLAY_JOURNAL_DIR"}
     assert {name for name in stock.keys() | overlay.keys() if stock.get(name) != overlay.get(name)} == own
     assert stock["PYTHONPATH"] == "/site" and overlay["PYTHONPATH"] == f"{REPOSITORY}:/site"
-    assert fused["VLLMOVERLAY_PLAN"] == "fused" and "VLLMOVERLAY_PLAN" not in overlay
-    assert stock["VLLM_X"] == fused["VLLM_X"] == "1"
+    assert dual["VLLMOVERLAY_PLAN"] == "dual" and "VLLMOVERLAY_PLAN" not in overlay
+    assert stock["VLLM_X"] == dual["VLLM_X"] == "1"
     control = setup.environment("control", "control")
     own = {"VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"}
     assert {name for name in stock.keys() | control.keys() if stock.get(name) != control.get(name)} == own

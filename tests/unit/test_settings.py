@@ -38,20 +38,30 @@ def test_every_setting_can_be_set() -> None:
             "VLLMOVERLAY_PATCHES": "gdn",
             "VLLMOVERLAY_STRICT": "1",
             "VLLMOVERLAY_PLAN": "serial",
-            "VLLMOVERLAY_INEXACT": "yes",
             "VLLMOVERLAY_TOKEN_THRESHOLD": "64",
             "VLLMOVERLAY_SERIAL_PASS_THROUGH": "yes",
             "VLLMOVERLAY_LOG_LEVEL": "debug",
             "VLLMOVERLAY_JOURNAL_DIR": "/var/run/overlay",
         }
     )
-    assert loaded == Settings(True, ("gdn",), True, "serial", True, 64, True, "debug", "/var/run/overlay")
-    assert len(settings._VARIABLES) == len(dataclasses.fields(Settings)), "no setting is left out here"
+    assert loaded == Settings(True, ("gdn",), True, "serial", 64, True, "debug", "/var/run/overlay")
+    assert len(settings._VARIABLES) + 1 == len(dataclasses.fields(Settings)), "all but `retired` can be set"
 
 
-def test_plans_are_measured_and_exact_unless_something_else_was_asked_for() -> None:
-    assert (load({}).plan, load({}).inexact) == ("auto", False)
-    assert load({"VLLMOVERLAY_PLAN": " Fused ", "VLLMOVERLAY_INEXACT": "1"}).plan == "fused"
+def test_plans_are_measured_unless_something_else_was_asked_for() -> None:
+    assert (load({}).plan, load({}).retired) == ("auto", ())
+
+
+@pytest.mark.parametrize(
+    "set_", [{"VLLMOVERLAY_PLAN": " Fused "}, {"VLLMOVERLAY_INEXACT": "1"}, {"VLLMOVERLAY_INEXACT": "x"}]
+)
+def test_what_asks_for_one_gemm_gets_auto_and_a_line_that_says_so(set_: dict[str, str]) -> None:
+    loaded = load(set_)
+    ((name, value),) = set_.items()
+    assert loaded.plan == "auto" and loaded.retired == (f"{name}={value} does nothing any more, the plan is measured",)
+    both = load({"VLLMOVERLAY_PLAN": "fused", "VLLMOVERLAY_INEXACT": "1"})
+    assert both.plan == "auto" and len(both.retired) == 2
+    assert load({"VLLMOVERLAY_INEXACT": ""}).retired == ()
 
 
 @pytest.mark.parametrize("plan", settings.PLANS)
@@ -76,8 +86,7 @@ def test_frozen() -> None:
         ("VLLMOVERLAY_STRICT", "2", "0, false, off, no"),
         ("VLLMOVERLAY_PATCHES", "gnd", "gdn"),
         ("VLLMOVERLAY_PATCHES", ",", "gdn"),
-        ("VLLMOVERLAY_PLAN", "fast", "auto, dual, serial, fused"),
-        ("VLLMOVERLAY_INEXACT", "auto", "0, false, off, no"),
+        ("VLLMOVERLAY_PLAN", "fast", "auto, dual, serial"),
         ("VLLMOVERLAY_TOKEN_THRESHOLD", "many", "whole number"),
         ("VLLMOVERLAY_TOKEN_THRESHOLD", "-1", "whole number"),
         ("VLLMOVERLAY_TOKEN_THRESHOLD", "1000001", "whole number"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 STOCK, OVERLAY = "stock", "overlay"
 #: Further arms: the overlay with this value of VLLMOVERLAY_PLAN.
-PLANS = ("auto", "dual", "fused", "serial")
+PLANS = ("auto", "dual", "serial")
 ARMS = (STOCK, OVERLAY, *PLANS, CONTROL)
 WITHOUT_OVERLAY = (STOCK, CONTROL)
 
