@@ -266,6 +266,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         tmp_path / "site", {"engine/arg_utils.py": f"{arguments}\nclass AsyncEngineArgs(EngineArgs): ...\n"}
     )
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
     found: dict[str, Any] = {"gpus": [], "free": 16 * GIB}
     monkeypatch.setattr(memory, "gpus", lambda: found["gpus"])
     monkeypatch.setattr(memory, "free_host_memory", lambda: found["free"])

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -161,6 +162,7 @@ def test_half_a_vllm_is_bad_input_however_it_is_named(
     stub_vllm.write(tree, stub_vllm.NOTHING, transformers=None)
     (tree / "vllm" / "v1" / "worker" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tree))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
     ways = (("--vllm", str(tree)), ("--vllm", "0.33.0", "--cache", str(tmp_path)), ())
     for way in ways:
