@@ -94,8 +94,6 @@ def _kernel(linear: Any) -> Any:
 
 
 def _marlin_locks_belong_to_a_stream() -> bool:
-    try:
-        from vllm.model_executor.layers.quantization.utils.marlin_utils import get_marlin_workspace
-    except ImportError:
-        return False
-    return callable(get_marlin_workspace)
+    from vllm.model_executor.layers.quantization.utils import marlin_utils
+
+    return hasattr(marlin_utils, "get_marlin_workspace")

@@ -15,8 +15,8 @@ from packaging.version import Version
 from overlay import log
 from overlay.effect import WARM_UP, WORKERS
 from overlay.frame_stack import LOOPS
+from overlay.side_work.gemms import MARLIN_WORKSPACE
 from overlay.side_work.lowering import VLLM_COMPILE
-from overlay.side_work.pairs import MIXED_GRAPHS
 from overlay.verdict import APPLY, judge
 from overlay.verdict.shapes import find_class, methods_of
 from tests.conftest import REPOSITORY
@@ -25,7 +25,7 @@ from tests.contract import released
 pytestmark = pytest.mark.contract
 PATCHES = sorted(path.stem for path in (REPOSITORY / "overlay" / "patches").glob("[a-z]*.py"))
 #: What every patch is built on.
-SHARED = ("effect", "gemms", "lowering", "ops")
+SHARED = ("effect", "side_work/gemms", "side_work/lowering", "side_work/ops")
 
 
 def imports_of_vllm(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -213,17 +213,45 @@ def test_the_op_can_be_registered_and_the_cache_salted(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
-def test_marlin_makes_a_workspace_per_layer_up_to_0_30_0(version: str) -> None:
-    """DESIGN counted on it everywhere; vLLM 0.31.0 and later share one, and two Marlin GEMMs at once would race."""
+def test_marlins_locks_belong_to_a_layer_or_to_a_stream(version: str) -> None:
+    """To a layer up to 0.30.0, to the current stream from 0.31.0 on. Either way two Marlin GEMMs on two streams share none."""
     folder = pathlib.Path(released.tree(version).folder)
     (path,) = folder.rglob("mixed_precision/marlin.py")
     kernel = class_of(ast.parse(path.read_text()), "MarlinLinearKernel")
-    method = methods_of(kernel)["process_weights_after_loading"]
-    mentioned = {node.id for node in ast.walk(method) if isinstance(node, ast.Name)} | {
-        node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)
+    mentioned = names_used(methods_of(kernel)["process_weights_after_loading"])
+    of_a_layer = mentioned >= MARLIN_WORKSPACE
+    functions = {
+        node.name: node
+        for node in parsed(version, "vllm.model_executor.layers.quantization.utils.marlin_utils").body
+        if isinstance(node, ast.FunctionDef)
     }
-    own = {"workspace", "marlin_make_workspace_new"} <= mentioned
-    assert own == (Version(version) < Version("0.31.0"))
+    of_a_stream = "current_stream" in names_used(functions.get("get_marlin_workspace", ast.Pass()))
+    assert (of_a_layer, of_a_stream) == ((True, False) if Version(version) < Version("0.31.0") else (False, True))
+
+
+def names_used(root: ast.AST) -> set[str]:
+    named = {node.id for node in ast.walk(root) if isinstance(node, ast.Name)}
+    return named | {node.attr for node in ast.walk(root) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+def test_no_linear_ends_a_segment_of_a_graph(version: str) -> None:
+    """Start and join lie around one linear. Neither an op that splits the graph (piecewise graphs, Inductor's partitions) nor an
+    eager break (breakable graphs) may be in its code: a fork must be captured together with its join."""
+    text = released.tree(version).read("vllm.config.compilation")
+    assert text is not None
+    splitting = set(re.findall(r'"vllm::(\w+)"', text.text))
+    assert {"unified_attention_with_output"} <= splitting
+    package = pathlib.Path(released.tree(version).folder, "vllm", "model_executor")
+    linears = [package / "layers" / "linear.py", *(package / "layers" / "quantization").rglob("*.py")]
+    linears += (package / "kernels" / "linear").rglob("*.py")
+    # Attention's own quantization (of its cache) lies beside the linears', and is not called by them.
+    texts = {path: path.read_text("utf-8") for path in linears if path.name != "kv_cache.py"}
+    assert len(texts) > 30
+    for path, source in texts.items():
+        calls = set(re.findall(r"torch\.ops\.vllm\.(\w+)", source))
+        assert not calls & splitting, path
+        assert "eager_break_during_capture" not in source, path
 
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
@@ -258,9 +286,3 @@ def test_an_op_can_be_given_tags(version: str) -> None:
         node.name: node for node in parsed(version, "vllm.utils.torch_utils").body if isinstance(node, ast.FunctionDef)
     }
     assert "tags" in [argument.arg for argument in functions["direct_register_custom_op"].args.args]
-
-
-@pytest.mark.parametrize("version", released.SUPPORTED)
-def test_the_modes_in_which_every_step_is_captured_are_vllms(version: str) -> None:
-    modes = names_in(class_of(parsed(version, "vllm.config.compilation"), "CUDAGraphMode"))
-    assert {"NONE", *MIXED_GRAPHS} <= modes
