@@ -15,11 +15,12 @@ from typing import Any, Optional
 
 import torch
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from overlay.journal import PatchRecord
 from overlay.side_work import lane, lowering
-from overlay.side_work.plan import SERIAL, Plan
+from overlay.side_work.plan import DUAL, SERIAL, Plan
 
 LIBRARY = "vllm_overlay"
 PASS_THROUGH = "serial pass-through"
@@ -173,6 +174,56 @@ def define(declares_writes: bool) -> None:
     lowering.register(
         register("join", _join, fake_join, schema, ["result"] if declares_writes else [], tags), _lower_join
     )
+
+
+def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str | None]) -> None:
+    """Define ``vllm_overlay::<name>``: a start whose side work is one of vLLM's own ops (``torch.ops.vllm.<op>``).
+
+    It takes what `stock` takes, whose first argument has a row per token and which writes to one argument, then the gate and
+    the pair's name. `idle` says of the arguments why there is no work to fork; None where there is.
+    """
+    arguments = stock.default._schema.arguments
+    (written,) = (
+        place for place, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write
+    )
+
+    def start(*given):  # type: ignore[no-untyped-def]
+        *arguments, _, pair_name = given
+        result, reason = arguments[written], idle(arguments)
+        if reason is None:
+            strategy, found = choose(arguments[0], pair_name)
+        else:
+            strategy, found = _serial(arguments[0], pair_name, reason)
+        if strategy != SERIAL and found is not None:
+            found.start(result, DUAL, lambda: stock.default(*arguments))
+            return
+        stock.default(*arguments)
+        if found is not None:
+            found.forget(result)
+
+    def lower(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+        *arguments, _, pair_name = node.args
+        with graph.inserting_before(node):
+            graph.call_function(stock, tuple(arguments)).meta = dict(node.meta)
+        graph.erase_node(node)
+        if pair_name in pairs:
+            pairs[pair_name].record.calls.lowered += 1
+
+    library = torch.library.Library(LIBRARY, "FRAGMENT")
+    given, _, _ = str(stock.default._schema).partition("(")[2].rpartition(") -> ")
+    library.define(f"{name}({given}, Tensor(gate!) gate, str name) -> ()", tags=(torch.Tag.flexible_layout,))
+    library.impl(name, start, dispatch_key=current_platform.dispatch_key)
+    library._register_fake(name, lambda *given: _count_fake(given[-1]))
+    _libraries.append(library)
+    lowering.register(getattr(getattr(torch.ops, LIBRARY), name), lower)
+
+
+def _serial(x: torch.Tensor, name: str, reason: str) -> tuple[str, lane.Lane | None]:
+    """What `choose` gives for a call that is serial for a reason of its own."""
+    pair = pairs.get(name)
+    if pair is not None:
+        pair.record.calls.count_serial(reason)
+    return SERIAL, lane.lane_of(x.device) if x.is_cuda else None
 
 
 def _count_fake(name: str) -> None:

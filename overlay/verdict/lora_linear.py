@@ -4,6 +4,10 @@ The patch shrinks the input of `apply` next to the base layer, and lets the adap
 `apply` has returned. That is upstream's result only where `apply` gives its own input and its own output to both. So
 each `apply` is followed statement by statement, into the helpers that it calls, along every path to a ``return``.
 
+The patch also runs the punica wrapper's `add_lora_linear` with a stand-in, and hands its gate through `add_shrink` beside the
+weights. So the first has to call `add_shrink` and `add_expand` once each, with a buffer of its own, and the second has to give
+its weights to the op and to nothing else.
+
 Two branches are taken as never entered: the one for platforms that cannot update in place (no CUDA-like one), and
 upstream's own dual stream (where it is switched on, the patch steps aside before it installs anything).
 """
@@ -48,6 +52,8 @@ OTHERS = (
 )
 ANCESTOR = ("base", "BaseLayerWithLoRA")
 PUNICA = "vllm.lora.punica_wrapper.punica_gpu"
+#: The op that a punica wrapper's `add_shrink` calls, a global of its module.
+SHRINK = "lora_shrink"
 METADATA = "vllm.lora.ops.triton_ops.lora_kernel_metadata"
 #: Upstream's switch (vLLM #35721), and its default in vllm/envs.py.
 SWITCH = "VLLM_LORA_ENABLE_DUAL_STREAM"
@@ -451,7 +457,27 @@ def _check_punica(reading: _Reading) -> None:
     uses = [node for node in ast.walk(method) if isinstance(node, ast.Name) and node.id in ("y", "self")]
     if len(uses) != 3:
         raise Drift(method, "add_lora_linear does more with the output, or with itself, than to hand them on")
-    if "token_mapping_meta" not in source.text:
-        raise Drift(method, "the punica wrapper has no token_mapping_meta")
+    _check_shrink(source)
     if "no_lora_flag_cpu: torch.Tensor" not in reading.source(METADATA).text:
         raise Drift(ast.Pass(), "the kernels' metadata has no no_lora_flag_cpu")
+
+
+def _check_shrink(source: Source) -> None:
+    """The wrapper's `add_shrink` gives its weights and its buffer to the op, and uses them for nothing else."""
+    method = cut(source, "add_shrink", indentation=4)
+    assert isinstance(method, ast.FunctionDef)
+    names = [argument.arg for argument in method.args.args]
+    if names != ["self", "y", "x", "lora_a_stacked", "scale"] or method.decorator_list:
+        raise Drift(method, "add_shrink takes something else than a buffer, an input, weights and a scale")
+    code = ast.Module(method.body, [])
+    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and ast.unparse(node.func) == SHRINK]
+    if len(calls) != 1 or [ast.unparse(argument) for argument in calls[0].args[:3]] != ["x", "lora_a_stacked", "y"]:
+        raise Drift(method, f"add_shrink does not call {SHRINK} once, with input, weights and buffer")
+    if calls[0].keywords:
+        raise Drift(calls[0], f"{SHRINK} is given {ast.unparse(calls[0].keywords[0])} by name")
+    for name in ("lora_a_stacked", "y", SHRINK):
+        uses = [node for node in ast.walk(code) if isinstance(node, ast.Name) and node.id == name]
+        if len(uses) != 1:
+            raise Drift(uses[-1], f"add_shrink does more with {name} than to call the op")
+    if "self.token_mapping_meta.meta_args(" not in ast.unparse(calls[0]):
+        raise Drift(calls[0], f"{SHRINK} is not given the wrapper's token_mapping_meta")
