@@ -1,15 +1,19 @@
 """The LoRA linears of a released vLLM, small enough to run here: upstream's `apply`, surroundings of our own.
 
-The methods and functions are compiled from the release's files with their names and line numbers. What they call outside
-is replaced: the linears, and a punica wrapper that computes and rounds as upstream's kernels do.
+The methods and functions are compiled from the release's files with their names and line numbers, those of the GPU's punica
+wrapper and of its metadata, too. What they call outside is replaced: the linears, and the two LoRA ops, which compute and round
+as upstream's kernels do.
 """
 
 from __future__ import annotations
 import __future__
 
 import ast
+import copy
 import functools
+import itertools
 import pathlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +22,18 @@ import torch
 
 from .released import tree
 
-FEATURES, MAX_RANK = 12, 4
+FEATURES, MAX_RANK, SLOTS, ROWS = 12, 4, 3, 16
 COLUMN, MERGED, ROW, REPLICATED = (
     f"{kind}WithLoRA"
     for kind in ("ColumnParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear", "ReplicatedLinear")
 )
 CLASSES = (COLUMN, MERGED, ROW, REPLICATED)
 FILES = ("base_linear", "column_parallel_linear", "row_parallel_linear", "replicated_linear")
+PUNICA_FILE = ("punica_wrapper", "punica_gpu.py")
+METADATA_FILE = ("ops", "triton_ops", "lora_kernel_metadata.py")
 NOT_NEEDED = frozenset({"__init__", "_init_lora_stream_context", "_apply_async_impl"})
+
+_numbers = itertools.count()
 
 # ------------------------------------------------------------------------------------------------ the surroundings
 
@@ -66,61 +74,39 @@ class LinearWithItsOwnForward(Linear):
         return super().forward(x)[0] * 2, None
 
 
-class Punica:
-    """A punica wrapper for (tokens, columns), which rounds where upstream's Triton kernels round.
+class Kernels:
+    """Upstream's two LoRA ops on a CPU: its names and arguments; computed and rounded as its Triton kernels do."""
 
-    `adapters` has an adapter's index for each token, or -1 for none.
-    """
+    def __init__(self) -> None:
+        self.calls: list[str] = []
 
-    def __init__(self, adapters: list[int]) -> None:
-        self.adapters = adapters
-        no_adapter = all(adapter < 0 for adapter in adapters)
-        self.token_mapping_meta = types.SimpleNamespace(no_lora_flag_cpu=torch.tensor([no_adapter]))
-        self.calls = 0
-
-    def add_shrink(
-        self, buffer: torch.Tensor, x: torch.Tensor, stacked: tuple[torch.Tensor, ...], scale: float
-    ) -> None:
-        if self.token_mapping_meta.no_lora_flag_cpu.item():
+    def shrink(self, inputs: Any, weights: Any, output: Any, adapters: Any, *rest: Any) -> None:
+        no_lora, scaling = rest[-3], rest[-1]
+        self.calls.append("shrink")
+        assert isinstance(weights, list) and len(adapters) == len(inputs) == output.shape[1]
+        assert len(weights) == len(output) and output.is_contiguous()
+        if no_lora.item():
             return
-        buffer.zero_()
-        for token, adapter in enumerate(self.adapters):
-            for piece, weight in enumerate(stacked):
+        output.zero_()
+        for token, adapter in enumerate(adapters.tolist()):
+            for piece, weight in enumerate(weights):
                 if adapter >= 0:
-                    buffer[piece, token] = (weight[adapter, 0].float() @ x[token].float()) * scale
+                    output[piece, token] = (weight[adapter, 0].float() @ inputs[token].float()) * scaling
 
-    def add_expand(
-        self,
-        output: torch.Tensor,
-        buffer: torch.Tensor,
-        stacked: tuple[torch.Tensor, ...],
-        slices: tuple[int, ...],
-        offset_start: int = 0,
-        add_inputs: bool = True,
-        **_kwargs: Any,
-    ) -> None:
-        self.calls += 1
-        for token, adapter in enumerate(self.adapters):
-            start = offset_start
-            for piece, (weight, columns) in enumerate(zip(stacked, slices, strict=True)):
+    def expand(self, inputs: Any, weights: Any, output: Any, adapters: Any, *rest: Any) -> None:
+        no_lora, start, add = rest[4], *([*rest[6:], 0, False][:2])
+        self.calls.append("expand")
+        assert isinstance(weights, list) and len(adapters) == inputs.shape[1] == len(output) and add
+        if no_lora.item():
+            return
+        for token, adapter in enumerate(adapters.tolist()):
+            column = start
+            for piece, weight in enumerate(weights):
+                columns, rank = weight.shape[2:]  # a gathered buffer is wider than the rank
                 if adapter >= 0:
-                    rank = weight.shape[-1]  # a gathered buffer is wider
-                    product = weight[adapter, 0].float() @ buffer[piece, token, :rank].to(weight.dtype).float()
-                    output[token, start : start + columns] += product.to(weight.dtype)
-                start += columns
-
-    def add_lora_linear(
-        self,
-        output: torch.Tensor,
-        x: torch.Tensor,
-        a: tuple[torch.Tensor, ...],
-        b: tuple[torch.Tensor, ...],
-        scale: float,
-        slices: tuple[int, ...],
-    ) -> None:
-        buffer = torch.empty(len(slices), x.shape[0], b[0].shape[-1])
-        self.add_shrink(buffer, x, a, scale)
-        self.add_expand(output, buffer, b, slices)
+                    product = weight[adapter, 0].float() @ inputs[piece, token, :rank].to(weight.dtype).float()
+                    output[token, column : column + columns] += product.to(weight.dtype)
+                column += columns
 
 
 # ------------------------------------------------------------------------------------------------ the released classes
@@ -143,16 +129,59 @@ def _kept(statement: ast.stmt) -> ast.stmt | None:
 
 
 @functools.cache
-def code_of(version: str) -> tuple[Any, ...]:
-    """The compiled statements of a release, file by file."""
-    compiled = []
+def parsed(version: str) -> tuple[ast.Module, ...]:
+    """What is kept of a release, file by file: its layers, the GPU's punica wrapper, and the metadata of its kernels."""
+    folder = pathlib.Path(tree(version).folder, "vllm", "lora")
+    modules = []
     for name in FILES:
-        path = pathlib.Path(tree(version).folder, "vllm", "lora", "layers", f"{name}.py")
-        parsed = ast.parse(path.read_text("utf-8"), str(path))
-        body = [kept for statement in parsed.body if (kept := _kept(statement)) is not None]
-        module = ast.fix_missing_locations(ast.Module(body, []))
-        compiled.append(compile(module, str(path), "exec", flags=__future__.annotations.compiler_flag))
-    return tuple(compiled)
+        statements = ast.parse(folder.joinpath("layers", f"{name}.py").read_text("utf-8")).body
+        body = [kept for statement in statements if (kept := _kept(statement)) is not None]
+        modules.append(ast.fix_missing_locations(ast.Module(body, [])))
+    (wrapper,) = (
+        statement
+        for statement in ast.parse(folder.joinpath(*PUNICA_FILE).read_text("utf-8")).body
+        if isinstance(statement, ast.ClassDef) and statement.name == "PunicaWrapperGPU"
+    )
+    wanted = {"add_shrink", "add_expand", "add_lora_linear"}
+    wrapper.body = [item for item in wrapper.body if isinstance(item, ast.FunctionDef) and item.name in wanted]
+    assert len(wrapper.body) == len(wanted)
+    wrapper.bases, wrapper.decorator_list = [], []
+    modules.append(ast.fix_missing_locations(ast.Module([wrapper], [])))
+    return (*modules, ast.parse(folder.joinpath(*METADATA_FILE).read_text("utf-8")))
+
+
+def shape_of(version: str) -> str:
+    """What is kept of a release as text, without what says nothing: comments, documentation, types."""
+    dumps = []
+    for module in parsed(version)[:-1]:
+        module = copy.deepcopy(module)
+        for node in ast.walk(module):
+            if isinstance(node, ast.FunctionDef):
+                node.returns = None
+                for argument in (*node.args.args, *node.args.kwonlyargs, node.args.kwarg):
+                    if argument is not None:
+                        argument.annotation = None
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        dumps.append(ast.unparse(module))
+    return "\n".join(dumps)
+
+
+@functools.cache
+def code_of(version: str) -> tuple[Any, ...]:
+    """The compiled statements of a release, file by file, with types as text."""
+    flags = __future__.annotations.compiler_flag
+    *modules, metadata = parsed(version)
+    compiled = [compile(module, f"{version}/{number}.py", "exec", flags=flags) for number, module in enumerate(modules)]
+    return (*compiled, compile(metadata, f"{version}/metadata.py", "exec"))
+
+
+def module_of(name: str, **content: Any) -> dict[str, Any]:
+    """The globals of a fresh module. A real one, because Dynamo looks a function's globals up by the name of its module."""
+    module = types.ModuleType(f"{name}_{next(_numbers)}")
+    sys.modules[module.__name__] = module
+    vars(module).update(content)
+    return vars(module)
 
 
 def classes_of(version: str, tp_size: int = 1) -> dict[str, type]:
@@ -161,26 +190,39 @@ def classes_of(version: str, tp_size: int = 1) -> dict[str, type]:
     def all_gather(buffer: torch.Tensor) -> torch.Tensor:
         return torch.cat([buffer] * tp_size, dim=-1)
 
-    space: dict[str, Any] = {
-        "__name__": f"released_lora_{version}",
-        "torch": torch,
-        "BaseLayerWithLoRA": torch.nn.Module,
-        "MergedColumnParallelLinear": Linear,
-        "maybe_get_oot_by_class": lambda found: found,
-        "current_platform": types.SimpleNamespace(can_update_inplace=lambda: True),
-        "is_forward_context_available": lambda: True,
-        "tensor_model_parallel_all_gather": all_gather,
-        "tensor_model_parallel_all_reduce": lambda buffer: buffer,
-    }
-    for code in code_of(version):
+    space = module_of(
+        "released_lora",
+        torch=torch,
+        BaseLayerWithLoRA=torch.nn.Module,
+        MergedColumnParallelLinear=Linear,
+        maybe_get_oot_by_class=lambda found: found,
+        current_platform=types.SimpleNamespace(can_update_inplace=lambda: True),
+        is_forward_context_available=lambda: True,
+        tensor_model_parallel_all_gather=all_gather,
+        tensor_model_parallel_all_reduce=lambda buffer: buffer,
+    )
+    for code in code_of(version)[: len(FILES)]:
         exec(code, space)
     return {name: found for name, found in space.items() if isinstance(found, type) and name.endswith("LoRA")}
+
+
+def punica_of(version: str, specialize: bool = False) -> Any:
+    """A release's GPU punica wrapper on a CPU, in a module of its own; it calls the ops of the installed vLLM."""
+    space = module_of(
+        "released_punica", torch=torch, lora_shrink=torch.ops.vllm.lora_shrink, lora_expand=torch.ops.vllm.lora_expand
+    )
+    for code in reversed(code_of(version)[len(FILES) :]):
+        exec(code, space)
+    wrapper = object.__new__(space["PunicaWrapperGPU"])
+    wrapper.token_mapping_meta = space["LoRAKernelMeta"].make(SLOTS, ROWS, "cpu")
+    wrapper.lora_config = types.SimpleNamespace(specialize_active_lora=specialize)
+    return wrapper
 
 
 def make_layer(
     released: dict[str, type],
     name: str,
-    adapters: list[int],
+    wrapper: Any,
     linear: Callable[[int, str], Linear] = Linear,
     tp_size: int = 1,
 ) -> Any:
@@ -199,5 +241,5 @@ def make_layer(
         for weight in stacked:  # an adapter of a smaller rank is padded with zeros
             padded = weight if weight.shape[-1] == MAX_RANK else weight.transpose(-1, -2)
             padded[1, ..., 2:] = padded[2, ..., 1:] = 0
-    layer.punica_wrapper = Punica(adapters)
+    layer.punica_wrapper = wrapper
     return layer
