@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).resolve().with_name("lora_worker.py")
 #: The overlay at least this much faster than stock wherever upstream's switch gains.
 TARGET = 0.95
 #: The overlay's words for serial calls that there should be none of here.
-UNWANTED = ("no call before the capture", "upstream has copied its output")
+UNWANTED = ("no auxiliary stream",)
 NO_ADAPTER, MIXED = "no adapter", "mixed"
 #: Adapters of one batch: a name per request, in turn; None is the base model.
 Adapters = tuple[str | None, ...]

@@ -1,6 +1,6 @@
 """One LoRA linear alone, in CUDA graphs: up to how many tokens does the auxiliary stream pay?
 
-vLLM's own punica wrapper and kernels, the overlay's own `LinearOverlap`, and torch's linear as the base layer. Two ways are
+vLLM's own punica wrapper and kernels, the overlay's own `apply` and ops, and torch's linear as the base layer. Two ways are
 compared: `serial`, the order of stock (GEMM, shrink, expand in place), and `dual`, the overlay's. `gemm` is the base
 layer alone: what would be left if everything were hidden. Every graph runs over several layers with weights of their
 own, together larger than the L2 cache. Results are compared bit for bit.
@@ -21,6 +21,8 @@ from gpu.micro import capture
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from overlay.journal import PatchRecord
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 #: Per tensor-parallel size: linear, input features, columns of each slice (per shard), in the shape of Qwen3-8B.
@@ -54,7 +56,9 @@ class LoraLinear(torch.nn.Module):
     def __init__(self, inputs: int, slices: tuple[int, ...], rank: int, punica: Any, device: torch.device) -> None:
         super().__init__()
         outputs, dtype = sum(slices), torch.bfloat16
-        self.weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
+        self.base_layer = torch.nn.Module()
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
+        self.base_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         generator = torch.Generator().manual_seed(inputs + rank)
         first = lora_model.lora_a(rank, inputs, False, generator).to(device, dtype)
         self.lora_a_stacked = tuple(first.expand(SLOTS, 1, rank, inputs).contiguous() for _ in slices)
@@ -67,22 +71,30 @@ class LoraLinear(torch.nn.Module):
 
 def serial(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """In stock's order: the base layer, then the adapters added to its output in place."""
-    output = functional.linear(x, layer.weight, bias)
+    output = functional.linear(x, layer.base_layer.weight, bias)
     layer.punica_wrapper.add_lora_linear(
         output, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
     )
     return output
 
 
-def overlap_of(layer: LoraLinear, name: str) -> tuple[Any, Any]:
-    """The overlay's own object for a layer, which runs `serial` as upstream's `apply`; and where it counts its calls."""
+def overlap(layers: Sequence[LoraLinear]) -> tuple[Callable[..., torch.Tensor], PatchRecord]:
+    """The overlay's `apply` for these layers, which takes `serial` for upstream's; and where it counts its calls."""
     from overlay.journal import PatchRecord
-    from overlay.patches.lora_linear import LinearOverlap
+    from overlay.patches import lora_linear
+    from overlay.side_work import lane, ops
     from overlay.side_work.plan import Plan
 
     record = PatchRecord()
-    plan = Plan("dual", 1 << 20)
-    return LinearOverlap(layer, name, sum(layer.output_slices), serial, plan, record), record
+    ops.define()
+    ops.pairs[lora_linear.NAME] = ops.PlannedPair(Plan("dual", 1 << 20), record)
+    device = layers[0].base_layer.weight.device
+    if device.type == "cuda":
+        lane.prepare(device)
+    for layer in layers:
+        lora_linear.take_over_shrink(layer.punica_wrapper)
+        setattr(layer, lora_linear.PAIR, lora_linear.Pair(lora_linear.without_adapters(layer), "weight"))
+    return lora_linear.overlap_adapters(serial), record
 
 
 def punica_wrapper(rank: int, device: torch.device) -> Any:
@@ -117,21 +129,21 @@ def _per_layer(graph: torch.cuda.CUDAGraph, layers: int) -> float:
 
 
 def _row(
-    stack: list[LoraLinear], overlaps: list[tuple[Any, Any]], tokens: int, punica: Any, device: torch.device
+    stack: list[LoraLinear], dual: Callable[..., torch.Tensor], record: PatchRecord, tokens: int, punica: Any
 ) -> dict[str, Any]:
     """All ways at one number of tokens."""
-    x = torch.randn(tokens, stack[0].weight.shape[1], device=device, dtype=torch.bfloat16)
+    weight = stack[0].base_layer.weight
+    device = weight.device
+    x = torch.randn(tokens, weight.shape[1], device=device, dtype=weight.dtype)
     punica.token_mapping_meta.prepare_tensors(torch.zeros(tokens, dtype=torch.long, device=device))
-    for overlap, _ in overlaps:
-        overlap.apply(x, None)  # on the stream of the engine's first steps, where the region is prepared
-    before = sum(record.calls.dual_stream for _, record in overlaps)
+    before = record.calls.dual_stream
     ways: dict[str, Callable[[], Any]] = {
-        "gemm": lambda: [functional.linear(x, layer.weight) for layer in stack],
+        "gemm": lambda: [functional.linear(x, layer.base_layer.weight) for layer in stack],
         "serial": lambda: [serial(layer, x, None) for layer in stack],
-        "dual": lambda: [overlap.apply(x, None) for overlap, _ in overlaps],
+        "dual": lambda: [dual(layer, x) for layer in stack],
     }
     graphs = {name: capture(work) for name, work in ways.items()}
-    calls = sum(record.calls.dual_stream for _, record in overlaps) - before
+    calls = record.calls.dual_stream - before
     first = {name: _per_layer(graph, len(stack)) for name, (graph, _) in graphs.items()}
     second = {name: _per_layer(graph, len(stack)) for name, (graph, _) in reversed(graphs.items())}
     pairs = zip(graphs["serial"][1], graphs["dual"][1], strict=True)
@@ -142,11 +154,13 @@ def _row(
 
 def run(target: Path, seconds: float, tokens: Sequence[int] = TOKENS) -> None:
     """Measure in the order of `ORDER` until the time is over; the file is written after every linear."""
+    from vllm.forward_context import override_forward_context
+
     device, begin = torch.device("cuda"), time.monotonic()
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {"torch": torch.__version__, "rows": rows, "complete": False}
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), override_forward_context(object()):
         for shards, rank in ORDER:
             for linear, inputs, slices in SHAPES[shards]:
                 if time.monotonic() - begin > seconds:
@@ -155,13 +169,13 @@ def run(target: Path, seconds: float, tokens: Sequence[int] = TOKENS) -> None:
                 punica = punica_wrapper(rank, device)
                 layers = max(2, -(-WEIGHTS // (2 * inputs * sum(slices))))
                 stack = [LoraLinear(inputs, slices, rank, punica, device) for _ in range(layers)]
-                overlaps = [overlap_of(layer, f"{linear}.{index}") for index, layer in enumerate(stack)]
+                dual, record = overlap(stack)
                 for count in tokens:
-                    row = _row(stack, overlaps, count, punica, device)
+                    row = _row(stack, dual, record, count, punica)
                     rows.append({"shards": shards, "rank": rank, "linear": linear, "tokens": count, **row})
                 found["threshold"] = thresholds(rows)
                 target.write_text(json.dumps(found))
-                del stack, overlaps
+                del stack
                 torch.cuda.empty_cache()
     target.write_text(json.dumps({**found, "complete": True}))
 

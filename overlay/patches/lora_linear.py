@@ -163,7 +163,11 @@ def take_over_shrink(wrapper: Any) -> None:
     if known.get(SHRINK) is lora_shrink:
         return
     stock: Any = known.get(SHRINK)
-    if not hasattr(wrapper, "token_mapping_meta") or stock is None or stock is not getattr(torch.ops.vllm, SHRINK, None):
+    if (
+        not hasattr(wrapper, "token_mapping_meta")
+        or stock is None
+        or stock is not getattr(torch.ops.vllm, SHRINK, None)
+    ):
         raise Refused(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
     define_start(stock)
     known[SHRINK] = lora_shrink

@@ -153,8 +153,8 @@ def parsed(version: str) -> tuple[ast.Module, ...]:
 def shape_of(version: str) -> str:
     """What is kept of a release as text, without what says nothing: comments, documentation, types."""
     dumps = []
-    for module in parsed(version)[:-1]:
-        module = copy.deepcopy(module)
+    for kept in parsed(version)[:-1]:
+        module = copy.deepcopy(kept)
         for node in ast.walk(module):
             if isinstance(node, ast.FunctionDef):
                 node.returns = None

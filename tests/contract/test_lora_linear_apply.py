@@ -16,10 +16,9 @@ import pytest
 
 pytest.importorskip("vllm")
 import torch
-import vllm.lora.ops.triton_ops.lora_expand_op  # vLLM registers its op there, and the next one here
-import vllm.lora.ops.triton_ops.lora_shrink_op  # noqa: F401
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
+from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: F401 - vLLM registers its two ops there
 
 from overlay.journal import PatchRecord
 from overlay.layers import Refused
@@ -237,7 +236,9 @@ def test_the_tensors_of_the_metadata_stay_the_same(version: str) -> None:
 @pytest.mark.parametrize("version", EXPECTED)
 def test_upstreams_op_has_the_arguments_that_start_is_made_of(version: str) -> None:
     """Start's schema is that of the op; without defaults, after which no argument could follow that has none."""
-    source = pathlib.Path(tree(version).folder, "vllm", "lora", "ops", "triton_ops", "lora_shrink_op.py").read_text("utf-8")
+    source = pathlib.Path(tree(version).folder, "vllm", "lora", "ops", "triton_ops", "lora_shrink_op.py").read_text(
+        "utf-8"
+    )
     (function,) = (
         node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "_lora_shrink"
     )

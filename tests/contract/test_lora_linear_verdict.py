@@ -124,6 +124,7 @@ def test_what_the_patch_imports_is_there(version: str, module: str, name: str) -
         ("vllm.envs", "VLLM_BATCH_INVARIANT"),
         ("vllm.config.parallel", "def use_ubatching"),
         (PUNICA, "self.token_mapping_meta = LoRAKernelMeta.make("),
+        ("vllm.lora.ops.triton_ops.lora_shrink_op", "lora_shrink = torch.ops.vllm.lora_shrink"),
     ],
 )
 def test_what_the_patch_reads_is_there(version: str, module: str, text: str) -> None:
@@ -163,6 +164,7 @@ REPLICATED = "        return self._apply_base_forward(x)\n"
 SHRINK = "    shrunk_buffers: torch.Tensor | None = layer.punica_wrapper.add_shrink(\n        buffers, x, layer.lora_a_stacked, 1.0\n    )\n"
 MERGED_OUT = "    output = output.view(*out_orig_shape)\n"
 CLASS = f"class {BASE[1]}(BaseLayerWithLoRA):\n"
+SHRINK_CALL = "        lora_shrink(\n            x,\n            lora_a_stacked,\n            y,\n"
 EXPAND = "        self.add_expand(\n            y,\n            buffer,  # type: ignore\n"
 
 #: What must switch the patch off: a name, the releases, the module, what is replaced, and by what.
@@ -224,6 +226,14 @@ DRIFTING: list[tuple[str, tuple[str, ...], str, str, str]] = [
     ("the wrapper changed", ("0.33.0",), PUNICA, EXPAND, f"        self.calls = 1\n{EXPAND}"),
     ("scaled in between", ("0.33.0",), PUNICA, EXPAND, EXPAND.replace("            y,", "            y * 1,")),
     ("the punica call renamed", ("0.33.0",), PUNICA, "def add_lora_linear", "def add_lora_rows"),
+    ("shrink twice in one", ("0.33.0",), PUNICA, SHRINK_CALL, f"        lora_shrink(x, lora_a_stacked, y, scale)\n{SHRINK_CALL}"),
+    ("the weights read before the op", ("0.19.1", "0.33.0"), PUNICA, SHRINK_CALL, f"        rank = lora_a_stacked[0].size(-2)\n{SHRINK_CALL}"),
+    ("the weights changed for the op", ("0.33.0",), PUNICA, SHRINK_CALL, SHRINK_CALL.replace("lora_a_stacked,", "list(lora_a_stacked),")),
+    ("the weights by name", ("0.33.0",), PUNICA, SHRINK_CALL, SHRINK_CALL.replace("x,\n            lora_a_stacked,\n            y,", "x, y, scale, lora_a_weights=lora_a_stacked,")),
+    ("another op", ("0.33.0",), PUNICA, SHRINK_CALL, SHRINK_CALL.replace("lora_shrink", "lora_shrink_fp8")),
+    ("the buffer changed after the op", ("0.33.0",), PUNICA, SHRINK_CALL, f"        y.zero_()\n{SHRINK_CALL}"),
+    ("other metadata", ("0.33.0",), PUNICA, SHRINK_CALL + "            *self.token_mapping_meta", SHRINK_CALL + "            *self.prompt_mapping_meta"),
+    ("shrink takes more", ("0.33.0",), PUNICA, "        lora_a_stacked: tuple[torch.Tensor, ...],\n        scale: float,\n", "        lora_a_stacked: tuple[torch.Tensor, ...],\n        scale: float,\n        rank: int = 8,\n"),
     ("no flag on the host", ("0.33.0",), METADATA, "no_lora_flag_cpu: torch.Tensor", "no_lora_flag: torch.Tensor"),
 ]  # fmt: skip
 
@@ -243,6 +253,7 @@ HARMLESS: list[tuple[str, tuple[str, ...], str, str, str]] = [
     ("upstream's own way changed", ("0.33.0",), base, "output.add_(lora_result)", "output.add_(lora_result * 1)"),
     ("the escape widened", ("0.25.1", "0.33.0"), merged, "self.tp_size == 1\n            and", "self.tp_size <= 1\n            and"),
     ("an assertion when merged", ("0.20.0", "0.24.0"), merged, MERGED_OUT, f"    assert output.ndim == 2\n{MERGED_OUT}"),
+    ("a quiet line in shrink", ("0.19.1", "0.33.0"), PUNICA, SHRINK_CALL, f"        tokens = x.size(0)\n{SHRINK_CALL}"),
     ("a zeroed buffer", ("0.33.0",), PUNICA, "        buffer = torch.empty(\n            (len(output_slices)", "        buffer = torch.zeros(\n            (len(output_slices)"),
 ]  # fmt: skip
 

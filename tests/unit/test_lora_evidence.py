@@ -136,7 +136,7 @@ def test_an_overlay_that_did_nothing_is_reported() -> None:
 
 
 def test_serial_calls_that_should_not_be_are_named_in_the_overlays_words() -> None:
-    source = (REPOSITORY / "overlay" / "patches" / "lora_linear.py").read_text()
+    source = (REPOSITORY / "overlay" / "side_work" / "ops.py").read_text()
     for reason in lora_engines.UNWANTED:
         assert f'"{reason}"' in source
         assert lora_engines.journal_faults(_patch(8, 16, {reason: 3}), 8, cpu=False) == [f"3 serial calls: {reason}"]
@@ -241,22 +241,37 @@ def test_thresholds_are_the_largest_sizes_before_the_first_slower_one() -> None:
     assert 128 not in found["ratio"]
 
 
-def test_micro_runs_the_overlays_own_object(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_runs_the_overlays_own_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm")
     import torch
     from gpu import lora_micro
+    from vllm.forward_context import override_forward_context
+
+    from overlay.patches import lora_linear
+    from overlay.side_work import ops
+
+    monkeypatch.setattr(lora_linear, "take_over_shrink", lambda wrapper: None)
+    monkeypatch.setattr(lora_linear, "Gated", lambda weights, gate: weights)
+    monkeypatch.setattr(ops, "pairs", {})
 
     class Punica:
         def add_lora_linear(self, output: Any, x: Any, first: Any, second: Any, _scale: float, slices: Any) -> None:
-            parts = [x @ one[0, 0].T @ other[0, 0].T for one, other in zip(first, second, strict=True)]
-            assert [part.shape[1] for part in parts] == list(slices)
+            buffer = x.new_empty(len(slices), x.shape[0], second[0].shape[-1])
+            self.add_shrink(buffer, x, first)
+            self.add_expand(output, buffer, second)
+
+        def add_shrink(self, buffer: Any, x: Any, weights: Any) -> None:
+            buffer.copy_(torch.stack([x @ weight[0, 0].T for weight in weights]))
+
+        def add_expand(self, output: Any, buffer: Any, weights: Any) -> None:
+            parts = [piece @ weight[0, 0].T for piece, weight in zip(buffer, weights, strict=True)]
             output.add_(torch.cat(parts, dim=1))
 
     layer = lora_micro.LoraLinear(64, (32, 16), 8, Punica(), torch.device("cpu"))
-    overlap, record = lora_micro.overlap_of(layer, "name")
+    apply, _ = lora_micro.overlap([layer])
     x = torch.randn(4, 64, dtype=torch.bfloat16)
-    assert torch.equal(overlap.apply(x, None), lora_micro.serial(layer, x, None))
-    assert record.calls.serial == {"serial pass-through": 1}
+    with override_forward_context(object()):
+        assert torch.equal(apply(layer, x), lora_micro.serial(layer, x, None))
 
 
 def test_every_table_is_printed(tmp_path: Path) -> None:

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
-import vllm.lora.ops.triton_ops.lora_expand_op  # noqa: E402 - vLLM registers its op there, and the next one here
-import vllm.lora.ops.triton_ops.lora_shrink_op  # noqa: E402, F401
+from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: F401 - vLLM registers its two ops there
 
-from overlay import cache_identity, loaded  # noqa: E402
-from overlay.journal import Journal, PatchRecord  # noqa: E402
-from overlay.layers import Refused  # noqa: E402
-from overlay.patches import lora_linear  # noqa: E402
-from overlay.settings import Settings  # noqa: E402
-from overlay.side_work import lowering, ops  # noqa: E402
-from overlay.side_work.pairs import NO_CAPTURE  # noqa: E402
-from overlay.side_work.plan import Plan  # noqa: E402
-from overlay.verdict import Upstream, Verdict  # noqa: E402
+from overlay import cache_identity, loaded
+from overlay.journal import Journal, PatchRecord
+from overlay.layers import Refused
+from overlay.patches import lora_linear
+from overlay.settings import Settings
+from overlay.side_work import lowering, ops
+from overlay.side_work.pairs import NO_CAPTURE
+from overlay.side_work.plan import Plan
+from overlay.verdict import Upstream, Verdict
 
-from . import test_side_work_order as order  # noqa: E402
-from .test_side_work_order import toy  # noqa: E402, F401 - a fixture
+from . import test_side_work_order as order
+from .test_side_work_order import toy  # noqa: F401 - a fixture
 
 namespace = types.SimpleNamespace
 SHARDED_WORDS = "fully_sharded_loras isn't compatible with dual-stream LoRA"
@@ -150,9 +152,7 @@ class BaseLinearLayerWithLoRA(BaseLayerWithLoRA):
         output = self.base_layer(x) if bias is None else self.base_layer(x) + bias
         rows = output.flatten(0, 1) if output.ndim == 3 else output
         x = x.flatten(0, 1) if x.ndim == 3 else x
-        self.punica_wrapper.add_lora_linear(
-            rows, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
-        )
+        self.punica_wrapper.add_lora_linear(rows, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices)
         return output
 
 
@@ -194,9 +194,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         compilation = namespace(
             cudagraph_mode=namespace(name=mode), cudagraph_capture_sizes=[1, 8], compile_ranges_endpoints=[64], mode=3
         )
-        config = namespace(
-            compilation_config=compilation, parallel_config=namespace(use_ubatching=micro_batching)
-        )
+        config = namespace(compilation_config=compilation, parallel_config=namespace(use_ubatching=micro_batching))
         monkeypatch.setattr(lora_linear, "get_current_vllm_config", lambda: config)
         monkeypatch.setattr(lora_linear, "is_forward_context_available", lambda: True)
         monkeypatch.setattr(lora_linear, "envs", namespace(VLLM_BATCH_INVARIANT=batch_invariant))
@@ -470,6 +468,37 @@ def test_start_comes_before_the_base_layer_and_join_before_expand(
     assert order.texts(stock) and order.texts(code) == order.texts(stock)
 
 
+def test_the_base_layer_reads_what_start_has_written_and_expand_what_join_has(patched: None) -> None:
+    """The order does not rest on what comes first in the source: it is in the data, which every pass has to respect."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+        """What the arguments that an op writes to are after the op, in the order of its schema."""
+        users = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        return [users[place] for place in sorted(users) if place > 0]
+
+    layer, x = adopted(MergedLayer()), torch.randn(TOKENS, FEATURES)
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, inference_compiler=keep)
+    with inductor.patch({"enable_auto_functionalized_v2": False}), torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)([layer], x)
+    (graph,) = graphs
+    nodes = {str(node.args[0]): node for node in graph.graph.nodes if node.target is auto_functionalized}
+    start, join, expand = nodes.values()
+    assert list(nodes) == ["vllm_overlay.lora_start.default", "vllm_overlay.join.default", "vllm.lora_expand.default"]
+    (gemm,) = (node for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default)
+    buffer, gate = written_by(start)
+    weight = gemm.args[1]
+    assert weight is gate or gate in weight.all_input_nodes  # or a transposed view of it
+    assert join.kwargs["result"] is buffer and join.kwargs["main"] is gemm
+    assert [expand.kwargs["inputs"]] == written_by(join)
+    assert join.kwargs["x"] is start.kwargs["inputs"] or join.kwargs["x"] in start.kwargs["inputs"].all_input_nodes
+
+
 def calls(code: str) -> list[str]:
     """As `test_side_work_order.calls`, of the ops of any library."""
     return order.calls(code.replace("torch.ops.vllm.", "torch.ops.vllm_overlay."))
@@ -615,9 +644,7 @@ def test_an_engine_that_is_stock_as_a_whole_keeps_its_ranges(package: Any) -> No
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_where_deciding_fails_the_layers_are_stock(
-    package: Any, monkeypatch: pytest.MonkeyPatch, strict: bool
-) -> None:
+def test_where_deciding_fails_the_layers_are_stock(package: Any, monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
     lora_linear.install(package, FOUND, dataclasses.replace(PASS, strict=strict))
     layer = a_layer_of(package)
     layer.set_mapping(Punica())
