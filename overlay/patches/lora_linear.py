@@ -138,20 +138,20 @@ def overlap_adapters(original: Apply) -> Apply:
     @functools.wraps(original)
     def apply(self: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         pair = getattr(self, PAIR, None)
-        # Towers of multimodal models run without a forward context; a batch dimension is upstream's matter.
-        if pair is None or x.dim() != 2 or not is_forward_context_available():
+        # Towers of multimodal models run without a forward context. A third dimension is the batch of Transformers' models.
+        if pair is None or x.dim() not in (2, 3) or not is_forward_context_available():
             return original(self, x, bias)
-        wrapper, halves = self.punica_wrapper, Halves()
+        wrapper, halves, rows = self.punica_wrapper, Halves(), x.flatten(0, -2)
         type(wrapper).add_lora_linear(
-            halves, None, x, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
+            halves, None, rows, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
         )
         halves.shrink(wrapper, None if pair.gate is None else getattr(self.base_layer, pair.gate))
         output = original(pair.base, x, bias)
         if pair.gate is not None:
-            torch.ops.vllm_overlay.join(halves.buffer, output, x, None, NAME)
+            torch.ops.vllm_overlay.join(halves.buffer, output, rows, None, NAME)
         elif not torch.compiler.is_compiling():
-            ops.choose(x, NAME)  # start is what counts elsewhere
-        halves.expand(wrapper, output)
+            ops.choose(rows, NAME)  # start is what counts elsewhere
+        halves.expand(wrapper, output.flatten(0, -2))  # a view: upstream has added to a view of it, too
         return output
 
     return apply

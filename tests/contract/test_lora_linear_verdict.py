@@ -229,7 +229,7 @@ DRIFTING: list[tuple[str, tuple[str, ...], str, str, str]] = [
     ("shrink twice in one", ("0.33.0",), PUNICA, SHRINK_CALL, f"        lora_shrink(x, lora_a_stacked, y, scale)\n{SHRINK_CALL}"),
     ("the weights read before the op", ("0.19.1", "0.33.0"), PUNICA, SHRINK_CALL, f"        rank = lora_a_stacked[0].size(-2)\n{SHRINK_CALL}"),
     ("the weights changed for the op", ("0.33.0",), PUNICA, SHRINK_CALL, SHRINK_CALL.replace("lora_a_stacked,", "list(lora_a_stacked),")),
-    ("the weights by name", ("0.33.0",), PUNICA, SHRINK_CALL, SHRINK_CALL.replace("x,\n            lora_a_stacked,\n            y,", "x, y, scale, lora_a_weights=lora_a_stacked,")),
+    ("an argument of the op by name", ("0.33.0",), PUNICA, "            scale,\n        )\n\n    def add_expand", "            scaling=scale,\n        )\n\n    def add_expand"),
     ("another op", ("0.33.0",), PUNICA, SHRINK_CALL, SHRINK_CALL.replace("lora_shrink", "lora_shrink_fp8")),
     ("the buffer changed after the op", ("0.33.0",), PUNICA, SHRINK_CALL, f"        y.zero_()\n{SHRINK_CALL}"),
     ("other metadata", ("0.33.0",), PUNICA, SHRINK_CALL + "            *self.token_mapping_meta", SHRINK_CALL + "            *self.prompt_mapping_meta"),

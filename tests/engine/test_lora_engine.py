@@ -1,8 +1,8 @@
 """LoRA in a real vLLM on the CPU: adapters come and go, and the tokens are those of stock.
 
 There is no auxiliary stream on a CPU. With the serial pass-through everything else is there: the hook on a package, the
-layers that are taken, the op, the way to upstream's own `apply`. vLLM compiles nothing on a CPU when LoRA is on, so all
-runs are eager; that the op is traced into one graph is test_lora_linear_patch's matter.
+layers that are taken, upstream's own methods with the stand-ins. vLLM compiles nothing on a CPU when LoRA is on, so all runs are
+eager; that the ops are traced into one graph, and in which order, is test_lora_linear_patch's matter.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_adapters_come_and_go_with_stocks_tokens(both: Both, name: str) -> None:
     ]
 
 
-def test_every_linear_of_qwen3_goes_through_the_op(both: Both) -> None:
+def test_every_linear_of_qwen3_is_taken(both: Both) -> None:
     _, overlay = both("qwen3")
     record = lora_record(overlay)
     assert record["verdict"] == "apply"
@@ -89,7 +89,7 @@ def test_every_linear_of_qwen3_goes_through_the_op(both: Both) -> None:
     calls = record["calls"]
     assert isinstance(calls, dict)
     assert calls["dual_stream"] == 0
-    assert calls["serial"]["serial pass-through"] % len(layers["patched"]) == 0, "some layers went around the op"
+    assert calls["serial"]["serial pass-through"] % len(layers["patched"]) == 0, "some layers went another way"
 
 
 def test_gdn_leaves_layers_with_adapters_to_lora(both: Both) -> None:

@@ -397,15 +397,16 @@ def test_a_name_without_a_plan_is_computed_serially(patched: None, monkeypatch: 
 # ------------------------------------------------------------------------------------------------ the traced apply
 
 
+@pytest.mark.parametrize("leading", [(TOKENS,), (1, TOKENS), (2, TOKENS)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("wrapper", [Punica, CpuPunica])
 def test_upstreams_bits_and_the_layer_is_left_alone(
-    patched: None, record: PatchRecord, wrapper: type, with_bias: bool
+    patched: None, record: PatchRecord, wrapper: type, with_bias: bool, leading: tuple[int, ...]
 ) -> None:
     layer = adopted(MergedLayer(), wrapper())
     assert (getattr(layer, lora_linear.PAIR).gate is None) == (wrapper is CpuPunica)
     before = dict(layer.__dict__), dict(layer.base_layer.__dict__), dict(layer.punica_wrapper.__dict__)
-    x, bias = torch.randn(TOKENS, FEATURES), torch.randn(COLUMNS) if with_bias else None
+    x, bias = torch.randn(*leading, FEATURES), torch.randn(COLUMNS) if with_bias else None
     expected = STOCK(layer, x, bias)
     assert record.calls.total() == 0
     assert torch.equal(layer.apply(x, bias), expected)
@@ -413,15 +414,13 @@ def test_upstreams_bits_and_the_layer_is_left_alone(
     assert record.calls.serial == {"serial pass-through": 1}
 
 
-@pytest.mark.parametrize("why", ["no forward context", "not taken", "a batch dimension"])
+@pytest.mark.parametrize("why", ["no forward context", "not taken"])
 def test_around_the_ops(patched: None, record: PatchRecord, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     layer, x = adopted(MergedLayer()), torch.randn(TOKENS, FEATURES)
     if why == "not taken":
         setattr(layer, lora_linear.PAIR, None)
-    elif why == "no forward context":
-        monkeypatch.setattr(lora_linear, "is_forward_context_available", lambda: False)
     else:
-        x = x.unsqueeze(0)
+        monkeypatch.setattr(lora_linear, "is_forward_context_available", lambda: False)
     assert torch.equal(layer.apply(x), STOCK(layer, x))
     assert record.calls.total() == 0
 
@@ -429,7 +428,7 @@ def test_around_the_ops(patched: None, record: PatchRecord, monkeypatch: pytest.
 def model(layers: list[Any], x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        x = torch.relu(layer.apply(x))[:, :FEATURES]
+        x = torch.relu(layer.apply(x))[..., :FEATURES]
     return x
 
 
@@ -536,8 +535,9 @@ def test_above_the_captured_sizes_it_is_upstreams_graph(
     assert len(inputs) == len([node for node in lowered.graph.nodes if node.op == "placeholder"])
 
 
-def test_the_compiler_counts_start(patched: None, record: PatchRecord) -> None:
-    layer, x = adopted(MergedLayer()), torch.randn(TOKENS, FEATURES)
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_the_compiler_counts_start(patched: None, record: PatchRecord, batch: tuple[int, ...]) -> None:
+    layer, x = adopted(MergedLayer()), torch.randn(TOKENS, *batch, FEATURES)
     torch._dynamo.reset()
     compiled_model = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (TOKENS, 3):
