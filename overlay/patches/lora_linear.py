@@ -151,7 +151,7 @@ def overlap_adapters(original: Apply) -> Apply:
             torch.ops.vllm_overlay.join(halves.buffer, output, rows, None, NAME)
         elif not torch.compiler.is_compiling():
             ops.choose(rows, NAME)  # start is what counts elsewhere
-        halves.expand(wrapper, output.flatten(0, -2))  # a view: upstream has added to a view of it, too
+        halves.expand(wrapper, output.view(-1, output.shape[-1]))
         return output
 
     return apply
@@ -160,16 +160,12 @@ def overlap_adapters(original: Apply) -> Apply:
 def take_over_shrink(wrapper: Any) -> None:
     """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Raises Refused where that is not so."""
     known = getattr(type(wrapper).add_shrink, "__globals__", {})
-    if known.get(SHRINK) is lora_shrink:
+    found, stock = known.get(SHRINK), getattr(torch.ops.vllm, SHRINK, None)
+    if found is lora_shrink:
         return
-    stock: Any = known.get(SHRINK)
-    if (
-        not hasattr(wrapper, "token_mapping_meta")
-        or stock is None
-        or stock is not getattr(torch.ops.vllm, SHRINK, None)
-    ):
+    if found is None or found is not stock or not hasattr(wrapper, "token_mapping_meta"):
         raise Refused(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
-    define_start(stock)
+    define_start(found)
     known[SHRINK] = lora_shrink
 
 
