@@ -36,7 +36,7 @@ from vllm.platforms import current_platform
 from overlay import cache_identity, loaded
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
-from overlay.settings import Settings
+from overlay.settings import Settings, outcome
 from overlay.side_work import lowering, ops, pairs
 from overlay.side_work.gemms import ADAPTERS, TORCH_GEMM, check_side, gate_of, gemm_of, has_adapters, main_kind
 from overlay.side_work.pairs import NO_CAPTURE, Pair
@@ -194,7 +194,7 @@ class Undecided:
             default = Plan(self._settings.forks, self._settings.tokens_or(TOKEN_THRESHOLD))
             pairs.settle(list(made.values()), worker, self._settings, self._record, default)
         except Exception as error:
-            journal.problem(f"{NAME}: {UNDECIDED}, vLLM runs stock here: {type(error).__name__}: {error}")
+            journal.problem(f"{NAME}: {UNDECIDED}, {outcome(self._settings.strict)}: {type(error).__name__}: {error}")
             if self._settings.strict:
                 raise
             made, stock = {}, dict.fromkeys(range(len(waiting)), UNDECIDED)

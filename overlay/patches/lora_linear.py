@@ -53,7 +53,7 @@ from vllm.platforms import current_platform
 from overlay import cache_identity, loaded
 from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
-from overlay.settings import Settings
+from overlay.settings import Settings, outcome
 from overlay.side_work import lane, lowering, ops
 from overlay.side_work.gemms import gate_of
 from overlay.side_work.pairs import NO_CAPTURE
@@ -277,7 +277,7 @@ class Layers:
                     break
         except Exception as error:
             failed = True
-            journal.problem(f"{NAME}: {UNDECIDED}, vLLM runs stock here: {type(error).__name__}: {error}")
+            journal.problem(f"{NAME}: {UNDECIDED}, {outcome(self._settings.strict)}: {type(error).__name__}: {error}")
             if self._settings.strict:
                 raise
         for layer, name, made in waiting:
@@ -327,7 +327,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
             if settings.strict:
                 raise ValueError(FULLY_SHARDED)
 
-    ops.define()
+    ops.define(declares_writes=current_platform.is_cuda_alike())
     ops.pairs[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
     loaded.when_loaded(layers.decide)
     setattr(linear_class, PAIR, None)

@@ -53,7 +53,7 @@ def kernels() -> Iterator[Kernels]:
 @pytest.fixture(autouse=True)
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     """Where the ops count, in an engine that is running."""
-    ops.define()
+    ops.define(declares_writes=True)
     found = PatchRecord()
     monkeypatch.setitem(ops.pairs, lora_linear.NAME, ops.PlannedPair(Plan("dual", 256), found))
     monkeypatch.setattr(lora_linear, "is_forward_context_available", lambda: True)

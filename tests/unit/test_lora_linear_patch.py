@@ -180,7 +180,7 @@ INTERCEPTED = (BaseLinearLayerWithLoRA,)
 @pytest.fixture(autouse=True)
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     """Where the ops count."""
-    ops.define()
+    side_work_ops.define()
     found = PatchRecord()
     monkeypatch.setitem(ops.pairs, lora_linear.NAME, ops.PlannedPair(Plan("dual", 256), found))
     return found
