@@ -30,6 +30,7 @@ from overlay.side_work.pairs import NO_CAPTURE
 from overlay.side_work.plan import Plan
 from overlay.verdict import Upstream, Verdict
 
+from . import side_work_ops
 from . import test_side_work_order as order
 from .test_side_work_order import toy  # noqa: F401 - a fixture
 
