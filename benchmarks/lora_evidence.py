@@ -168,7 +168,6 @@ def run(options: argparse.Namespace) -> int:
         work=options.work.resolve(),
         out=options.out.resolve(),
         site=options.site,
-        architecture="qwen3",
         layers=options.layers,
         budget=options.budget,
         cpu=options.cpu,

@@ -16,7 +16,7 @@ import torch
 from bench_engine import weights
 
 from gpu import deepseek_model
-from gpu.micro import capture
+from gpu.capture import capture
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LAYERS = 8

@@ -100,7 +100,7 @@ class LoraEngines:
             # Not compiled: what is compiled has tests of its own. A spare slot more: vLLM 0.32.0 on a CPU gives a base
             # request what is in the last slot.
             changes |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True, "max_loras": len(self.ranks) + 2}
-        arguments = setup.engine(model, "qwen3", **changes)
+        arguments = setup.arguments(model, False, **changes)
         arguments.pop("additional_config", None)  # of GDN
         if self.uncompiled:
             arguments["compilation_config"] |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}

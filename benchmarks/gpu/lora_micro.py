@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as functional
 
 from gpu import lora_model
-from gpu.micro import capture
+from gpu.capture import capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

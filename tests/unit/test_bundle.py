@@ -183,8 +183,8 @@ def test_the_same_sources_give_the_same_bytes(tmp_path: pathlib.Path, monkeypatc
             shutil.copy(REPOSITORY / name, root)
         ignored = shutil.ignore_patterns("__pycache__") if number else None
         shutil.copytree(REPOSITORY / "overlay", root / "overlay", ignore=ignored)
-        (root / "overlay" / "plan.py").chmod(0o600 + 0o111 * number)
-        os.utime(root / "overlay" / "plan.py", (number, number))
+        (root / "overlay" / "layers.py").chmod(0o600 + 0o111 * number)
+        os.utime(root / "overlay" / "layers.py", (number, number))
         before = os.umask(umask)
         try:
             folder, packed, _ = bundle.make(tmp_path / f"dist {number}", root, PACKAGES)

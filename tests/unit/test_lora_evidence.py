@@ -145,7 +145,7 @@ def test_serial_calls_that_should_not_be_are_named_in_the_overlays_words() -> No
 @pytest.fixture
 def engines(tmp_path: Path) -> Callable[[bool], lora_engines.LoraEngines]:
     def make(cpu: bool) -> lora_engines.LoraEngines:
-        setup = Setup(tmp_path, tmp_path, "/site", 100.0, cpu=cpu, architecture="qwen3", layers=2)
+        setup = Setup(tmp_path, tmp_path, "/site", 100.0, cpu=cpu, layers=2)
         return lora_engines.LoraEngines(setup, Results(tmp_path / "lora.json"), (8, 16), 16, 64)
 
     return make

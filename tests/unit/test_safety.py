@@ -117,8 +117,8 @@ def test_links_are_followed_to_what_others_can_write(folder: pathlib.Path, tmp_p
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    shutil.move(folder / "overlay" / "plan.py", elsewhere)
-    (folder / "overlay" / "plan.py").symlink_to(elsewhere / "plan.py")
+    shutil.move(folder / "overlay" / "layers.py", elsewhere)
+    (folder / "overlay" / "layers.py").symlink_to(elsewhere / "layers.py")
     check(folder)
     elsewhere.chmod(0o775)
     with pytest.raises(safety.Writable, match="elsewhere"):
@@ -142,8 +142,8 @@ def test_whoever_can_turn_a_link_on_the_way_is_named(folder: pathlib.Path, tmp_p
         check(given)
         place.chmod(0o755)
 
-    (srv / "plan.py").symlink_to(folder / "overlay" / "plan.py")
-    (folder / "overlay" / "same_plan.py").symlink_to(srv / "plan.py")
+    (srv / "layers.py").symlink_to(folder / "overlay" / "layers.py")
+    (folder / "overlay" / "same_layers.py").symlink_to(srv / "layers.py")
     check(folder)
     srv.chmod(0o775)
     with pytest.raises(safety.Writable, match="srv"):
@@ -222,15 +222,15 @@ def test_vllm_runs_stock_with_one_warning_and_strict_stops_it(folder: pathlib.Pa
     def start() -> subprocess.CompletedProcess[str]:
         return run_python("-c", "import vllm; print(vllm.__version__)", environment=environment)
 
-    (folder / "overlay" / "streams.py").chmod(0o664)
+    (folder / "overlay" / "files.py").chmod(0o664)
     refused = start()
     lines = [line for line in refused.stderr.splitlines() if line.startswith("WARNING") and "overlay" in line]
-    assert len(lines) == 1 and "streams.py (mode 0664)" in lines[0] and "chmod -R go-w" in lines[0]
+    assert len(lines) == 1 and "files.py (mode 0664)" in lines[0] and "chmod -R go-w" in lines[0]
     assert not journals.exists()
     assert (refused.returncode != 0) == strict
     assert refused.stdout.strip() == ("" if strict else "0.32.0+stub")
 
-    (folder / "overlay" / "streams.py").chmod(0o644)
+    (folder / "overlay" / "files.py").chmod(0o644)
     armed = start()
     assert armed.returncode == 0 and armed.stderr == ""
     assert len(list(journals.glob("*.json"))) == 1
