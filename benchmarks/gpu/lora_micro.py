@@ -86,7 +86,7 @@ def overlap(layers: Sequence[LoraLinear]) -> tuple[Callable[..., torch.Tensor], 
     from overlay.side_work.plan import Plan
 
     record = PatchRecord()
-    ops.define()
+    ops.define(declares_writes=True)
     ops.pairs[lora_linear.NAME] = ops.PlannedPair(Plan("dual", 1 << 20), record)
     device = layers[0].base_layer.weight.device
     if device.type == "cuda":
