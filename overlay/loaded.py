@@ -6,6 +6,7 @@ shape the graph that vLLM traces later, and its key in the compile cache.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -27,8 +28,24 @@ def watch(module: ModuleType) -> None:
 
     def after_load(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:
         result = wrapped(*args, **kwargs)
+        before = _allocated_bytes()
         for decide in _waiting:
             decide(worker)
+        _count_as_the_models(worker, _allocated_bytes() - before)
         return result
 
     wrapt.wrap_function_wrapper(module, f"{WORKERS[module.__name__]}.load_model", after_load)
+
+
+def _allocated_bytes() -> int:
+    """What torch has allocated on this worker's GPU; 0 where it uses none."""
+    torch: Any = sys.modules.get("torch")
+    return int(torch.cuda.memory_allocated()) if torch is not None and torch.cuda.is_initialized() else 0
+
+
+def _count_as_the_models(worker: Any, taken: int) -> None:
+    """vLLM has measured the model's memory already, and sizes its KV cache by that. What stays allocated here (the workspace of
+    the auxiliary stream) belongs to it. From vLLM 0.27 on it asks the device instead, and this changes one log line."""
+    runner = getattr(worker, "model_runner", None)
+    if taken > 0 and hasattr(runner, "model_memory_usage"):
+        runner.model_memory_usage += taken

@@ -286,3 +286,9 @@ def test_an_op_can_be_given_tags(version: str) -> None:
         node.name: node for node in parsed(version, "vllm.utils.torch_utils").body if isinstance(node, ast.FunctionDef)
     }
     assert "tags" in [argument.arg for argument in functions["direct_register_custom_op"].args.args]
+
+
+@pytest.mark.parametrize("version", released.SUPPORTED)
+def test_the_kv_cache_is_sized_by_what_the_model_took(version: str) -> None:
+    source = released.tree(version).read("vllm.v1.worker.gpu_worker")
+    assert source is not None and "weights_memory=int(self.model_runner.model_memory_usage)" in source.text

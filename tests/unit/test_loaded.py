@@ -100,3 +100,23 @@ def test_vllms_workers_have_the_method() -> None:
     tree = ast.parse((root / "v1" / "worker" / "gpu_worker.py").read_text("utf-8"))
     (worker,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Worker")
     assert "load_model" in {node.name for node in worker.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("taken", [0, 32 << 20, -(1 << 20)])
+def test_what_stays_allocated_counts_as_the_models(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM sizes its KV cache by what the model took when it was loaded, and asks for that before this moment."""
+    name = next(iter(effect.WORKERS))
+    module = module_of(name, Worker)
+    loaded.watch(module)
+    allocated = [1 << 30]
+    monkeypatch.setattr(loaded, "_allocated_bytes", lambda: allocated[0])
+    loaded.when_loaded(lambda worker: allocated.__setitem__(0, allocated[0] + taken))
+    worker = getattr(module, effect.WORKERS[name])()
+    worker.load_model("real")
+    worker.model_runner = types.SimpleNamespace(model_memory_usage=1000)
+    worker.load_model("real")
+    assert worker.model_runner.model_memory_usage == 1000 + max(taken, 0)
+
+
+def test_a_process_without_a_gpu_has_allocated_nothing() -> None:
+    assert loaded._allocated_bytes() == 0
