@@ -46,6 +46,6 @@ def _allocated_bytes() -> int:
 def _count_as_the_models(worker: Any, taken: int) -> None:
     """vLLM has measured the model's memory already, and sizes its KV cache by that. What stays allocated here (the workspace of
     the auxiliary stream) belongs to it. From vLLM 0.27 on it asks the device instead, and this changes one log line."""
-    runner = getattr(worker, "model_runner", None)
+    runner: Any = getattr(worker, "model_runner", None)
     if taken > 0 and hasattr(runner, "model_memory_usage"):
         runner.model_memory_usage += taken
