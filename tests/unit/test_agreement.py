@@ -193,8 +193,14 @@ def test_every_setting_that_changes_what_a_rank_does_is_compared() -> None:
     """A setting that is new counts, until somebody says that it may differ."""
     facts = json.loads(agreement.report(Settings()))
     names = {field.name for field in dataclasses.fields(Settings)}
-    assert set(facts) == {"overlay", "source", "vllm"} | names - {"enabled", "strict", "log_level", "journal_folder"}
-    same = Settings(strict=True, log_level="debug", journal_folder="/elsewhere")
+    assert set(facts) == {"overlay", "source", "vllm"} | names - {
+        "enabled",
+        "strict",
+        "log_level",
+        "journal_folder",
+        "retired",
+    }
+    same = Settings(strict=True, log_level="debug", journal_folder="/elsewhere", retired=("a line",))
     assert agreement.report(same) == agreement.report(Settings())
     for other in (Settings(patches=("gdn",)), Settings(plan="serial"), Settings(token_threshold=0)):
         assert agreement.report(other) != agreement.report(Settings())
