@@ -111,10 +111,11 @@ def _start(x, weight, gate, columns, name):  # type: ignore[no-untyped-def]
 def _start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-untyped-def]
     strategy, found = choose(x, name)
     layer = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
-    x = x.contiguous()  # Inductor may have given it other strides, and not every kernel takes those
 
     def work() -> torch.Tensor:
-        return layer._modules[side](x)[0]
+        # Inductor may have given x other strides, and not every kernel takes those. A copy is made here, on the stream that
+        # reads it: main's stream would give its memory away when this op returns.
+        return layer._modules[side](x.contiguous())[0]
 
     if strategy == SERIAL or found is None:
         result = work()
