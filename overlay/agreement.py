@@ -52,6 +52,10 @@ _NAMED = 8
 #: What came of the last agreement of this process; None before the first.
 _result: str | None = None
 _watched: list[object] = []
+#: Why layers stay stock in a process that has a world and never loads vLLM's worker: its weight-cache daemon (``vllm preload``, from
+#: 0.30 on) makes a model and runs none. That is no problem of anybody's.
+NO_WORKER = "no worker runs in this process"
+_worker_is_loaded = False
 
 
 class NotAlike(RuntimeError):
@@ -65,6 +69,8 @@ def watch(module: ModuleType, settings: Settings) -> None:
     """
     import wrapt
 
+    global _worker_is_loaded
+    _worker_is_loaded = True
     function = getattr(module, JOINS_WORLD, None)
     if function is None or any(function is one for one in _watched):  # watched: imported by name from the other module
         return
@@ -85,6 +91,8 @@ def reason_for_stock(settings: Settings) -> str | None:
     """
     if _result is None:
         world, rank = _world()
+        if world > 1 and not _worker_is_loaded:
+            return NO_WORKER
         if world > 1:
             text = f"the ranks have not been compared: the worker joined its world without vLLM's {JOINS_WORLD}"
             _settle(text, world, rank, settings)

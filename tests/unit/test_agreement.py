@@ -212,6 +212,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
     monkeypatch.setattr(agreement, "journal", fresh)
     monkeypatch.setattr(agreement, "_result", None)
     monkeypatch.setattr(agreement, "_watched", [])
+    monkeypatch.setattr(agreement, "_worker_is_loaded", False)
     return fresh
 
 
@@ -315,6 +316,16 @@ def test_a_worker_that_never_asked_stays_stock_unless_it_is_alone(
     with pytest.raises(agreement.NotAlike) if strict else contextlib.nullcontext():
         assert "have not been compared" in str(agreement.reason_for_stock(Settings(strict=strict)))
     assert len(journal.problems) == 1
+
+
+def test_a_process_without_a_worker_stays_stock_without_a_word(in_world: Callable[..., None], journal: Journal) -> None:
+    """vLLM's weight-cache daemon has a world and makes a model, to hold its weights. Strict does not stop it."""
+    in_world(2, no_store)
+    assert agreement.reason_for_stock(Settings(strict=True)) == agreement.NO_WORKER
+    assert journal.problems == [] and journal.agreement is None
+    agreement.watch(types.ModuleType(next(iter(effect.WORKERS))), Settings())
+    with pytest.raises(agreement.NotAlike):
+        agreement.reason_for_stock(Settings(strict=True))
 
 
 def test_a_worker_asks_once_after_it_has_joined_whichever_module_it_is_of(
