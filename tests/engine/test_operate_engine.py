@@ -126,12 +126,13 @@ def endure(server: servers.Server) -> None:
     """Some seconds of a soak: requests from several clients, some of whom hang up; then the same answers as before."""
     stop = threading.Event()
     pool = load.make_pool([], lengths=(3, 40), per_length=3)
-    before = load.alone(server, pool, stop)
+    margins: dict[str, load.Margins] = {}
+    before = load.alone(server, pool, stop, margins)
     reference = {name: tokens for name, tokens in before.items() if not isinstance(tokens, str)}
     assert len(reference) == len(pool), before
     tally = load.Tally()
     # With this seed the clients' first requests are of all three kinds, so a slow machine meets them as well.
-    load.put_load(server, pool, reference, tally, seconds=5, clients=4, seed=2, stop=stop)
+    load.put_load(server, pool, reference, margins, tally, seconds=5, clients=4, seed=2, stop=stop)
     assert not tally.errors and set(tally.sent) == set(load.WEIGHTS)
     assert load.wait_until_idle(server, stop) == 0
     assert load.alone(server, pool, stop) == before
