@@ -288,10 +288,22 @@ def _check_join(module: ast.Module) -> None:
         raise Drift(functions[-1] if functions else module, f"{PARALLEL} has not one plain definition")
     for node in ast.walk(functions[0]):
         if isinstance(node, ast.If) and "aux_stream is not None" in ast.unparse(node.test):
-            if ast.unparse(node.body[-1]) == "event1.wait()":
-                return
-            raise Drift(node.body[-1], f"{PARALLEL} does not end with the main stream's wait for the auxiliary one")
+            _check_joined(functions[0], node.body)
+            return
     raise Drift(functions[0], f"{PARALLEL} has no branch for an auxiliary stream")
+
+
+def _check_joined(function: Function, branch: list[ast.stmt]) -> None:
+    """The branch leaves at its end only, and its last act is to wait for the event behind the auxiliary stream's work."""
+    if ast.unparse(branch[-1]) != "event1.wait()":
+        raise Drift(branch[-1], f"{PARALLEL} does not end with the main stream's wait for the auxiliary one")
+    for statement in branch:
+        for node in ast.walk(statement):
+            if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)):
+                raise Drift(node, f"{PARALLEL} may end before the auxiliary stream is joined")
+    forks = [node for node in branch if isinstance(node, ast.With) and "(aux_stream)" in ast.unparse(node.items[0])]
+    if len(forks) != 1 or ast.unparse(forks[0].body[-1]) != "event1.record()" or _stores(function, "event1"):
+        raise Drift(branch[-1], f"{PARALLEL} does not wait for an event behind the auxiliary stream's work")
 
 
 # ---------------------------------------------------------------------------------------------- the questions
@@ -459,7 +471,8 @@ def _asked(branch: ast.If, *names: str) -> list[ast.expr]:
         asserted = sum(
             isinstance(statement, ast.Assert) and bool(uses_of(statement, name)) for statement in branch.body
         )
-        if len(local) != 1 or len(own) != 1 + asserted or len(loads) != 1 or len(calls) != 1:
+        bound = _stores(ast.Module(branch.body, []), name)
+        if not (bound == len(local) == len(loads) == len(calls) == 1 and len(own) == 1 + asserted):
             raise Drift(branch, f"a branch of attention_impl does not call the layer's {name} exactly once")
         if not any(calls[0] is part or getattr(part, "value", None) is calls[0] for part in run_once):
             raise Drift(calls[0], f"the call of {name} does not run once and always")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from overlay.verdict import Source, Upstream, Verdict, judge
+from overlay.verdict import Source, SourceTree, Upstream, Verdict, judge
 from overlay.verdict.pooling import EXECUTORS, FLAG, METHOD, MODULE, OUTPUT, RUNNER, STREAM, SYNC
 
 from .released import ChangedTree, releases, tree
@@ -217,6 +217,18 @@ def test_an_executor_that_cannot_take_the_output(version: str, executor: str) ->
     )
     assert text != source.text
     found = judge("pooling", ChangedTree(version, executor, Source(text, source.path)))
+    assert found.state == "drifted" and executor in found.reason
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_executor_that_is_not_where_it_was(executor: str) -> None:
+    """Nobody can tell whether it takes the output."""
+
+    class Without(SourceTree):
+        def read(self, module: str) -> Source | None:
+            return None if module == executor else super().read(module)
+
+    found = judge("pooling", Without(tree(APPLY[0]).folder))
     assert found.state == "drifted" and executor in found.reason
 
 
