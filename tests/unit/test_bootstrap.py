@@ -386,6 +386,20 @@ def test_a_patch_that_fails_to_install_leaves_vllm_stock_with_one_line(world: Wo
     assert world.run(IMPORT_ALL, VLLMOVERLAY_STRICT="1").returncode != 0
 
 
+def test_a_worker_that_has_loaded_its_model_calls_who_waits_for_that(world: World) -> None:
+    """Without the hook no layer gets a plan, and everything runs stock."""
+    world.build({"v1/worker/gpu_worker.py": "class Worker:\n    def load_model(self):\n        return 'loaded'\n"})
+    code = """
+import vllm, overlay.loaded
+seen = []
+overlay.loaded.when_loaded(seen.append)
+from vllm.v1.worker.gpu_worker import Worker
+worker = Worker()
+assert seen == [] and worker.load_model() == "loaded" and seen == [worker]
+"""
+    succeeded(world.run(code))
+
+
 def test_patches_none_reads_no_source(world: World) -> None:
     world.build({stub_vllm.GDN_MODULE: DRIFTED})
     result = succeeded(world.run(IMPORT_ALL, VLLMOVERLAY_PATCHES="none"))

@@ -271,6 +271,19 @@ def test_small_steps_fork_in_a_capture_and_in_eager_pieces(device: Any, ratio: i
     assert layer.record.calls.dual_stream == 2
 
 
+def test_the_indexers_projection_is_taken_over_once(device: Any) -> None:
+    """A wrapper around the wrapper at each step would end in a RecursionError, after a thousand steps."""
+    layer = Layer(4)
+    stage = layer.stage(Plan("dual", 1024, only_while_capturing=False))
+    device(False)
+    assert layer.indexer is not None
+    taken = []
+    for tokens in (7, 2048, 7):
+        step(layer, stage, tokens)
+        taken.append(layer.indexer.weights_proj.forward)
+    assert taken[0] != layer.indexer.weights_proj.compute and taken == taken[:1] * 3
+
+
 @each_ratio
 def test_the_first_call_warms_the_streams_up_with_one_row(device: Any, ratio: int) -> None:
     layer = Layer(ratio)
@@ -405,6 +418,23 @@ def test_what_is_intercepted_is_a_plain_function(released: tuple[Any, Any]) -> N
     gemm = compressors.cublas_gemm_bf16_bf16_fp32
     assert type(gemm) is types.FunctionType
     assert gemm(torch.zeros(1), object()) == "computed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode", "threshold"),
+    [(Settings(), "dual", 1024), (Settings(token_threshold=7), "dual", 7), (Settings(plan="serial"), "serial", 1024)],
+)
+def test_the_plan_is_upstreams_which_forks_in_eager_steps_as_well(
+    released: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, settings: Settings, mode: str, threshold: int
+) -> None:
+    attention, _ = released
+    monkeypatch.setattr(deepseek_v4, "current_platform", namespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(deepseek_v4, "adopt", lambda name, record, layer, make, settings: make())
+    monkeypatch.setattr(deepseek_v4, "make_stage", lambda *given: given)
+    monkeypatch.setattr(attention.Wrapper, "layer_name", "a layer", raising=False)
+    deepseek_v4.install(attention, VERDICT, settings)
+    given = getattr(attention.Wrapper(), deepseek_v4.STAGE)
+    assert Plan(mode, threshold, only_while_capturing=False) in given
 
 
 def test_a_layer_without_a_stage_runs_stock(released: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

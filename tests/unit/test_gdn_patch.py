@@ -100,6 +100,7 @@ class OwnWorkspace:
 
 class SharedWorkspace:
     def process_weights_after_loading(self, layer: Any) -> None:
+        self.workspace = None  # it mentions one, and makes none
         layer.apply = lambda call: call(workspace=None)
 
 
@@ -445,6 +446,34 @@ def test_the_pair_of_a_layer_names_its_kernels_and_its_gate() -> None:
     assert pair.name == "16 to 48 (Fp8LinearMethod) + 6 (default_unquantized_gemm), torch.float32"
     layer.in_proj_ba.quant_method = method_named("GPTQMarlinLinearMethod", kernel=marlin(OwnWorkspace))
     assert not gdn.make_pair(layer, configuration(layer), {"qkvz": 48, "ba": 6}).plain
+
+
+@given(st.permutations(range(1, 4)))
+def test_the_gate_is_the_largest_parameter_wherever_it_stands(rows: list[int]) -> None:
+    """Scales and zero points may be registered before the weight. The GEMM reads all of the weight."""
+    main = torch.nn.Module()
+    for size in rows:
+        main.register_parameter(f"of_{size}", torch.nn.Parameter(torch.zeros(size, 16), requires_grad=False))
+    assert gemms.gate_of(main) == "of_3"
+
+
+@pytest.mark.parametrize("holder", ["quant_method", "scheme"])
+@pytest.mark.parametrize("attribute", ["kernel", "fp8_linear", "w8a8_block_fp8_linear"])
+def test_the_kind_of_main_names_method_scheme_and_kernel(holder: str, attribute: str) -> None:
+    """Layers of another kernel have a plan of their own."""
+    main = namespace(quant_method=method_named("Method"), scheme=method_named("Scheme"))
+    setattr(getattr(main, holder), attribute, method_named("Kernel"))
+    assert gemms.main_kind(main) == "Method Scheme Kernel"
+    assert gemms.main_kind(namespace(quant_method=method_named("Method"))) == "Method"
+
+
+def test_a_gemm_that_its_method_does_not_hold_is_what_vllm_dispatches_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = linear(8, method_named("UnquantizedLinearMethod"))
+    monkeypatch.setattr(gemms, "dispatch_unquantized_gemm", lambda: unquantized()._gemm_impl)
+    assert gemm_of(side) == gemms.TORCH_GEMM
+    monkeypatch.setattr(gemms, "dispatch_unquantized_gemm", lambda: cuda_flashinfer_bf16_gemm)
+    with pytest.raises(Refused, match="cuda_flashinfer_bf16_gemm"):
+        gemm_of(side)
 
 
 def test_on_a_gpu_without_graphs_there_is_nothing_to_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

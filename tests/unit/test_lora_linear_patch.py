@@ -368,7 +368,11 @@ class Lane:
         self.calls.append("join")
 
 
-@pytest.mark.parametrize(("strategy", "expected"), [("dual", ["dual"]), ("serial", ["forget"])])
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [("dual", ["dual"]), ("dual_main_first", ["dual"]), ("serial", ["forget"])],
+    ids=["side first", "main first, which join could not start", "serial"],
+)
 def test_start_forks_where_the_plan_says_so(
     patched: None, kernels: list[str], monkeypatch: pytest.MonkeyPatch, strategy: str, expected: list[str]
 ) -> None:
@@ -677,6 +681,24 @@ def test_on_a_gpu_the_lane_is_used_once_before_vllm_sizes_its_cache(monkeypatch:
     assert found.calls == ["dual", "join"]
     monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: None)
     lora_linear._use_the_lane_once(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("slices", "prepared"), [((COLUMNS,), 1), ((1,), 0)], ids=["a pair", "all stock"])
+def test_the_lane_is_used_once_when_a_model_with_a_pair_has_been_loaded(
+    package: Any, monkeypatch: pytest.MonkeyPatch, slices: tuple[int, ...], prepared: int
+) -> None:
+    """Not before, and not during a capture."""
+    lanes: list[Lane] = []
+    monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: lanes.append(Lane()) or lanes[-1])
+    lora_linear.install(package, FOUND, PASS)
+    layers = [a_layer_of(package, prefix=prefix) for prefix in ("a", "b")]
+    for layer in layers:
+        layer.lora_a_stacked = (namespace(is_cuda=True, device=torch.device("cpu")),)
+        layer.output_slices = slices
+        layer.set_mapping(Punica())
+    assert lanes == []
+    package.load()
+    assert [found.calls for found in lanes] == [["dual", "join"]] * prepared
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
@@ -280,6 +282,24 @@ def test_endpoints_that_are_there_stay(record: PatchRecord) -> None:
     assert config.compile_ranges_endpoints == [4, CAPTURED, 32, LARGEST]
     all_captured = configuration([CAPTURED]).compilation_config
     assert split(all_captured, strict=False) and all_captured.compile_ranges_endpoints == [CAPTURED]
+    more_is_captured = configuration([4]).compilation_config
+    assert split(more_is_captured, strict=False) and more_is_captured.compile_ranges_endpoints == [4]
+
+
+@given(st.integers(1, 64), st.integers(0, 64), st.lists(st.integers(1, 64), max_size=4))
+def test_a_range_that_contains_a_captured_size_keeps_its_ops(start: int, more: int, captured: list[int]) -> None:
+    """Where vLLM compiles one graph for all sizes, or for one of them, it is the graph that is captured."""
+    kept: Any = object()
+
+    def compile_graph(graph: Any, compilation_config: Any, *, compile_range: Any) -> None: ...
+
+    of_vllm = types.SimpleNamespace(cudagraph_capture_sizes=captured)
+    compiled = types.SimpleNamespace(start=start, end=start + more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "lower", lambda graph: "lowered")
+        args, kwargs = lowering._with_stocks_calls(compile_graph, (kept, of_vllm), {"compile_range": compiled})
+    assert args == ("lowered" if start > max(captured, default=0) else kept, of_vllm)
+    assert kwargs == {"compile_range": compiled}
 
 
 def test_a_graph_without_an_op_is_left_as_it_is(record: PatchRecord) -> None:
@@ -295,8 +315,10 @@ def test_what_was_traced_is_not_changed(record: PatchRecord) -> None:
     graph.call_function(torch.ops.vllm_overlay.join, (node, x, x, weight, "of yesterday"))
     graph.output(node)
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
-    before = module.code
+    module.meta["of vLLM"] = 1
+    before = str(module.graph)
     lowered = lowering.lower(module)
-    assert "vllm_overlay" not in lowered.code and module.code == before
+    assert "vllm_overlay" not in lowered.code and str(module.graph) == before
+    assert lowered.meta == {"of vLLM": 1}
     values = torch.randn(3, HIDDEN), torch.randn(8, HIDDEN)
     assert torch.equal(lowered(*values, values[1]), linear(*values))

@@ -225,14 +225,40 @@ def test_no_number_of_torchs_own_generator_is_taken(monkeypatch: pytest.MonkeyPa
     assert torch.equal(torch.get_rng_state(), state) and given[0].any()
 
 
-# ---------------------------------------------------------------- what is left behind
+# ---------------------------------------------------------------- the capture, and what is left behind
 
 
 class FakeGraph:
+    def __init__(self, log: list[Any] | None = None) -> None:
+        self.log: list[Any] = [] if log is None else log
+
     def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local", "other threads may call CUDA meanwhile"
+        self.log.append(("begin", pool))
 
-    def capture_end(self) -> None: ...
+    def capture_end(self) -> None:
+        self.log.append("end")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_has_every_layer_once_after_a_call_outside(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """A kernel's first use may allocate. A capture that stays open would spoil everything after it."""
+    log: list[Any] = []
+    bench = Bench({SERIAL: nothing}, 3, 8, torch.float32, CPU)
+    bench.stream = types.SimpleNamespace(synchronize=lambda: log.append("synchronize"))  # type: ignore[assignment]
+    bench._pool = (0, 9)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(log))
+
+    def work(layer: int, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        log.append(layer)
+        if fails and layer == 1:
+            raise RuntimeError("no memory")
+        return ()
+
+    with pytest.raises(RuntimeError, match="no memory") if fails else contextlib.nullcontext():
+        bench._capture(work, torch.zeros(1, 8))
+    layers = [0, 1] if fails else [0, 1, 2]
+    assert log == [0, "synchronize", ("begin", (0, 9)), *layers, "end"]
 
 
 @pytest.mark.parametrize(

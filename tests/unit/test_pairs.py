@@ -138,10 +138,15 @@ def test_layers_that_are_on_no_gpu_have_the_fixed_plan(gpu: Gpu, monkeypatch: py
     assert gpu.order == [] and ops.pairs[group[0].name].plan is FIXED
 
 
-def test_the_lanes_memory_is_taken_after_the_measurements(gpu: Gpu) -> None:
+@pytest.mark.parametrize("plan", ["auto", "dual", "serial"])
+def test_the_lanes_memory_is_taken_after_the_measurements(gpu: Gpu, plan: str) -> None:
     """Measuring gives the workspaces of all streams back. What remains has to be there when vLLM sizes its KV cache."""
-    settle([*layers(2), *layers(2, hidden=32)])
-    assert gpu.order == ["measure", "measure", "lane", "lane"]
+    settle([*layers(2), *layers(2, hidden=32)], Settings(plan=plan))
+    assert gpu.order == ["measure"] * (2 if plan == "auto" else 0) + ["lane", "lane"]
+
+
+def test_where_nothing_is_captured_no_size_is_measured() -> None:
+    assert pairs.captured_sizes(worker(mode="NONE").vllm_config, Settings()) == []
 
 
 # ---------------------------------------------------------------- shapes
@@ -178,6 +183,50 @@ def test_a_measured_pair_gives_serials_results(plain: bool, strategy: str) -> No
         assert found is not None
         main, side = pairs.run_pair(pair, x, strategy, found)
     assert torch.equal(main, pair.main(x)[0]) and torch.equal(side, pair.side(x)[0])
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize(("sizes", "has_lane"), [(SIZES, True), ([], True), (SIZES, False)])
+def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: list[int], has_lane: bool) -> None:
+    """Serial beside all that a pair can do, on layers whose weights are another each, enough of them for a cold cache."""
+    asked: list[Any] = []
+
+    class Bench:
+        def __init__(self, works: Any, count: int, *given: Any) -> None:
+            asked.append((dict(works), count, given))
+
+        def __enter__(self) -> Bench:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def rows(self, sizes: Sequence[int], seconds: float) -> list[Row]:
+            return usual(sizes)
+
+    def two_layers(weight_bytes: int, available: int, device: torch.device) -> int:
+        assert (weight_bytes, available) == ((24 + 8) * 16 * 4, 3)
+        return 2
+
+    monkeypatch.setattr(pairs, "Bench", Bench)
+    monkeypatch.setattr(pairs.measure, "layers_for", two_layers)
+    with fake_cuda() as cuda:
+        if not has_lane:
+            monkeypatch.setattr(lane, "prepare", lambda device: None)
+        group = layers(3, plain=plain)
+        assert pairs._measure(group, sizes) == (usual(sizes) if has_lane else [])
+        if not (sizes and has_lane):
+            assert asked == []
+            return
+        ((works, count, given),) = asked
+        assert set(works) == ({SERIAL, DUAL, DUAL_MAIN_FIRST} if plain else {SERIAL, DUAL})
+        assert count == 2 and given == (16, torch.float32, torch.device("cpu"))
+        x = torch.randint(-4, 5, (3, 16)).float()
+        for strategy, work in works.items():
+            for number in range(count):
+                del cuda.log[:]
+                main, side = work(number, x)
+                assert torch.equal(main, group[number].main(x)[0]) and torch.equal(side, group[number].side(x)[0])
+                assert bool(cuda.log) == (strategy != SERIAL)
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -222,12 +271,22 @@ def test_another_machine_or_program_measures_anew(
     assert len(gpu.asked) == 2 and len(plans_in(tmp_path)) == 2
 
 
+BF16, FP16 = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+REDUCTIONS = {BF16: True, FP16: True}
+#: Parts of the key, by torch's names for them.
+OF_THE_GPU = {"gpu": "name", "multiprocessors": "multi_processor_count", "memory": "total_memory"}
+PROPERTIES: dict[str, Any] = {"name": "a GPU", "multi_processor_count": 132, "total_memory": 1}
 MACHINE: list[tuple[str, Callable[[pytest.MonkeyPatch], None]]] = [
     ("driver", lambda patch: patch.setattr(pairs, "_driver", lambda: "another")),
     ("cublas", lambda patch: patch.setattr(pairs, "_cublas", lambda: "another")),
     ("matmul", lambda patch: patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")),
     ("matmul", lambda patch: patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")),
+    ("matmul", lambda patch: patch.setattr(torch.backends.cuda, "preferred_blas_library", lambda: "cublaslt")),
+    ("matmul", lambda patch: patch.setattr(torch.backends.cuda, "matmul", namespace(**REDUCTIONS | {BF16: False}))),
+    ("matmul", lambda patch: patch.setattr(torch.backends.cuda, "matmul", namespace(**REDUCTIONS | {FP16: False}))),
     ("torch", lambda patch: patch.setattr(torch, "__version__", "9.9.9")),
+    ("cuda", lambda patch: patch.setattr(torch.version, "cuda", "99.9")),
+    *((part, lambda patch, name=name: patch.setitem(PROPERTIES, name, 2)) for part, name in OF_THE_GPU.items()),
 ]
 
 
@@ -235,8 +294,8 @@ MACHINE: list[tuple[str, Callable[[pytest.MonkeyPatch], None]]] = [
 def test_the_machine_has_everything_by_which_a_kernel_is_chosen(
     monkeypatch: pytest.MonkeyPatch, part: str, change: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    properties = namespace(name="a GPU", multi_processor_count=132, total_memory=1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: namespace(**PROPERTIES))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", namespace(**REDUCTIONS))
     monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda: "cublas")
     device = torch.device("cuda:0")
     before = pairs._machine(device)
