@@ -317,6 +317,31 @@ def test_the_stand_in_gives_upstreams_result_and_counts(layer: Layer, record: Pa
     assert layer.order == (["qkvz"] if plain else ["ba", "qkvz"]), "main is called as always"
 
 
+@either
+def test_start_is_gated_by_mains_weight_and_join_has_what_the_side_needs(
+    layer: Layer, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """A gate of another tensor gives start no place before main; main first is launched by join, from the weight."""
+    setattr(layer, gdn.PAIR, pair_of(layer, plain))
+    given: dict[str, tuple[Any, ...]] = {}
+    for name in ("start", "start_layer", "join"):
+        op = getattr(torch.ops.vllm_overlay, name)
+        monkeypatch.setattr(
+            torch.ops.vllm_overlay, name, lambda *args, op=op, name=name: (given.update({name: args}), op(*args))[1]
+        )
+    x = torch.randn(5, 16)
+    gdn.overlap_in_projections(Layer.forward)(layer, x)
+    main, side, name = layer.in_proj_qkvz.weight, layer.in_proj_ba.weight, pair_of(layer, plain).name
+    assert list(given) == ["start" if plain else "start_layer", "join"]
+    if plain:
+        of_x, weight, gate, *rest = given["start"]
+        assert of_x is x and weight is side and gate is main and rest == [6, name]
+    else:
+        of_x, gate, *rest = given["start_layer"]
+        assert of_x is x and gate is main and rest[:3] == [6, gdn.SIDE, name]
+    assert given["join"][2] is x and given["join"][3] is (side if plain else None) and given["join"][4] == name
+
+
 def test_a_layer_without_a_pair_runs_stock(layer: Layer, record: PatchRecord) -> None:
     setattr(layer, gdn.PAIR, None)
     x = torch.randn(5, 16)

@@ -648,6 +648,20 @@ def test_an_engine_that_is_stock_as_a_whole_keeps_its_ranges(package: Any) -> No
     assert package.compilation.compile_ranges_endpoints == [64]
 
 
+def test_each_engine_of_a_process_decides_for_itself(package: Any) -> None:
+    """A second one has no layers of the first, and ranges for its own alone."""
+    lora_linear.install(package, FOUND, PASS)
+    first, second = a_layer_of(package, prefix="a"), a_layer_of(package, fully_sharded=True, prefix="b")
+    first.set_mapping(Punica())
+    package.load()
+    package.load()
+    assert len(package.keys) == 1
+    package.compilation.compile_ranges_endpoints = [64]
+    second.set_mapping(Punica())
+    package.load()
+    assert package.keys[-1] == (*FOUND.methods, "a=by weight", "b=stock", "ranges=[64]")
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_where_deciding_fails_the_layers_are_stock(package: Any, monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
     lora_linear.install(package, FOUND, dataclasses.replace(PASS, strict=strict))
