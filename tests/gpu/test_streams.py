@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from overlay import streams
+from overlay.side_work import streams
 from overlay.side_work.streams import ParallelRegion
 from tests.conftest import REPOSITORY
 
