@@ -24,8 +24,8 @@ from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL
 #: The fastest strategy has to take at most this part of serial's time.
 ADVANTAGE = 0.99
 #: Times that are this close to each other are the same: they come from pairs that stand alone. There main first looked 1 to 4 %
-#: faster (H200, bf16 and FP8, 1 to 64 tokens), and in a decode step it hid less than side first: main fills the GPU, and the side
-#: waits for room (FP8 per tensor, 1 token: 0.5 of 5.2 µs against 2.7 of 5.4; benchmarks/results).
+#: faster (H200, bf16 and FP8, 1 to 64 tokens). In a decode step it hid less: beside the same FP8 kernel at 1 token 0.5 of 5.2 µs
+#: (static FP8 everywhere), where side first hid 2.7 of 5.4 (NVFP4 experts). The side started late, as if main had filled the GPU.
 TIE = 1.05
 #: What is taken of strategies that are as fast as each other.
 PREFERENCE = (DUAL, DUAL_MAIN_FIRST)
