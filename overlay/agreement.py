@@ -91,9 +91,9 @@ def reason_for_stock(settings: Settings) -> str | None:
     """
     if _result is None:
         world, rank = _world()
-        if world > 1 and not _worker_is_loaded:
-            return NO_WORKER
         if world > 1:
+            if not _worker_is_loaded:
+                return NO_WORKER
             text = f"the ranks have not been compared: the worker joined its world without vLLM's {JOINS_WORLD}"
             _settle(text, world, rank, settings)
     return None if _result in (None, ALIKE) else _result

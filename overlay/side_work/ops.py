@@ -73,13 +73,13 @@ def gemm(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None:
     torch.mm(x, weight.t(), out=result)
 
 
-def choose(x: torch.Tensor, name: str) -> tuple[str, lane.Lane | None]:
-    """The strategy of one call, counted, and the lane of this thread."""
+def choose(x: torch.Tensor, name: str, idle: str | None = None) -> tuple[str, lane.Lane | None]:
+    """The strategy of one call, counted, and the lane of this thread. `idle` says why there is no work to fork, if so."""
     pair = pairs.get(name)
     found = lane.lane_of(x.device) if x.is_cuda else None
     if pair is None:
         return SERIAL, found
-    reason = _reason_for_serial(x, pair.plan, found)
+    reason = idle or _reason_for_serial(x, pair.plan, found)
     if reason is None:
         pair.record.calls.dual_stream += 1
         return pair.plan.strategy(x.shape[0]), found
@@ -190,11 +190,8 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
 
     def start(*given):  # type: ignore[no-untyped-def]
         *arguments, _, pair_name = given
-        result, reason = arguments[written], idle(arguments)
-        if reason is None:
-            strategy, found = choose(arguments[0], pair_name)
-        else:
-            strategy, found = _serial(arguments[0], pair_name, reason)
+        result = arguments[written]
+        strategy, found = choose(arguments[0], pair_name, idle(arguments))
         if strategy != SERIAL and found is not None:
             found.start(result, DUAL, lambda: stock.default(*arguments))
             return
@@ -217,14 +214,6 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
     library._register_fake(name, lambda *given: _count_fake(given[-1]))
     _libraries.append(library)
     lowering.register(getattr(getattr(torch.ops, LIBRARY), name), lower)
-
-
-def _serial(x: torch.Tensor, name: str, reason: str) -> tuple[str, lane.Lane | None]:
-    """What `choose` gives for a call that is serial for a reason of its own."""
-    pair = pairs.get(name)
-    if pair is not None:
-        pair.record.calls.count_serial(reason)
-    return SERIAL, lane.lane_of(x.device) if x.is_cuda else None
 
 
 def _count_fake(name: str) -> None:

@@ -404,7 +404,9 @@ def test_inductor_may_lay_out_the_ops_inputs() -> None:
         tags = getattr(torch.ops.vllm_overlay, op).default.tags
         assert torch.Tag.flexible_layout in tags
         assert not {torch.Tag.needs_fixed_stride_order, torch.Tag.needs_exact_strides} & {*tags}
-    assert {*lowering._lowered} == {"vllm_overlay.start", "vllm_overlay.join"}
+    # Other patches' ops may be there as well. A side that is called has no stock call in the graph to give back.
+    lowered = {*lowering._lowered} & {f"vllm_overlay.{op}" for op in ("start", "start_layer", "join")}
+    assert lowered == {"vllm_overlay.start", "vllm_overlay.join"}
 
 
 def test_the_layer_name_is_vllms_opaque_type_where_there_is_one() -> None:

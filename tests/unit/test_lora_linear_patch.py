@@ -377,7 +377,7 @@ def test_start_forks_where_the_plan_says_so(
     patched: None, kernels: list[str], monkeypatch: pytest.MonkeyPatch, strategy: str, expected: list[str]
 ) -> None:
     found = Lane()
-    monkeypatch.setattr(ops, "choose", lambda x, name: (strategy, found))
+    monkeypatch.setattr(ops, "choose", lambda x, name, idle: (strategy, found))
     layer, x = adopted(MergedLayer()), torch.randn(TOKENS, FEATURES)
     output = layer.apply(x)
     assert found.calls == expected
