@@ -32,7 +32,7 @@ sys.path.append(str(REPOSITORY))
 
 from gpu.run_setup import Setup
 
-from overlay.cli.bench import report
+from overlay.cli.bench import formats, report
 from overlay.cli.bench.results import Results
 from overlay.cli.bench.setup import numbers
 from overlay.cli.bench.workers import tail
@@ -56,6 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--site", help="folder with vLLM, put on PYTHONPATH (left out: vLLM is installed)")
     run.add_argument("--budget", type=float, default=280.0, help="seconds after which no further step is begun")
     run.add_argument("--layers", type=int, default=24, help="with fewer, the host's CPU may be what a step waits for")
+    run.add_argument("--format", choices=tuple(formats.FORMATS), default=formats.DEFAULT, help="of the base model's weights")
     run.add_argument("--ranks", type=numbers, default=(8, 16, 64))
     run.add_argument("--max-lora-rank", type=int, help="of the engines (left out: the largest of --ranks)")
     run.add_argument("--batches", type=numbers, default=(1, 2, 4, 8, 16, 32, 64))
@@ -203,6 +204,7 @@ def run(options: argparse.Namespace) -> int:
                         requests,
                         options.control,
                         options.uncompiled,
+                        options.format,
                     )
                     engines.start(options.one_by_one)
                 run_phase(engines, phase, phases, options)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu import lora_model, lora_trace, trace
-from overlay.cli.bench import shapes
+from overlay.cli.bench import formats, shapes
 from overlay.cli.bench.intervals import compare
 from overlay.cli.bench.results import read_journals
 from overlay.cli.bench.workers import Worker, WorkerError, in_turn, tail
@@ -54,6 +54,8 @@ class LoraEngines:
     control: bool = False
     #: Without Dynamo and Inductor, but with CUDA graphs of decode steps: what is captured is what the Python says.
     uncompiled: bool = False
+    #: Of the base model's weights, as `bench --format` has it.
+    format: str = formats.DEFAULT
     workers: dict[str, Worker] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
 
@@ -66,7 +68,8 @@ class LoraEngines:
 
     @property
     def config(self) -> dict[str, Any]:
-        return lora_model.configuration(self.setup.layers, self.setup.cpu)
+        config = lora_model.configuration(self.setup.layers, self.setup.cpu)
+        return shapes.Model("qwen3", config).with_format(self.format).configuration
 
     def groups(self) -> dict[str, Adapters]:
         """What the requests of a batch ask for: nothing, one adapter, or base and all adapters in turn."""
@@ -109,7 +112,7 @@ class LoraEngines:
     def start(self, one_by_one: bool = False) -> None:
         """Start all engines, together: nothing of this model is autotuned, so nobody spoils another's timing."""
         setup = self.setup
-        model = shapes.write(setup.work / "models" / f"qwen3-{setup.layers}-layers", self.config)
+        model = shapes.write(setup.work / "models" / f"qwen3-{setup.layers}-layers-{self.format}", self.config)
         engine = self.engine(model)
         self.results.put("engines", "arguments", value=engine)
         for side in self.sides:

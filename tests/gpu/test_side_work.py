@@ -1,12 +1,13 @@
 """Start and join on a real GPU: in CUDA graphs, bit for bit the serial result, and nothing left behind by a failure.
 
-Not run in this form yet. A script of the same steps ran on an H200 with torch 2.14 on 2026-11-28, with 3,000 replays.
+Delays are kernels that spin, so an order that is missing shows as a wrong value, not as luck.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from overlay.side_work import lane, ops  # noqa: E402
 from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL, Plan  # noqa: E402
 
 REPLAYS = 10_000
+#: Replays where every side spins first, and for how many cycles: about 50 µs at 2 GHz, longer than main takes.
+LATE_REPLAYS, LATE = 500, 100_000
 TOKENS, HIDDEN, MAIN, SIDE = 8, 2048, 4096, 64
 NAME = "a pair"
 
@@ -29,8 +32,9 @@ NAME = "a pair"
 class Model:
     """Some layers of start, main and join; each feeds the next one."""
 
-    def __init__(self, layers: int = 4) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
+    def __init__(self, layers: int = 4, seed: int = 0, side_makes_result: bool = False) -> None:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        self.side_makes_result = side_makes_result
 
         def weight(rows: int, columns: int) -> torch.Tensor:
             values = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16, generator=generator)
@@ -40,13 +44,26 @@ class Model:
 
     def __call__(self, x: torch.Tensor, fails: bool = False) -> torch.Tensor:
         for main_weight, side_weight, out in self.layers:
-            side = torch.ops.vllm_overlay.start(x, side_weight, main_weight, SIDE, NAME)
+            side = self._start(x, side_weight, main_weight)
             if fails:
                 raise RuntimeError("the real error")
             main = torch.mm(x, main_weight.t())
             torch.ops.vllm_overlay.join(side, main, x, side_weight, NAME)
             x = torch.mm(main * side.sum(-1, keepdim=True).sigmoid(), out.t())
         return x
+
+    def _start(self, x: torch.Tensor, side_weight: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        found = lane.lane_of(x.device)
+        if not self.side_makes_result or found is None or ops.choose(x, NAME)[0] == SERIAL:
+            return torch.ops.vllm_overlay.start(x, side_weight, gate, SIDE, NAME)
+
+        def work() -> torch.Tensor:
+            """As `start_layer` has it: what is in between and the result are allocated on the auxiliary stream."""
+            result = torch.empty(x.shape[0], SIDE, device=x.device, dtype=x.dtype)
+            ops.gemm(x.contiguous(), side_weight, result)
+            return result
+
+        return found.start_and_give(work)
 
 
 @pytest.fixture
@@ -58,11 +75,13 @@ def record() -> Iterator[PatchRecord]:
     ops.pairs.pop(NAME, None)
 
 
-def captured(model: Model, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+def captured(
+    model: Model, x: torch.Tensor, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     model(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         result = model(x)
     return graph, result
 
@@ -82,6 +101,54 @@ def test_replays_with_changing_inputs_have_serials_bits(record: PatchRecord, str
             graph.replay()
         different += (graphs[SERIAL][1].view(torch.int16) != graphs[strategy][1].view(torch.int16)).sum()
     assert int(different) == 0 and graphs[SERIAL][1].isfinite().all() and graphs[SERIAL][1].any()
+
+
+@pytest.mark.parametrize("side_makes_result", [False, True])
+@pytest.mark.parametrize("shared_pool", [False, True])
+def test_two_models_take_turns(
+    record: PatchRecord, monkeypatch: pytest.MonkeyPatch, side_makes_result: bool, shared_pool: bool
+) -> None:
+    """Two runners (each with a main stream and a pool), or target and drafter (one stream, one pool): they share one lane.
+
+    Every side is late, and blocks are freed and taken between the replays: what is read too early, or written by the
+    other model, has other bits.
+    """
+    models = [Model(4, 1, side_makes_result), Model(2, 2, side_makes_result)]
+    inputs = [torch.zeros(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in models]
+    ops.pairs[NAME] = ops.PlannedPair(Plan(SERIAL, 256), record)
+    expected = [captured(model, x) for model, x in zip(models, inputs, strict=True)]
+
+    ops.pairs[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
+    in_time = ops.gemm
+
+    def late(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None:
+        torch.cuda._sleep(LATE)
+        in_time(x, weight, result)
+
+    monkeypatch.setattr(ops, "gemm", late)
+    pool = torch.cuda.graph_pool_handle() if shared_pool else None
+    streams = [torch.cuda.Stream() for _ in range(1 if shared_pool else 2)]
+    streams = streams * (len(models) // len(streams))
+    found = [captured(model, x, pool, stream) for model, x, stream in zip(models, inputs, streams, strict=True)]
+    assert record.calls.dual_stream == sum(len(model.layers) for model in models)
+
+    different = torch.zeros((), device="cuda", dtype=torch.int64)
+    for turn in range(LATE_REPLAYS):
+        noise = torch.empty(1 << (10 + turn % 12), device="cuda")
+        noise.fill_(float("nan"))
+        for x in inputs:
+            x.normal_()
+        for stream, (graph, _) in zip(streams, found, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.replay()
+        del noise
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        for (serial, wanted), (_, result) in zip(expected, found, strict=True):
+            serial.replay()
+            different += (wanted.view(torch.int16) != result.view(torch.int16)).sum()
+    assert int(different) == 0 and all(result.isfinite().all() and result.any() for _, result in found)
 
 
 def test_the_side_runs_beside_main(record: PatchRecord) -> None:
