@@ -38,7 +38,16 @@ from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
 from overlay.settings import Settings, outcome
 from overlay.side_work import lowering, ops, pairs
-from overlay.side_work.gemms import ADAPTERS, TORCH_GEMM, check_side, gate_of, gemm_of, has_adapters, main_kind
+from overlay.side_work.gemms import (
+    ADAPTERS,
+    TORCH_GEMM,
+    check_beside,
+    check_side,
+    gate_of,
+    gemm_of,
+    has_adapters,
+    main_kind,
+)
 from overlay.side_work.pairs import NO_CAPTURE, Pair
 from overlay.side_work.plan import Plan
 from overlay.verdict import INERT, Verdict
@@ -83,10 +92,8 @@ class InProjView:
 
     def in_proj_qkvz(self, hidden_states: torch.Tensor) -> Any:
         side = self._started(hidden_states)
-        layer, pair = self._layer, self._pair
-        result = layer.in_proj_qkvz(hidden_states)
-        weight = layer.in_proj_ba.weight if pair.plain else None
-        torch.ops.vllm_overlay.join(side, result[0], hidden_states, weight, pair.name)
+        result = self._layer.in_proj_qkvz(hidden_states)
+        torch.ops.vllm_overlay.join(side, result[0], hidden_states)
         return result
 
     def in_proj_ba(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -151,6 +158,8 @@ def make_pair(layer: torch.nn.Module, config: Any, sizes: dict[str, int]) -> Pai
     if device.type == "cuda" and not lowering.captures(config.compilation_config):
         raise Refused(NO_CAPTURE)
     plain = kind == TORCH_GEMM
+    if not plain:
+        check_beside(main)
     if plain and side.weight.shape != (sizes["ba"], int(side.input_size)):
         raise Refused(f"the side's weight has the shape {tuple(side.weight.shape)}")
     return Pair(layer.prefix, main, side, sizes["qkvz"], sizes["ba"], main_kind(main), kind, gate_of(main), plain)

@@ -6,8 +6,9 @@ layer's GEMM, or longer, and fill a few percent of the GPU.
 
 Cause: nothing orders the shrink and the base layer; both read the layer's input.
 
-Fix: start launches the shrink on an auxiliary stream, the base layer runs as vLLM runs it, whatever its quantization, join
-waits, and upstream's own expand adds to the base layer's output (overlay.side_work). All of it is upstream's code:
+Fix: start launches the shrink on an auxiliary stream, the base layer runs as vLLM runs it, join
+waits, and upstream's own expand adds to the base layer's output (overlay.side_work). A base layer that quantizes its input stays
+stock (`gemms.check_beside`). All of it is upstream's code:
 
 * Its `add_lora_linear` runs with a stand-in for the punica wrapper that notes what shrink and expand are to be given.
 * Its `add_shrink` runs on the real wrapper. The op to which it hands its weights, ``lora_shrink``, is a global of its module,
@@ -55,7 +56,7 @@ from overlay.journal import PatchRecord, journal
 from overlay.layers import Refused, adopt, refuse_modes
 from overlay.settings import Settings, outcome
 from overlay.side_work import lane, lowering, ops
-from overlay.side_work.gemms import gate_of
+from overlay.side_work.gemms import check_beside, gate_of
 from overlay.side_work.pairs import NO_CAPTURE
 from overlay.side_work.plan import DUAL, Plan
 from overlay.verdict import INERT, LANDED, Verdict, class_at
@@ -148,7 +149,7 @@ def overlap_adapters(original: Apply) -> Apply:
         halves.shrink(wrapper, None if pair.gate is None else getattr(self.base_layer, pair.gate))
         output = original(pair.base, x, bias)
         if pair.gate is not None:
-            torch.ops.vllm_overlay.join(halves.buffer, output, rows, None, NAME)
+            torch.ops.vllm_overlay.join(halves.buffer, output, rows)
         elif not torch.compiler.is_compiling():
             ops.choose(rows, NAME)  # start is what counts elsewhere
         halves.expand(wrapper, output.view(-1, output.shape[-1]))
@@ -218,6 +219,7 @@ def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
         raise Refused(f"{type(base).__name__} has a forward of its own")
+    check_beside(base)
     columns = getattr(base, "output_size_per_partition", base.output_size)
     found = sum(layer.output_slices)
     if found != columns:

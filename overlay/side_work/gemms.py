@@ -1,6 +1,7 @@
 """Which linears may be side work, and what a main linear is called in a plan.
 
-Main may be anything: vLLM runs it as always. Side runs at the same time, so its kernel must share no memory with main's. Two
+Main may be anything beside a side that is torch's GEMM: vLLM runs it as always. Another side needs a main that reads its input as it
+is (`check_beside`). Side runs at the same time, so its kernel must share no memory with main's. Two
 quantized GEMMs can share scratch memory, so this is an allowlist:
 
 * torch's own GEMM of an unquantized weight. cuBLAS has a workspace per handle and stream.
@@ -21,6 +22,7 @@ from overlay.layers import Refused
 TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
 CPU_GEMM = "cpu_unquantized_gemm"
 ADAPTERS = "LoRA on the projections"
+PLAIN = (torch.bfloat16, torch.float16)  #: types of an input that a kernel for quantized weights alone reads
 #: What a Marlin kernel that sets up a workspace for each layer mentions while it does so.
 MARLIN_WORKSPACE = frozenset({"workspace", "marlin_make_workspace_new"})
 #: The linears whose forward is known: the method's result, and nothing after it unless their settings say so.
@@ -61,6 +63,21 @@ def gemm_of(linear: Any) -> str:
             return f"{name}{detail}"
         raise Refused(f"{name}: its Marlin kernel shares one workspace between layers")
     raise Refused(f"quantization method {name}{detail} is not on the allowlist")
+
+
+def check_beside(main: Any) -> None:
+    """Raise Refused where a main linear may quantize its input, and the side is not torch's GEMM.
+
+    Symptom: LoRA beside FP8 by token gave other tokens than stock (H200, torch 2.14). Cause: Inductor rounds the output of a norm to
+    bf16 once an op has to read it from memory; code that it met before that op reads the value that was not rounded. Start is
+    such an op, and stands before the quantization; in stock the side stands after it. A GEMM of torch's has its input rounded
+    wherever it stands.
+    """
+    method = type(main.quant_method).__name__
+    kernel = _kernel(main)
+    weights_only = any(kind.__name__ == "MPLinearKernel" for kind in type(kernel).__mro__)
+    if method != "UnquantizedLinearMethod" and not (weights_only and kernel.config.act_type in PLAIN):
+        raise Refused(f"{main_kind(main)} may quantize its input, and Inductor would round it otherwise than in stock")
 
 
 def has_adapters(linear: torch.nn.Module) -> bool:

@@ -42,7 +42,7 @@ class Lane:
 
     lane.start(result, strategy, work)   # fork; `work` fills `result` on the auxiliary stream
     ...                                  # main
-    lane.join(result, work)              # main's stream waits
+    lane.join(result)                    # main's stream waits
 
     result = lane.start_and_give(work)   # `work` makes its own result
     ...
@@ -53,21 +53,23 @@ class Lane:
         self.stream = stream
         self._start = torch.cuda.Event(enable_timing=False)
         self._done = torch.cuda.Event(enable_timing=False)
-        #: The strategy of each fork that is open, by the address of its result.
-        self._open: dict[int, str] = {}
+        #: The forks that are open, by the address of their results; each with the work that is still to be given.
+        self._open: dict[int, Callable[[], Any] | None] = {}
 
     def start(self, result: torch.Tensor, strategy: str, work: Callable[[], Any]) -> None:
         """Fork. With "dual" the auxiliary stream gets its work now, with "dual_main_first" at the join."""
         self._start.record(torch.cuda.current_stream())
-        if strategy != DUAL_MAIN_FIRST:
+        if strategy == DUAL_MAIN_FIRST:
+            self._open[result.data_ptr()] = work
+        else:
             self._run(work)
-        self._open[result.data_ptr()] = strategy
+            self._open[result.data_ptr()] = None
 
     def start_and_give(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Fork, and give the result that `work` makes on the auxiliary stream."""
         self._start.record(torch.cuda.current_stream())
         result = self._run(work)
-        self._open[result.data_ptr()] = ""
+        self._open[result.data_ptr()] = None
         return result
 
     def forget(self, result: torch.Tensor) -> None:
@@ -75,13 +77,12 @@ class Lane:
         if self._open:
             self._open.pop(result.data_ptr(), None)
 
-    def join(self, result: torch.Tensor, work: Callable[[], Any] | None = None) -> None:
+    def join(self, result: torch.Tensor) -> None:
         """Have the current stream wait for the fork of `result`; nothing where it was not forked."""
-        strategy = self._open.pop(result.data_ptr(), None)
-        if strategy is None:
+        if result.data_ptr() not in self._open:
             return
-        if strategy == DUAL_MAIN_FIRST:
-            assert work is not None
+        work = self._open.pop(result.data_ptr())
+        if work is not None:
             self._run(work)
         torch.cuda.current_stream().wait_event(self._done)
 

@@ -1,8 +1,8 @@
 """Which strategy is fastest here: measured on this GPU, in CUDA graphs, on the model's own layers.
 
-Several layers stand in one graph, so that each finds the L2 cache as cold as in a step. Strategies take turns, replay by
-replay; medians are compared. The fastest wins if it is at least 1 % faster than serial; of two that are as fast as each other,
-the first in PREFERENCE.
+Several layers stand in one graph, so that each finds the L2 cache as cold as in a step. Of what main does the GEMM alone is
+measured (`gemm_that_reads`): in a compiled step the quantization of its input is often part of the kernel before. Strategies take turns, replay by
+replay; medians are compared. The fastest wins if it is at least 1 % faster than serial.
 
 What it costs: memory for the results of a few GEMMs, freed at the end together with its stream and (unless the process has
 CUDA graphs already) the libraries' work space on it; no number of torch's random generators.
@@ -10,6 +10,7 @@ CUDA graphs already) the libraries' work space on it; no number of torch's rando
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +18,14 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from overlay.side_work import streams
-from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL
+from overlay.side_work.plan import SERIAL
 
 #: The fastest strategy has to take at most this part of serial's time.
 ADVANTAGE = 0.99
-#: Times that are this close to each other are the same: they come from pairs that stand alone. There main first looked 1 to 4 %
-#: faster (H200, bf16 and FP8, 1 to 64 tokens). In a decode step it hid less: beside the same FP8 kernel at 1 token 0.5 of 5.2 µs
-#: (static FP8 everywhere), where side first hid 2.7 of 5.4 (NVFP4 experts). The side started late, as if main had filled the GPU.
-TIE = 1.05
-#: What is taken of strategies that are as fast as each other.
-PREFERENCE = (DUAL, DUAL_MAIN_FIRST)
 ROUNDS = 15
 #: Layers in one graph: enough that their weights are this many times the L2 cache, and in these bounds.
 CACHE_SIZES = 3
@@ -67,6 +64,8 @@ class Bench:
     hidden: int
     dtype: torch.dtype
     device: torch.device
+    #: Called with each new input, before any work gets it.
+    prepare: Callable[[torch.Tensor], None] = lambda _: None
     stream: torch.cuda.Stream = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +116,7 @@ class Bench:
         with torch.cuda.stream(self.stream), torch.inference_mode():
             shape = (tokens, self.hidden)
             inputs = torch.randn(shape, device=self.device, dtype=self.dtype, generator=self._random)
+            self.prepare(inputs)
             times = {name: round(value, 2) for name, value in self._times(self.works, inputs).items()}
         return Row(tokens, times, best(times))
 
@@ -157,11 +157,35 @@ class Bench:
 
 def best(times: Mapping[str, float]) -> str:
     """The strategy to take, of these times by strategy; serial is one of them."""
-    fastest, enough = min(times.values()), ADVANTAGE * times[SERIAL]
-    if fastest > enough:
-        return SERIAL
-    as_fast = [name for name, value in times.items() if value <= min(TIE * fastest, enough)]
-    return next((name for name in PREFERENCE if name in as_fast), as_fast[0])
+    fastest = min(times, key=lambda name: times[name])
+    return fastest if times[fastest] <= ADVANTAGE * times[SERIAL] else SERIAL
+
+
+class _Reader(TorchDispatchMode):  # type: ignore[misc]
+    """Notes the first call of an op that reads a tensor, or a view of it."""
+
+    def __init__(self, read: torch.Tensor) -> None:
+        super().__init__()
+        self._storage = read.untyped_storage().data_ptr()
+        self.call: Callable[[], Any] | None = None
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        named = named or {}
+        result = function(*arguments, **named)
+        makes_a_view = any(given.alias_info and not given.alias_info.is_write for given in function._schema.returns)
+        if self.call is None and not makes_a_view and any(map(self._reads, tree_leaves((arguments, named)))):
+            self.call = functools.partial(function, *arguments, **named)
+        return result
+
+    def _reads(self, argument: Any) -> bool:
+        return isinstance(argument, torch.Tensor) and argument.untyped_storage().data_ptr() == self._storage
+
+
+def gemm_that_reads(weight: torch.Tensor, whole: Callable[[], Any]) -> Callable[[], Any]:
+    """Of what `whole` does the one call that reads `weight`, with the arguments that it gets; `whole` where no op reads it."""
+    with _Reader(weight) as reader:
+        whole()
+    return reader.call or whole
 
 
 def layers_for(weight_bytes: int, available: int, device: torch.device) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
@@ -20,7 +20,7 @@ from vllm.utils import torch_utils
 
 from overlay.journal import PatchRecord
 from overlay.side_work import lane, lowering
-from overlay.side_work.plan import DUAL, SERIAL, Plan
+from overlay.side_work.plan import SERIAL, Plan
 
 LIBRARY = "vllm_overlay"
 PASS_THROUGH = "serial pass-through"
@@ -125,10 +125,10 @@ def _start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-u
     return found.start_and_give(work)
 
 
-def _join(result, main, x, weight, name):  # type: ignore[no-untyped-def]
+def _join(result, main, x):  # type: ignore[no-untyped-def]
     found = lane.lane_of(x.device) if x.is_cuda else None
     if found is not None:
-        found.join(result, None if weight is None else lambda: gemm(x, weight, result))
+        found.join(result)
 
 
 def define(declares_writes: bool) -> None:
@@ -152,7 +152,7 @@ def define(declares_writes: bool) -> None:
         _count_fake(name)
         return x.new_empty((*x.shape[:-1], columns))
 
-    def fake_join(result, main, x, weight, name):  # type: ignore[no-untyped-def]
+    def fake_join(result, main, x):  # type: ignore[no-untyped-def]
         return None
 
     tensor, tags = torch.Tensor, (torch.Tag.flexible_layout,)
@@ -170,8 +170,7 @@ def define(declares_writes: bool) -> None:
     schema = {"x": tensor, "gate": tensor, "columns": int, "side": str, "name": str}
     schema |= {"layer_name": LayerNameType, "return": tensor}
     register("start_layer", _start_layer, fake_start_layer, schema, ["gate"] if declares_writes else [], tags)
-    schema = {"result": tensor, "main": tensor, "x": tensor}
-    schema |= {"weight": Optional[tensor], "name": str, "return": None}  # noqa: UP045
+    schema = {"result": tensor, "main": tensor, "x": tensor, "return": None}
     lowering.register(
         register("join", _join, fake_join, schema, ["result"] if declares_writes else [], tags), _lower_join
     )
@@ -193,7 +192,7 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
         result = arguments[written]
         strategy, found = choose(arguments[0], pair_name, idle(arguments))
         if strategy != SERIAL and found is not None:
-            found.start(result, DUAL, lambda: stock.default(*arguments))
+            found.start(result, strategy, lambda: stock.default(*arguments))
             return
         stock.default(*arguments)
         if found is not None:

@@ -95,8 +95,8 @@ def _use_the_lane_once(pair: Pair) -> None:
     found = lane.prepare(pair.device)
     if found is not None:
         with torch.inference_mode():
-            _, join = start_side(pair, torch.zeros((1, pair.hidden), device=pair.device, dtype=pair.dtype), DUAL, found)
-            join()
+            x = torch.zeros((1, pair.hidden), device=pair.device, dtype=pair.dtype)
+            found.join(start_side(pair, x, DUAL, found))
 
 
 def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: PatchRecord) -> SizePlan:
@@ -144,9 +144,17 @@ def _measure(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
     probes = list(group[: measure.layers_for(_weight_bytes(first), len(group), first.device)])
     strategies = (SERIAL, DUAL, DUAL_MAIN_FIRST) if first.plain else (SERIAL, DUAL)
 
+    mains: list[Callable[[], Any]] = []
+
+    def prepare(x: torch.Tensor) -> None:
+        mains[:] = [
+            measure.gemm_that_reads(getattr(pair.main, pair.gate), functools.partial(pair.main, x)) for pair in probes
+        ]
+
     def work(strategy: str) -> measure.Work:
-        def run(layer: int, x: torch.Tensor) -> Sequence[torch.Tensor]:
-            return run_pair(probes[layer], x, strategy, found)
+        def run(layer: int, x: torch.Tensor) -> Sequence[Any]:
+            x = x * 1  # stands for the kernel that makes the input in a step
+            return run_pair(probes[layer], mains[layer], x, strategy, found)
 
         return run
 
@@ -156,30 +164,30 @@ def _measure(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
         first.hidden,
         first.dtype,
         first.device,
+        prepare,
     ) as bench:
         return bench.rows(sizes, SECONDS_PER_SHAPE)
 
 
-def run_pair(pair: Pair, x: torch.Tensor, strategy: str, on: lane.Lane) -> tuple[torch.Tensor, torch.Tensor]:
+def run_pair(
+    pair: Pair, main: Callable[[], Any], x: torch.Tensor, strategy: str, on: lane.Lane
+) -> tuple[Any, torch.Tensor]:
     """Main's and side's result by a strategy that has been chosen already: what the two ops do around main."""
     if strategy == SERIAL:
-        main, _ = pair.main(x)
-        return main, pair.side(x)[0]
-    side, join = start_side(pair, x, strategy, on)
-    main, _ = pair.main(x)
-    join()
-    return main, side
+        return main(), pair.side(x)[0]
+    side = start_side(pair, x, strategy, on)
+    result = main()
+    on.join(side)
+    return result, side
 
 
-def start_side(pair: Pair, x: torch.Tensor, strategy: str, on: lane.Lane) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Start the side; its result, and what joins it."""
+def start_side(pair: Pair, x: torch.Tensor, strategy: str, on: lane.Lane) -> torch.Tensor:
+    """Start the side, as the ops do; its result."""
     if not pair.plain:
-        side = on.start_and_give(lambda: pair.side(x)[0])
-        return side, lambda: on.join(side)
+        return on.start_and_give(lambda: pair.side(x)[0])
     side = x.new_empty((x.shape[0], pair.columns))
-    work = functools.partial(ops.gemm, x, pair.side.weight, side)
-    on.start(side, strategy, work)
-    return side, lambda: on.join(side, work)
+    on.start(side, strategy, functools.partial(ops.gemm, x, pair.side.weight, side))
+    return side
 
 
 def captured_sizes(config: Any, settings: Settings) -> list[int]:

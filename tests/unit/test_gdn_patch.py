@@ -318,10 +318,10 @@ def test_the_stand_in_gives_upstreams_result_and_counts(layer: Layer, record: Pa
 
 
 @either
-def test_start_is_gated_by_mains_weight_and_join_has_what_the_side_needs(
+def test_start_is_gated_by_mains_weight_and_join_keeps_the_input(
     layer: Layer, monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
-    """A gate of another tensor gives start no place before main; main first is launched by join, from the weight."""
+    """A gate of another tensor gives start no place before main; the input's memory has to stay until the join."""
     setattr(layer, gdn.PAIR, pair_of(layer, plain))
     given: dict[str, tuple[Any, ...]] = {}
     for name in ("start", "start_layer", "join"):
@@ -339,7 +339,7 @@ def test_start_is_gated_by_mains_weight_and_join_has_what_the_side_needs(
     else:
         of_x, gate, *rest = given["start_layer"]
         assert of_x is x and gate is main and rest[:3] == [6, gdn.SIDE, name]
-    assert given["join"][2] is x and given["join"][3] is (side if plain else None) and given["join"][4] == name
+    assert given["join"][2] is x
 
 
 def test_a_layer_without_a_pair_runs_stock(layer: Layer, record: PatchRecord) -> None:
@@ -471,8 +471,22 @@ def test_the_pair_of_a_layer_names_its_kernels_and_its_gate() -> None:
     pair = gdn.make_pair(layer, configuration(layer), {"qkvz": 48, "ba": 6})
     assert pair.plain and pair.gate == "weight"
     assert pair.name == "16 to 48 (Fp8LinearMethod) + 6 (default_unquantized_gemm), torch.float32"
+
+
+@pytest.mark.parametrize("activations", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_a_side_that_is_called_needs_a_main_that_reads_its_input_as_it_is(activations: torch.dtype) -> None:
+    """Beside any other main the side has to be torch's GEMM: Inductor would round main's input otherwise than in stock."""
+    layer, sizes = loaded_layer(), {"qkvz": 48, "ba": 6}
     layer.in_proj_ba.quant_method = method_named("GPTQMarlinLinearMethod", kernel=marlin(OwnWorkspace))
-    assert not gdn.make_pair(layer, configuration(layer), {"qkvz": 48, "ba": 6}).plain
+    with pytest.raises(Refused, match="Fp8LinearMethod may quantize its input"):
+        gdn.make_pair(layer, configuration(layer), sizes)
+    kernel = type("MacheteLinearKernel", (type("MPLinearKernel", (), {}),), {"config": namespace(act_type=activations)})
+    layer.in_proj_qkvz.quant_method = method_named("GPTQMarlinLinearMethod", kernel=kernel())
+    if activations.itemsize == 2:
+        assert not gdn.make_pair(layer, configuration(layer), sizes).plain
+    else:
+        with pytest.raises(Refused, match="MacheteLinearKernel may quantize its input"):
+            gdn.make_pair(layer, configuration(layer), sizes)
 
 
 @given(st.permutations(range(1, 4)))

@@ -51,9 +51,9 @@ def test_the_side_waits_for_what_was_before_start_and_main_for_the_side(strategy
             del cuda.log[:]
             one.start(side, strategy, cuda.work("side"))
             cuda.work("main")()
-            one.join(side, cuda.work("side"))
+            one.join(side)
             assert cuda.log == order
-        one.join(side, cuda.work("side"))
+        one.join(side)
         assert cuda.log == order, "a second join has nothing to wait for"
 
 
@@ -86,7 +86,7 @@ def test_what_a_failed_capture_has_left_open_is_forgotten(strategy: str) -> None
         one.start(side, strategy, cuda.work("side"))
         one.forget(side)
         del cuda.log[:]
-        one.join(side, cuda.work("side"))
+        one.join(side)
     assert cuda.log == []
 
 
@@ -100,13 +100,13 @@ def test_work_that_fails_is_joined_and_its_error_goes_on(where: str) -> None:
         calls = {
             "start": lambda: one.start(side, DUAL, failing),
             "start_and_give": lambda: one.start_and_give(failing),
-            "join": lambda: one.join(side, failing),
+            "join": lambda: one.join(side),
         }
         with pytest.raises(RuntimeError, match=r"^side$"):
             calls[where]()
         assert cuda.log == [*FORK, *SIDE, *JOIN] and cuda.current() is cuda.main
         del cuda.log[:]
-        one.join(side, failing)
+        one.join(side)
     assert cuda.log == [], "nothing is open any more"
 
 
@@ -123,7 +123,7 @@ def test_pairs_may_overlap_each_other(order: list[int], strategies: list[str]) -
             else:
                 one.start(sides[number], strategy, work)
         for number in order:
-            one.join(sides[number], cuda.work(f"side{number}"))
+            one.join(sides[number])
             names = [entry[1] for entry in cuda.log if entry[0] == "work"]
             assert names.count(f"side{number}") == 1
             if strategies[number] != SERIAL:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.side_work import measure, streams
-from overlay.side_work.measure import ADVANTAGE, FEWEST_LAYERS, MILESTONES, MOST_LAYERS, TIE, Bench, Row, best
+from overlay.side_work.measure import ADVANTAGE, FEWEST_LAYERS, MILESTONES, MOST_LAYERS, Bench, Row, best
 from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL
 
 OTHERS = (DUAL, DUAL_MAIN_FIRST)
@@ -30,14 +30,14 @@ close_to_one = st.floats(0.98, 1.02)
     times_of,
     st.dictionaries(st.sampled_from(OTHERS), close_to_one | st.floats(0.1, 10.0), max_size=2),
 )
-def test_the_choice_is_worth_it_and_almost_the_fastest(serial: float, ratios: dict[str, float]) -> None:
+def test_the_choice_is_the_fastest_and_worth_it(serial: float, ratios: dict[str, float]) -> None:
     times = {SERIAL: serial, **{name: serial * ratio for name, ratio in ratios.items()}}
     chosen = best(times)
     fastest = min(times.values())
     if chosen == SERIAL:
         assert fastest > ADVANTAGE * serial
     else:
-        assert times[chosen] <= ADVANTAGE * serial and times[chosen] <= TIE * fastest
+        assert times[chosen] == fastest <= ADVANTAGE * serial
 
 
 @pytest.mark.parametrize(
@@ -47,22 +47,12 @@ def test_the_choice_is_worth_it_and_almost_the_fastest(serial: float, ratios: di
         ({SERIAL: 10.0, DUAL: 9.91}, SERIAL),
         ({SERIAL: 10.0, DUAL: 9.9}, DUAL),
         ({SERIAL: 10.0, DUAL: 12.0, DUAL_MAIN_FIRST: 11.0}, SERIAL),
-        ({SERIAL: 10.0, DUAL: 8.0, DUAL_MAIN_FIRST: 8.0}, DUAL),
-        ({SERIAL: 10.0, DUAL: 8.3, DUAL_MAIN_FIRST: 8.0}, DUAL),
-        ({SERIAL: 10.0, DUAL: 8.5, DUAL_MAIN_FIRST: 8.0}, DUAL_MAIN_FIRST),
+        ({SERIAL: 10.0, DUAL: 8.01, DUAL_MAIN_FIRST: 8.0}, DUAL_MAIN_FIRST),
         ({SERIAL: 10.0, DUAL: 9.91, DUAL_MAIN_FIRST: 9.89}, DUAL_MAIN_FIRST),
-        ({SERIAL: 10.0, "three": 8.0, "four": 7.99}, "three"),
     ],
 )
-def test_ties_go_to_what_needs_least(times: dict[str, float], chosen: str) -> None:
+def test_the_choice(times: dict[str, float], chosen: str) -> None:
     assert best(times) == chosen
-
-
-@settings(max_examples=50)
-@given(st.permutations([SERIAL, *OTHERS]), st.lists(st.sampled_from([7.0, 7.02, 8.0, 10.0]), min_size=3, max_size=3))
-def test_the_order_of_the_measurements_does_not_matter(order: list[str], values: list[float]) -> None:
-    times = dict(zip([SERIAL, *OTHERS], values, strict=True))
-    assert best({name: times[name] for name in order}) == best(times)
 
 
 # ---------------------------------------------------------------- which sizes
@@ -285,3 +275,35 @@ def test_work_space_of_captured_graphs_is_left_alone(
     with pytest.raises(RuntimeError, match="half way"), Bench({SERIAL: nothing}, 1, 8, torch.float32, CPU):
         raise RuntimeError("half way")
     assert calls == ["wait", "synchronize", *["clear"] * cleared, "empty"]
+
+
+# ---------------------------------------------------------------- main's GEMM alone
+
+
+class Quantizing(torch.nn.Module):
+    """A linear that quantizes its input by code of its own, reads a view of its weight, and has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randint(-3, 4, (6, 4)).float(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = (x * 3).round()
+        return torch.mm(values, self.weight.t()) + 1
+
+
+def test_of_main_the_call_that_reads_its_weight_is_measured() -> None:
+    main, x = Quantizing(), torch.randn(3, 4)
+    with torch.inference_mode():
+        gemm = measure.gemm_that_reads(main.weight, lambda: main(x))
+        assert torch.equal(gemm(), main(x) - 1), "its quantization and its bias are left out"
+        assert "mm" in str(gemm.func)  # type: ignore[attr-defined]
+
+
+def test_a_main_that_no_op_shows_is_measured_as_a_whole() -> None:
+    main, x, other = Quantizing(), torch.randn(3, 4), torch.zeros(1)
+
+    def whole() -> torch.Tensor:
+        return main(x)
+
+    assert measure.gemm_that_reads(other, whole) is whole

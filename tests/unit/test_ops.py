@@ -76,7 +76,7 @@ class Gpu:
     def step(self, plain: bool, x: torch.Tensor) -> torch.Tensor:
         side = self.start(plain, x)
         self.cuda.work("main")()
-        ops._join(side, self.gate, x, self.weight if plain else None, NAME)
+        ops._join(side, self.gate, x)
         return side
 
 

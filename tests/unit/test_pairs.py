@@ -181,7 +181,7 @@ def test_a_measured_pair_gives_serials_results(plain: bool, strategy: str) -> No
     with fake_cuda():
         found = lane.prepare(torch.device("cuda:0"))
         assert found is not None
-        main, side = pairs.run_pair(pair, x, strategy, found)
+        main, side = pairs.run_pair(pair, lambda: pair.main(x)[0], x, strategy, found)
     assert torch.equal(main, pair.main(x)[0]) and torch.equal(side, pair.side(x)[0])
 
 
@@ -219,8 +219,10 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
             return
         ((works, count, given),) = asked
         assert set(works) == ({SERIAL, DUAL, DUAL_MAIN_FIRST} if plain else {SERIAL, DUAL})
-        assert count == 2 and given == (16, torch.float32, torch.device("cpu"))
+        *about, prepare = given
+        assert count == 2 and about == [16, torch.float32, torch.device("cpu")]
         x = torch.randint(-4, 5, (3, 16)).float()
+        prepare(x)
         for strategy, work in works.items():
             for number in range(count):
                 del cuda.log[:]

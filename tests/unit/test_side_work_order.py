@@ -74,7 +74,7 @@ def model(main: Main, with_ops: bool) -> Callable[..., torch.Tensor]:
             if with_ops:
                 side = torch.ops.vllm_overlay.start(x, ba, qkvz, SIDE, "toy")
                 large = main(x, qkvz)
-                torch.ops.vllm_overlay.join(side, large, x, ba, "toy")
+                torch.ops.vllm_overlay.join(side, large, x)
             else:
                 large = main(x, qkvz)
                 side = torch.nn.functional.linear(x, ba)
