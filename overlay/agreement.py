@@ -29,7 +29,7 @@ from typing import Any
 
 from overlay import __version__, cache_identity
 from overlay.journal import journal
-from overlay.settings import Settings
+from overlay.settings import Settings, outcome
 
 #: The function of effect.WORKERS' modules after which a worker is in its world, and before which no runner or layer
 #: exists. The second module imports it from the first by name (vLLM 0.17.1 to 0.33.0).
@@ -131,7 +131,7 @@ def _settle(result: str, world: int | None, rank: int | None, settings: Settings
     _take(result)
     journal.agreement = {"world": world, "rank": rank, "result": result}
     if result != ALIKE:
-        text = f"every layer stays stock: {result}"
+        text = f"{outcome(settings.strict, 'every layer stays stock')}: {result}"
         journal.problem(text)
         if settings.strict:
             raise NotAlike(text)

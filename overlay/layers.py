@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from overlay import agreement, cache_identity, running
 from overlay.journal import REFUSED, PatchRecord, journal
-from overlay.settings import Settings
+from overlay.settings import Settings, outcome
 
 Adopted = TypeVar("Adopted")
 #: vLLM names its own folder of compiled graphs by a hash, which knows of the overlay (overlay.cache_identity).
@@ -51,7 +51,9 @@ def adopt(
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if reason not in record.refused.values():  # one problem, however many layers have it
-            journal.problem(f"{patch}: layer {layer_name} stays stock: {reason}")
+            layer = f"layer {layer_name}"
+            said = f"{outcome(True)}: {layer}" if settings.strict else f"{layer} stays stock"
+            journal.problem(f"{patch}: {said}: {reason}")
         _leave_stock(patch, record, layer_name, reason)
         if settings.strict:
             raise
@@ -80,8 +82,10 @@ def _stranger(patch: str, record: PatchRecord, settings: Settings) -> str | None
         found = f"cannot tell what runs: {type(error).__name__}: {error}"
     if found is None:
         return None
-    which = "the layers from here on stay stock" if record.patched else "vLLM runs stock here"
-    text = f"{patch}: {REFUSED}, {which}: {found}"
+    said = (
+        outcome(settings.strict, "the layers from here on stay stock") if record.patched else outcome(settings.strict)
+    )
+    text = f"{patch}: {REFUSED}, {said}: {found}"
     journal.problem(text)
     if not record.patched:
         record.verdict, record.reason = REFUSED, found

@@ -160,9 +160,9 @@ def strict_was_asked_for(environ: Mapping[str, str]) -> bool:
     return environ.get(f"{FAMILY}_STRICT", "").strip().lower() in ON
 
 
-def outcome(strict: bool) -> str:
-    """What a failure comes to, as every message about one says it."""
-    return "vLLM stops here, as strict asks" if strict else "vLLM runs stock here"
+def outcome(strict: bool, otherwise: str = "vLLM runs stock here") -> str:
+    """What a failure comes to, as every message about one says it. `otherwise` is what it costs without strict."""
+    return "vLLM stops here, as strict asks" if strict else otherwise
 
 
 def load(environ: Mapping[str, str]) -> Settings:

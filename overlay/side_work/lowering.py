@@ -24,6 +24,7 @@ import torch
 import wrapt
 
 from overlay.journal import journal
+from overlay.settings import outcome
 
 #: Puts stock's calls into a graph in the place of a node.
 Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
@@ -79,7 +80,8 @@ def _watch(strict: bool) -> None:
             args, kwargs = _with_stocks_calls(wrapped, args, kwargs)
         except Exception as error:  # the graph stays as it was traced, which is right and only slower
             reason = f"{type(error).__name__}: {error}"
-            journal.problem(f"lowering: graphs above the captured sizes keep their ops: {reason}")
+            said = outcome(strict, "graphs above the captured sizes keep their ops")
+            journal.problem(f"lowering: {said}: {reason}")
             if strict:
                 raise
         return wrapped(*args, **kwargs)

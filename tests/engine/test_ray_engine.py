@@ -241,7 +241,7 @@ def test_strict_stops_an_engine_whose_ray_nodes_differ(
     with ray_cluster(both) as driver:
         result = engine_on(driver, model(MODEL), tmp_path, distributed_executor_backend="ray")
     assert result.returncode != 0
-    assert re.search(r"NotAlike: every layer stays stock: rank [01] runs without the overlay", result.stdout)
+    assert re.search(r"NotAlike: vLLM stops here, as strict asks: rank [01] runs without the overlay", result.stdout)
     (worker,) = both.journals(0)
     assert all(patch.layers == () and patch.refused == {} for patch in worker.patches), "it came as far as the layers"
 

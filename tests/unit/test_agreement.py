@@ -289,8 +289,10 @@ def test_a_missing_rank_keeps_every_layer_stock_and_is_said_once(
     made: list[None] = []
     adopted = layers.adopt("gdn", record, "layer.0", lambda: (made.append(None), {}), Settings(strict=strict))
     assert adopted is None and made == [] and record.patched == {}
-    assert record.refused == {"layer.0": "rank 1 runs without the overlay (no report within 0 s)"}
-    assert len(journal.problems) == 1
+    reason = "rank 1 runs without the overlay (no report within 0 s)"
+    assert record.refused == {"layer.0": reason}
+    said = "vLLM stops here, as strict asks" if strict else "every layer stays stock"
+    assert journal.problems == [f"{said}: {reason}"]
 
 
 def test_the_next_engine_of_the_process_has_an_answer_of_its_own(

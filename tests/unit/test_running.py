@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -605,8 +606,35 @@ def test_a_layer_that_is_made_after_a_method_was_replaced_is_refused(site: Site,
     assert record.refused == {"layer.0": reason, "layer.1": reason} and record.patched == {}
     assert (record.verdict, record.reason) == (REFUSED, reason)
     assert journal.problems == [f"patch: refused, vLLM runs stock here: {reason}"]
+
+
+@pytest.mark.parametrize("first", ["replaced before", "replaced after"])
+def test_strict_stops_at_a_method_that_was_replaced_and_says_so(first: str, site: Site, journal: Journal) -> None:
+    module, record = site.run(), PatchRecord(verdict=APPLY)
+    assert site.judged(module) is None
+    if first == "replaced after":
+        assert adopt(record, "layer.0", strict=True) == "layer.0"
+    a_method_wrapped(module)
     with pytest.raises(running.Replaced, match=r"somebody\.plugin"):
-        adopt(record, "layer.2", strict=True)
+        adopt(record, "layer.1", strict=True)
+    reason = "Layer.forward has been replaced by somebody.plugin"
+    assert journal.problems == [f"patch: refused, vLLM stops here, as strict asks: {reason}"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_layer_that_cannot_be_taken_stays_stock_and_strict_stops(strict: bool, site: Site, journal: Journal) -> None:
+    site.judged(site.run())
+    record = PatchRecord(verdict=APPLY)
+
+    def make() -> tuple[None, dict[str, Any]]:
+        raise KeyError("heads")
+
+    for name in ("layer.0", "layer.1"):
+        with pytest.raises(KeyError, match="heads") if strict else contextlib.nullcontext():
+            assert layers.adopt("patch", record, name, make, Settings(strict=strict)) is None
+    assert record.refused == dict.fromkeys(("layer.0", "layer.1"), "KeyError: 'heads'") and record.patched == {}
+    said = "vLLM stops here, as strict asks: layer layer.0" if strict else "layer layer.0 stays stock"
+    assert journal.problems == [f"patch: {said}: KeyError: 'heads'"]
 
 
 def test_a_comparison_that_fails_costs_the_patch_and_no_layer(
