@@ -22,6 +22,10 @@ def refuse_modes(config: Any, batch_invariant: bool) -> None:
     """Raise Refused where vLLM runs in a mode that no fork is safe or wanted in. `config` is a VllmConfig."""
     if config.parallel_config.use_ubatching:
         raise Refused("micro-batching (DBO): two main streams would share the auxiliary streams")
+    # Each engine has a torch.distributed world of its own then, so overlay.agreement does not compare it with those that
+    # it runs steps together with, today's and those that join later (vLLM 0.17.1 to 0.33.0).
+    if getattr(config.parallel_config, "enable_elastic_ep", False):
+        raise Refused("elastic expert parallelism: a rank that joins later is not compared with the others")
     if batch_invariant:
         raise Refused("batch-invariant mode")
     if getattr(config.compilation_config, "cache_dir", ""):  # vLLM sets it itself when it compiles, and not before

@@ -53,8 +53,9 @@ def captures(compilation: Any) -> bool:
 def split_ranges(compilation: Any, strict: bool) -> bool:
     """Give the steps above the captured sizes a compiled graph of their own, before vLLM traces. False where it has no ranges.
 
-    The same on all ranks of a model, whatever their layers do: a rank with another range would run another warm-up step, and
-    the others would wait for it. Under `strict` a graph that cannot be lowered stops vLLM.
+    The same on all ranks of a pipeline stage, whatever their layers do: a rank with another range would run another warm-up
+    step, and the others would wait for it. Stages may differ: a warm-up step sends nothing to another stage. Under `strict`
+    a graph that cannot be lowered stops vLLM.
     """
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
     limit = largest_captured(compilation) if captures(compilation) else 0
@@ -63,7 +64,9 @@ def split_ranges(compilation: Any, strict: bool) -> bool:
     # An encoder is compiled by the same ranges, and vLLM allows shapes that are static in one range only.
     if getattr(compilation, "compile_mm_encoder", False):
         return False
-    if limit < max(endpoints):
+    # vLLM compiles a range of one size with static shapes, and tunes it: its kernels would not be stock's.
+    one_size = {limit - 1, limit + 1} & {0, *endpoints}
+    if limit < max(endpoints) and not one_size:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
     _watch(strict)
     return True

@@ -170,6 +170,7 @@ def test_a_folder_of_graphs_that_is_set_before_the_backend_runs_is_the_users(ver
         ("vllm.config.compilation", "CompilationConfig", "cudagraph_capture_sizes"),
         ("vllm.config.compilation", "CompilationConfig", "compile_mm_encoder"),
         ("vllm.config.parallel", "ParallelConfig", "world_size_across_dp"),
+        ("vllm.config.parallel", "ParallelConfig", "enable_elastic_ep"),
         ("vllm.forward_context", "ForwardContext", "no_compile_layers"),
         ("vllm.model_executor.layers.linear", "ColumnParallelLinear", "output_size_per_partition"),
         ("vllm.model_executor.layers.linear", "LinearBase", "quant_method"),
@@ -290,5 +291,14 @@ def test_an_op_can_be_given_tags(version: str) -> None:
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
 def test_the_kv_cache_is_sized_by_what_the_model_took(version: str) -> None:
+    """Up to 0.26.0 as a term of its own, which overlay.loaded adds to. Then by what the device has lost since the worker began."""
     source = released.tree(version).read("vllm.v1.worker.gpu_worker")
     assert source is not None and "weights_memory=int(self.model_runner.model_memory_usage)" in source.text
+    (profiling,) = (
+        ast.unparse(node)
+        for node in parsed(version, "vllm.utils.mem_utils").body
+        if isinstance(node, ast.FunctionDef) and node.name == "memory_profiling"
+    )
+    by_the_model = "non_torch_memory + peak_activation_memory + result.weights_memory" in profiling
+    by_the_device = "result.before_create.free_memory - result.after_profile.free_memory" in profiling
+    assert (by_the_model, by_the_device) == ((True, False) if Version(version) < Version("0.27.0") else (False, True))

@@ -84,6 +84,17 @@ def test_the_key_follows_what_becomes_of_a_layer(
     assert layers.journal.fingerprint == entries[cache_identity.ENTRY]()
 
 
+@pytest.mark.parametrize("elastic", [True, False])
+def test_every_layer_stays_stock_where_ranks_may_join_that_nobody_has_compared(elastic: bool) -> None:
+    """Such a rank could lack the overlay, have vLLM's own compile ranges, and run fewer warm-up steps than the others."""
+    config = types.SimpleNamespace(
+        parallel_config=types.SimpleNamespace(use_ubatching=False, enable_elastic_ep=elastic),
+        compilation_config=types.SimpleNamespace(cache_dir=""),
+    )
+    with pytest.raises(layers.Refused, match="elastic expert parallelism") if elastic else contextlib.nullcontext():
+        layers.refuse_modes(config, batch_invariant=False)
+
+
 @pytest.mark.parametrize("folder", ["/somewhere/of/my/own", ""])
 def test_every_layer_stays_stock_where_the_user_has_named_the_folder_of_graphs(folder: str) -> None:
     """No hash is in its name: stock and overlay, two versions, two plans would take each other's graphs."""

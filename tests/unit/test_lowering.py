@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 from torch.nn.functional import linear
 from vllm.compilation import backends
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
 from overlay.journal import Journal, PatchRecord
@@ -285,6 +285,22 @@ def test_endpoints_that_are_there_stay(record: PatchRecord) -> None:
     assert split(all_captured, strict=False) and all_captured.compile_ranges_endpoints == [CAPTURED]
     more_is_captured = configuration([4]).compilation_config
     assert split(more_is_captured, strict=False) and more_is_captured.compile_ranges_endpoints == [4]
+
+
+@given(st.lists(st.integers(1, 24), min_size=1, max_size=4), st.lists(st.integers(1, 24), min_size=1, max_size=4))
+def test_no_range_of_one_size_comes_about(captured: list[int], endpoints: list[int]) -> None:
+    """vLLM compiles such a range with static shapes, and tunes it: other kernels than stock's, with other bits."""
+    config = CompilationConfig()
+    config.mode, config.cudagraph_mode = 3, CUDAGraphMode.FULL
+    config.cudagraph_capture_sizes, config.compile_ranges_endpoints = captured, sorted(endpoints)
+    before = config.get_compile_ranges()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "_watch", lambda strict: None)
+        assert lowering.split_ranges(config, strict=False)
+    after = config.get_compile_ranges()
+    assert [one for one in after if one.is_single_size()] == [one for one in before if one.is_single_size()]
+    largest = max(captured)
+    assert set(after) == set(before) or {one.end for one in after} - {one.end for one in before} == {largest}
 
 
 @given(st.integers(1, 64), st.integers(0, 64), st.lists(st.integers(1, 64), max_size=4))
