@@ -106,7 +106,7 @@ def _started(number: str) -> int | None:
 def _is_locked(path: str) -> bool:
     """Whether somebody holds the lock of overlay.files.replace on this file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

@@ -149,6 +149,6 @@ def _ways(folders: Collection[str]) -> list[tuple[str, int]]:
             seen.add(path)
             above = os.path.dirname(path)
             real = _mode(os.path.realpath(above))
-            found.update((way, mode) for way, mode in real if way not in found and not mode & stat.S_ISVTX)
+            found.update((way, mode) for way, mode in real if not mode & stat.S_ISVTX)
             waiting.extend([above, *_targets(path)])
     return list(found.items())

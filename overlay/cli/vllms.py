@@ -73,7 +73,7 @@ def find(given: str | None, cache: Path | None) -> Vllm:
     user's own. Raises CommandError, with what is allowed."""
     if given is None:
         return _installed()
-    path = os.path.abspath(os.path.expanduser(given))
+    path = read(lambda: os.path.abspath(os.path.expanduser(given)), given)
     kind = read(lambda: kind_of(path), path) if given else 0
     if stat.S_ISDIR(kind):
         return _unpacked(given, path)

@@ -84,6 +84,8 @@ def kind_of(path: str) -> int:
 def decoded(content: bytes, path: str) -> str:
     """A source file's text as Python reads it, with a byte order mark or a coding line. Raises ValueError with the path."""
     try:
+        if b"\0" in content:  # Python itself says so at one time or another, by its version
+            raise ValueError("it has null bytes")
         return decode_source(content)
     except (SyntaxError, ValueError) as error:  # SyntaxError: an encoding that does not exist
         raise ValueError(f"{path} is no Python text: {error}") from error

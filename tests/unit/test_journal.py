@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -11,8 +12,11 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +25,7 @@ from hypothesis import strategies as st
 from overlay import __version__, process_identity
 from overlay import journal as journal_module
 from overlay.cli import journals as reader
-from overlay.journal import Journal
+from overlay.journal import Journal, PatchRecord
 from tests.conftest import journal_name, overlay_environment, run_python
 
 
@@ -156,7 +160,9 @@ def test_a_journal_is_written_again_before_another_host_takes_it_for_old(
     assert journal_module._REFRESH_SECONDS * 3 < journal_module._STALE_SECONDS
 
 
-def test_a_problem_is_said_once(journal_folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_problem_is_said_once_and_written_at_once(
+    journal_folder: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     journal = Journal()
     journal.problem("one")
     journal.problem("one")
@@ -164,6 +170,93 @@ def test_a_problem_is_said_once(journal_folder: pathlib.Path, caplog: pytest.Log
     assert [record.message for record in caplog.records] == ["overlay: one"]
     (said,) = caplog.records
     assert said.overlay == {"event": "problem", "version": __version__, "problem": "one"}  # type: ignore[attr-defined]
+    journal.open(str(journal_folder))
+    journal.problem("two")
+    assert only_file(journal_folder)["problems"] == ["one", "two"]
+
+
+def test_each_engine_of_a_process_begins_with_what_was_settled_and_nothing_else() -> None:
+    record = PatchRecord(verdict="apply", reason="one after the other")
+    for _ in range(2):
+        record.patched["layer.0"], record.calls.fused = {}, 1
+        record.refuse("layer.1", "batch-invariant mode")
+        record.plans.append({})
+        assert record.calls.total() == 1
+        record.overrule("ineffective", "its op has never run")
+        record.overrule("ineffective", "its class was replaced")
+        record.begin_engine()
+        assert record == PatchRecord(verdict="apply", reason="one after the other")
+    record.verdict = "refused"
+    record.begin_engine()
+    assert record.verdict == "refused", "what held before the last engine holds no longer"
+
+
+def test_one_thread_keeps_the_file_current_whatever_a_round_meets_and_holds_nobody_up(
+    journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_WRITE_INTERVAL_SECONDS", 0.001)
+    before = set(threading.enumerate())
+    journal, rounds = Journal(), []
+    journal.open(str(journal_folder))
+
+    def meets_a_counter_that_grows() -> None:
+        rounds.append(1)
+        if len(rounds) == 3:
+            journal._path = None  # the thread ends
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(journal, "write", meets_a_counter_that_grows)
+    journal.keep_current()
+    journal.keep_current()
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 1 and all(thread.daemon for thread in threads)
+    for thread in threads:
+        thread.join(10)
+    assert len(rounds) == 3
+
+
+@pytest.mark.parametrize(
+    ("process", "arguments", "expected"),
+    [
+        ("EngineCore", ["/usr/bin/vllm", "serve", "a model"], "EngineCore"),
+        ("MainProcess", ["/usr/bin/vllm", "serve", "a model"], "APIServer"),
+        ("MainProcess", ["/usr/bin/vllm", "bench", "serve"], "Main"),
+        ("MainProcess", ["/site/vllm/entrypoints/openai/api_server.py"], "APIServer"),
+        ("MainProcess", ["/site/ray/_private/workers/default_worker.py", "serve"], "RayWorker"),
+        ("MainProcess", ["/site/vllm/model_executor/models/registry.py"], "ModelRegistryProbe"),
+        ("MainProcess", ["/home/me/serve"], "Main"),
+        ("MainProcess", [], "Main"),
+    ],
+)
+def test_a_process_has_the_role_that_vllm_gives_it(
+    process: str, arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "name", process)
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert journal_module.role() == expected
+
+
+def test_what_was_counted_last_is_there_when_the_process_has_ended(journal_folder: pathlib.Path) -> None:
+    code = f"""
+        from overlay.journal import journal
+        journal.open({str(journal_folder)!r})
+        journal.patch("gdn").calls.dual_stream = 7
+    """
+    run_python("-c", textwrap.dedent(code), environment=overlay_environment(VLLMOVERLAY="0"))
+    patches: Any = only_file(journal_folder)["patches"]
+    assert patches["gdn"]["calls"]["dual_stream"] == 7
+
+
+def test_a_folder_that_cannot_be_cleaned_up_has_no_journal_as_the_warning_says(
+    journal_folder: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(journal_module, "_remove_stale", broken)
+    journal = Journal()
+    journal.open(str(journal_folder))
+    assert journal.folder is None and "no journal" in caplog.text
 
 
 def test_a_layer_that_stays_stock_is_a_line_for_those_who_debug(caplog: pytest.LogCaptureFixture) -> None:
@@ -441,6 +534,7 @@ def test_a_forked_child_has_a_file_counters_and_a_lock_of_its_own(journal_folder
             calls = {pid: loaded["patches"]["gdn"]["calls"]["dual_stream"] for pid, loaded in found.items()}
             assert calls == {parent.pid: 7, child: 1}
             assert found[child]["patches"]["gdn"]["verdict"] == "apply"
+            assert found[child]["started"] > found[parent.pid]["started"]
             parent.kill()
             parent.wait()
             alive = {one.process_id: one.alive for one in reader.read(journal_folder)}

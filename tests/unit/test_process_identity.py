@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -70,6 +71,20 @@ def test_older_overlays_and_machines_without_proc_have_names_without_an_identity
     assert all(process_identity.is_name(name) and process_identity.from_name(name) is None for name in names)
 
 
+@pytest.mark.parametrize("boot", [b"", b"\xff\xfe", b"not a boot\n", b"../../../../etc\n"])
+def test_a_boot_that_is_none_gives_no_identity(
+    boot: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """The kernel's name for it becomes part of a file's name."""
+    (tmp_path / "boot_id").write_bytes(boot)
+
+    def elsewhere(path: str, **how: Any) -> Any:
+        return open(tmp_path / "boot_id" if path.endswith("boot_id") else path, **how)
+
+    monkeypatch.setattr(process_identity, "open", elsewhere, raising=False)
+    assert process_identity.own() is None
+
+
 def without(path: str, patched: pytest.MonkeyPatch) -> None:
     """As where this file is not there."""
 
@@ -94,6 +109,29 @@ def test_own_is_this_process_and_stays() -> None:
     child = process_identity.from_name(other.stdout.strip())
     assert child is not None and child != here
     assert (child.boot, child.namespace) == (here.boot, here.namespace) and child.start >= here.start
+
+
+@pytest.mark.parametrize("name", [b") Z 1 (", b"a) b) c", b"\xff\xfe"])
+def test_a_program_may_have_any_name(name: bytes) -> None:
+    comm = pathlib.Path("/proc/self/comm")
+    here, before = process_identity.own(), comm.read_bytes()
+    try:
+        comm.write_bytes(name)
+        assert process_identity.own() == here
+    finally:
+        comm.write_bytes(before.strip())
+
+
+def test_only_number_start_namespace_and_boot_together_are_one_process() -> None:
+    here = process_identity.own()
+    assert here is not None and process_identity.runs_beside(process_identity.file_name(here), here)
+    for other in (
+        here._replace(start=here.start + 1),
+        here._replace(namespace=here.namespace + 1),
+        here._replace(boot="0" * len(here.boot)),
+    ):
+        assert not process_identity.runs_beside(process_identity.file_name(other), here)
+    assert not process_identity.runs_beside(process_identity.file_name(here), None), "nobody has an identity there"
 
 
 def test_a_zombie_has_ended() -> None:
@@ -126,6 +164,29 @@ def test_in_another_namespace_the_lock_tells(elsewhere: pathlib.Path) -> None:
         assert not os.get_inheritable(descriptor)
         os.close(descriptor)
         assert process_identity.runs(str(elsewhere), here) is False
+
+
+def test_those_who_ask_at_once_are_not_in_each_others_way(elsewhere: pathlib.Path) -> None:
+    elsewhere.write_text("")
+    with elsewhere.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert process_identity.runs(str(elsewhere), process_identity.own()) is False
+
+
+def test_what_is_no_file_of_a_process_is_not_waited_for(elsewhere: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A pipe without a writer would be waited for for ever; a link could lead to anybody's lock."""
+    here, answers = process_identity.own(), []
+    os.mkfifo(elsewhere)
+    asking = threading.Thread(target=lambda: answers.append(process_identity.runs(str(elsewhere), here)), daemon=True)
+    asking.start()
+    asking.join(5)
+    os.close(os.open(elsewhere, os.O_RDWR))  # lets go of whoever waits
+    assert answers == [False]
+    elsewhere.unlink()
+    descriptor = files.replace_and_lock(tmp_path / "locked", "", ".temporary-")
+    elsewhere.symlink_to(tmp_path / "locked")
+    assert process_identity.runs(str(elsewhere), here) is False
+    os.close(descriptor)
 
 
 def test_a_file_that_is_replaced_while_it_is_asked_has_a_living_writer(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -82,6 +85,10 @@ def test_what_others_can_write_is_named_with_the_command_that_changes_it(
     text = str(refusal.value)
     assert f"{path} (mode {stat.S_IMODE(path.stat().st_mode):04o})" in text
     command = text.partition("to change that: ")[2]
+    part = folder / name.partition("/")[0]
+    assert command == shlex.join(
+        ["chmod", *(["go-w"] if path in (folder, folder.parent) else ["-R", "go-w"]), os.path.normpath(part)]
+    )
     subprocess.run(command, shell=True, check=True)
     check(folder)
 
@@ -96,6 +103,30 @@ def test_a_checkout_under_umask_002_takes_one_command(folder: pathlib.Path) -> N
     assert len(text) < 1000
     subprocess.run(text.partition("to change that: ")[2], shell=True, check=True)
     check(folder)
+
+
+@pytest.mark.parametrize("wrong", [1, 3, 4, 6])
+def test_the_first_are_named_and_the_rest_is_counted(folder: pathlib.Path, wrong: int) -> None:
+    for path in sorted((folder / "overlay").glob("*.py"))[:wrong]:
+        path.chmod(0o666)
+    with pytest.raises(safety.Writable) as refusal:
+        check(folder)
+    named, _, _ = str(refusal.value).partition(" can be written")
+    assert named.count("mode 0666") == min(wrong, 3)
+    assert named.endswith(f" and {wrong - 3} more" if wrong > 3 else "(mode 0666)")
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_safe(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = os.stat
+
+    def broken(path: str, **how: Any) -> os.stat_result:
+        if str(path).endswith("hooks.py"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return look(path, **how)
+
+    monkeypatch.setattr(os, "stat", broken)
+    with pytest.raises(OSError, match=r"hooks\.py"):
+        check(folder)
 
 
 def test_a_sticky_folder_further_up_is_fine_and_right_above_is_not(folder: pathlib.Path) -> None:
@@ -115,14 +146,18 @@ def test_links_are_followed_to_what_others_can_write(folder: pathlib.Path, tmp_p
         check(link)
     folder.parent.chmod(0o755)
 
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    shutil.move(folder / "overlay" / "layers.py", elsewhere)
-    (folder / "overlay" / "layers.py").symlink_to(elsewhere / "layers.py")
+    elsewhere, beyond = tmp_path / "elsewhere", tmp_path / "beyond"
+    for place in (elsewhere, beyond):
+        place.mkdir(mode=0o755)
+    shutil.move(folder / "overlay" / "layers.py", beyond)
+    (elsewhere / "layers.py").symlink_to(beyond / "layers.py")
+    (folder / "overlay" / "layers.py").symlink_to(os.path.relpath(elsewhere / "layers.py", folder / "overlay"))
     check(folder)
-    elsewhere.chmod(0o775)
-    with pytest.raises(safety.Writable, match="elsewhere"):
-        check(folder)
+    for place in (elsewhere, beyond):
+        place.chmod(0o775)
+        with pytest.raises(safety.Writable, match=place.name):
+            check(folder)
+        place.chmod(0o755)
 
 
 def test_whoever_can_turn_a_link_on_the_way_is_named(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -168,6 +203,8 @@ def test_a_link_to_nowhere_or_in_a_circle_changes_nothing(
     for name, target in DANGLING.items():
         (folder / "overlay" / name).symlink_to(target)
     check(folder)
+    looked_at, _ = safety._content(str(folder / "overlay"))
+    assert len({os.path.realpath(path) for path, _ in looked_at}) == len(looked_at), "goes round in a circle"
     assert cache_identity.source_hash() == before
 
 
@@ -207,6 +244,9 @@ def test_an_owner_of_any_name_is_trusted(folder: pathlib.Path) -> None:
     for path in (folder, *folder.rglob("*")):
         os.chown(path, SOMEBODY_ELSE, SOMEBODY_ELSE)
     check(folder)
+    (folder / "sitecustomize.py").chmod(0o666)
+    with pytest.raises(safety.Writable, match="to change that: chmod"):  # this is root already
+        check(folder)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -308,6 +348,33 @@ def test_a_link_that_somebody_else_made_gets_no_journal(
     warned, _ = opened()
     assert len(warned) == 1 and f"link made by user {SOMEBODY_ELSE}" in warned[0]
     assert [path.name for path in mine.iterdir()] == ["1-1.json"]
+
+
+@needs_root
+def test_another_user_than_root_trusts_links_of_its_own_and_of_root_and_folders_of_its_own() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        own, roots, file = (pathlib.Path(name, which) for which in ("own", "roots", "file"))
+        for folder, user in ((own, SOMEBODY_ELSE), (roots, 0)):
+            folder.mkdir(mode=0o755)
+            os.chown(folder, user, user)
+        file.touch(mode=0o600)
+        os.chown(file, SOMEBODY_ELSE, SOMEBODY_ELSE)
+        for user in (0, SOMEBODY_ELSE, SOMEBODY_ELSE + 1):
+            link = pathlib.Path(name, f"by {user}")
+            link.symlink_to(own)
+            os.lchown(link, user, user)
+            with (
+                another_user(),
+                contextlib.nullcontext()
+                if user in (0, SOMEBODY_ELSE)
+                else pytest.raises(safety.NotOurs, match="link made"),
+            ):
+                safety.check_own_folder(str(link))
+        with another_user(), pytest.raises(safety.NotOurs, match="belongs to user 0"):
+            safety.check_own_folder(str(roots))
+        with another_user(), pytest.raises(safety.NotOurs, match="not a folder"):
+            safety.check_own_folder(str(file))
 
 
 def test_a_link_of_ones_own_is_followed(journal_folder: pathlib.Path, tmp_path: pathlib.Path, opened: Opened) -> None:

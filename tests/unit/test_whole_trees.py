@@ -222,7 +222,8 @@ def test_a_source_is_read_as_python_reads_it(content: bytes, tmp_path: pathlib.P
 
 
 @pytest.mark.parametrize(
-    "content", [b"# coding: no-such-encoding\n", b"\xff\xfe = 1\n", b"\xef\xbb\xbf# coding: latin-1\n"]
+    "content",
+    [b"# coding: no-such-encoding\n", b"\xff\xfe = 1\n", b"\xef\xbb\xbf# coding: latin-1\n", b"NAME = 1\n\0\0"],
 )
 def test_a_source_that_python_does_not_read_is_named(content: bytes, tmp_path: pathlib.Path) -> None:
     (tmp_path / "module.py").write_bytes(content)
