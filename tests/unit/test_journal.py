@@ -333,6 +333,10 @@ def test_what_is_old_and_of_no_process_goes(journal_folder: pathlib.Path) -> Non
     for name in restarts[:5]:
         os.utime(journal_folder / name, (time.time() + 2 * HOUR,) * 2)
     kept = [put(journal_folder / name, 2 * HOUR).name for name in ("notes.json", "2024-01-31.json", f"{os.getpid()}-1")]
+    link = journal_folder / process_identity.file_name(here._replace(start=2))
+    link.symlink_to(kept[0])
+    os.utime(link, (time.time() - 2 * HOUR,) * 2, follow_symlinks=False)
+    kept.append(link.name)
     fresh = process_identity.file_name(here._replace(start=here.start - 1))
     put(journal_folder / fresh, HOUR / 2)
     (journal_folder / process_identity.file_name(here._replace(start=1))).mkdir()
