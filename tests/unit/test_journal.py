@@ -549,6 +549,18 @@ def test_a_forked_child_has_a_file_counters_and_a_lock_of_its_own(journal_folder
                     os.kill(process_id, signal.SIGKILL)
 
 
+def test_a_child_that_is_forked_while_its_parent_writes_is_not_stuck(journal_folder: pathlib.Path) -> None:
+    journal = Journal()
+    journal.open(str(journal_folder))
+    with journal._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            journal.problem("one")
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 STARTED = """
 import multiprocessing, os, sys
 def report(folder):
