@@ -196,10 +196,11 @@ def test_one_thread_keeps_the_file_current_whatever_a_round_meets_and_holds_nobo
 ) -> None:
     monkeypatch.setattr(journal_module, "_WRITE_INTERVAL_SECONDS", 0.001)
     before = set(threading.enumerate())
-    journal, rounds = Journal(), []
+    journal, rounds, go = Journal(), [], threading.Event()
     journal.open(str(journal_folder))
 
     def meets_a_counter_that_grows() -> None:
+        go.wait(10)
         rounds.append(1)
         if len(rounds) == 3:
             journal._path = None  # the thread ends
@@ -209,6 +210,7 @@ def test_one_thread_keeps_the_file_current_whatever_a_round_meets_and_holds_nobo
     journal.keep_current()
     journal.keep_current()
     threads = set(threading.enumerate()) - before
+    go.set()
     assert len(threads) == 1 and all(thread.daemon for thread in threads)
     for thread in threads:
         thread.join(10)
