@@ -8,15 +8,18 @@ all after the first); `overlay`, all four at once. The results of all three are 
 from __future__ import annotations
 
 import functools
-import statistics
+import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_engine import weights
 
-from gpu import deepseek_model
-from gpu.capture import capture
+from benchmarks.gpu import deepseek_model
+from benchmarks.gpu.capture import capture, microseconds
+from overlay.cli.bench import shapes
+from overlay.cli.bench.outside.bench_engine import weights
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LAYERS = 8
@@ -31,8 +34,9 @@ def vllm_configuration(folder: Path) -> Any:
     """vLLM's configuration of the model, made as the engine makes it, for linears outside of an engine."""
     from vllm.engine.arg_utils import EngineArgs
 
-    model = deepseek_model.write(folder, 4)
-    return EngineArgs(**deepseek_model.engine(model, (1, 2, 4, 8), False, 1)).create_engine_config()
+    model = shapes.write(folder, deepseek_model.configuration(4))
+    own = {"model": str(model), "load_format": "dummy", "skip_tokenizer_init": True, "max_num_seqs": 8}
+    return EngineArgs(**own, **deepseek_model.ENGINE).create_engine_config()
 
 
 def make_layer(ratio: int, number: int, config: Any) -> Any:
@@ -70,7 +74,7 @@ def make_layer(ratio: int, number: int, config: Any) -> Any:
         )
     for name, module in layer.named_modules():
         for leaf, tensor in module.named_parameters(recurse=False):
-            deepseek_model.fill(tensor, f"{prefix}.{name}.{leaf}", type(module).__name__, 7)
+            weights.fill(tensor, f"{prefix}.{name}.{leaf}", type(module).__name__, 7)
         method = getattr(module, "quant_method", None)
         if method is not None:
             method.process_weights_after_loading(module)
@@ -146,7 +150,7 @@ def measure(ratio: int, config: Any, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for tokens in TOKENS:
         states = torch.zeros(tokens, deepseek_model.FLASH["hidden_size"], device=device, dtype=torch.bfloat16)
-        generator = weights._generator(device, 1, f"states {tokens}")
+        generator = torch.Generator(device=device).manual_seed(tokens)
         graphs, results = {}, {}
         for way in WAYS:
             calls = [functools.partial(getattr(one, way), states) for one in ways]
@@ -162,9 +166,7 @@ def measure(ratio: int, config: Any, rounds: int) -> list[dict[str, Any]]:
                 pairs = zip(kept["serial"], kept[way], strict=True)
                 different[way] += sum(not torch.equal(left, right) for left, right in pairs)
         nothing = any(not tensor.count_nonzero() for tensor in kept["serial"])
-        times = dict.fromkeys(WAYS, 0.0)
-        for way, samples in _time(graphs).items():
-            times[way] = statistics.median(samples) / LAYERS
+        times = {way: time / LAYERS for way, time in microseconds(graphs, replays=40).items()}
         rows.append({"tokens": tokens, **times, "different": different, "a result of zeros": nothing})
         print(
             f"ratio {ratio}, {tokens:5d} tokens: "
@@ -173,23 +175,6 @@ def measure(ratio: int, config: Any, rounds: int) -> list[dict[str, Any]]:
             flush=True,
         )
     return rows
-
-
-def _time(graphs: dict[str, Any], rounds: int = 9, replays: int = 40) -> dict[str, list[float]]:
-    """Microseconds per replay, the ways taking turns."""
-    samples: dict[str, list[float]] = {way: [] for way in graphs}
-    for index in range(rounds):
-        order = list(graphs) if index % 2 == 0 else list(reversed(graphs))
-        for way in order:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            graphs[way].replay()
-            begin.record()
-            for _ in range(replays):
-                graphs[way].replay()
-            end.record()
-            torch.cuda.synchronize()
-            samples[way].append(begin.elapsed_time(end) * 1000 / replays)
-    return samples
 
 
 def run(work: Path) -> dict[str, Any]:
@@ -221,3 +206,10 @@ def run(work: Path) -> dict[str, Any]:
     for ratio in (4, 128):
         found[f"ratio {ratio}"] = measure(ratio, config, rounds=20)
     return found
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.write_text(json.dumps(run(target.parent)))
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,4 +1,4 @@
-"""DeepSeek-V4-Flash with few layers: its configuration, random weights that matter, and how the engine is started.
+"""DeepSeek-V4-Flash with few layers: its configuration, and how the engine is started.
 
 Every number but the number of layers is the released checkpoint's (`config.json` of deepseek-ai/DeepSeek-V4-Flash;
 transformers' DeepseekV4Config has the same as its defaults). The first two layers have a sliding window only, then
@@ -7,15 +7,7 @@ compression ratios 4 (compressor and indexer) and 128 (compressor) alternate.
 
 from __future__ import annotations
 
-import json
-import math
-from typing import TYPE_CHECKING, Any
-
-from bench_engine import weights
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+from typing import Any
 
 FLASH: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -76,6 +68,15 @@ FLASH: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 129280,
 }
+#: Arguments of `vllm.LLM` that this model needs otherwise than the bench's.
+ENGINE: dict[str, Any] = {
+    "kv_cache_dtype": "fp8",
+    "block_size": 256,
+    "max_model_len": 8192,
+    "max_num_batched_tokens": 4096,
+    "gpu_memory_utilization": 0.3,
+    "kv_cache_memory_bytes": 6 << 30,
+}
 #: Columns of kv_score by compression ratio: twice the head's size, and twice that where the windows overlap (ratio 4).
 KV_SCORE = {4: 2048, 128: 1024}
 INDEXER_KV_SCORE = 512
@@ -89,62 +90,3 @@ def compress_ratios(layers: int) -> list[int]:
 def configuration(layers: int) -> dict[str, Any]:
     """The content of `config.json` for that many layers."""
     return {**FLASH, "num_hidden_layers": layers, "compress_ratios": [*compress_ratios(layers), 0]}
-
-
-def write(folder: Path, layers: int) -> Path:
-    """Write `config.json` into `folder` and give the folder back."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(configuration(layers), indent=1))
-    return folder
-
-
-def engine(model: Path, capture_sizes: tuple[int, ...], mtp: bool, tensor_parallel: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, the same for all sides."""
-    arguments: dict[str, Any] = {
-        "model": str(model),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "kv_cache_dtype": "fp8",
-        "block_size": 256,
-        "max_model_len": 8192,
-        "max_num_batched_tokens": 4096,
-        "max_num_seqs": max(capture_sizes),
-        "gpu_memory_utilization": 0.3,
-        "kv_cache_memory_bytes": 6 << 30,
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-        "seed": 0,
-        "tensor_parallel_size": tensor_parallel,
-        "compilation_config": {"cudagraph_capture_sizes": list(capture_sizes)},
-    }
-    if mtp:
-        arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
-    return arguments
-
-
-def _power_of_two_below_one(inputs: int) -> int:
-    """The exponent k of the scale 2**-k that gives a sum over `inputs` products about the size of its inputs."""
-    return round(math.log2(inputs) / 2)
-
-
-def fill(tensor: Any, name: str, owner: str, seed: int, tensors: Mapping[str, Any] | None = None) -> None:
-    """As `weights.fill`, and what DeepSeek-V4 has beside: power-of-two scales, 4-bit experts, the hash router's table."""
-    import torch
-
-    data, leaf = tensor.data, name.rpartition(".")[2]
-    if data.device.type == "meta" or data.numel() == 0:
-        return
-    generator = weights._generator(data.device, seed, name)
-    if data.dtype == torch.float8_e8m0fnu:  # one scale for a block of 128 inputs
-        data.view(torch.uint8).fill_(127 - _power_of_two_below_one(data.shape[-1] * 128))
-    elif data.dtype == torch.uint8 and leaf.endswith("_scale"):  # one for 32; a random 4-bit float is about 3 in size
-        data.fill_(127 - 2 - _power_of_two_below_one(data.shape[-1] * 32))
-    elif data.dtype == torch.uint8 and leaf.endswith("_weight"):
-        data.random_(0, 256, generator=generator)
-    elif leaf == "tid2eid":
-        data.random_(0, FLASH["n_routed_experts"], generator=generator)
-    else:
-        _fill_plain(tensor, name, owner, seed, tensors)
-
-
-_fill_plain = weights.fill

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the end of a chunk of Python frames costs a step, and whether room for the frames takes that away.
 
-    cd benchmarks && python3 -m gpu.frame_stack --layers 24 --work FOLDER --out FOLDER
+    python3 -m benchmarks.gpu.frame_stack --layers 24 --work FOLDER --out FOLDER
 
 Stock and overlay alive at once, as in `python -m overlay bench`; in each the time to first token above 0 to 110 further
 frames (they move the ends of the chunks across a step's calls), as it comes and under `with_room`, in turn. What differs
@@ -13,13 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
-
-from gpu import REPOSITORY
-
-sys.path.append(str(REPOSITORY))
 
 from rich.table import Table
 from rich.text import Text
@@ -30,7 +25,7 @@ from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import Results
 from overlay.cli.bench.setup import STOCK, numbers
 
-SCRIPT = Path(__file__).resolve().with_name("frame_stack_worker.py")
+COMMANDS = Path(__file__).resolve().with_name("frame_stack_worker.py")
 #: Of `below`, about 130 bytes each: most of a chunk of 16 KiB.
 FRAMES = tuple(range(0, 120, 10))
 KINDS = AS_IT_COMES, WITH_ROOM = "as it comes", "with room"
@@ -41,11 +36,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="Qwen3.5-35B-A3B")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--prompts", type=numbers, default=(8, 600))
-    parser.add_argument(
-        "--bench-prompts", type=numbers, help="prompts of a bench that is to find this run's compile cache"
-    )
-    parser.add_argument("--batches", type=numbers, help="likewise")
-    parser.add_argument("--capture-sizes", type=numbers)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--start-together", action="store_true")
@@ -103,7 +93,11 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 
 def tables(data: dict[str, Any]) -> list[Any]:
     """What this file adds to the head and the notes of every report."""
-    return [Text(report.head(data)), summary(data["frame_stack"]), *report.notes(data)]
+    return [
+        Text(report.head(data)),
+        *([summary(rows)] if (rows := data.get("frame_stack")) else []),
+        *report.notes(data),
+    ]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -132,13 +126,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     given = parse()
-    console = output.console()
     options = command.Options(
         model=given.model,
         layers=given.layers,
-        batches=given.batches,
-        prompts=given.bench_prompts or given.prompts,
-        capture_sizes=given.capture_sizes,
+        prompts=given.prompts,
         variables=tuple(given.env),
         together=given.start_together,
         work=given.work,
@@ -147,19 +138,18 @@ def main() -> int:
     )
     plan = command.settle(options)
     setup = command.setup_of(plan)
-    setup.work.mkdir(parents=True, exist_ok=True)
-    with Progress(console) as progress:
-        results = Results(setup.out / "frame-stack.json", progress.problem)
-        alive = engines.Engines(setup, results, progress, SCRIPT)
-        try:
-            alive.start(command.engine_arguments(plan, setup, plan.model.folder(setup.work)), options.together)
-            rows = measure(alive, given.prompts, given.rounds, progress)
-        finally:
-            alive.close()
-    results.put("frame_stack", value=rows)
-    report.show(results.data, console, setup.out / "report.txt", tables)
-    plot(rows, setup.out / "frame-stack.png")
-    return int(bool(results.data["problems"]))
+
+    def run(results: Results, progress: Progress) -> None:
+        alive = engines.Engines(setup, results, progress, COMMANDS)
+
+        def frames() -> None:
+            results.put("frame_stack", value=measure(alive, given.prompts, given.rounds, progress))
+            plot(results.data["frame_stack"], setup.out / "frame-stack.png")
+
+        arguments = command.engine_arguments(plan, setup, plan.model.folder(setup.work))
+        alive.run(arguments, options.together, engines.SEED, {"frames": frames})
+
+    return command.conduct(setup, output.console(), run, "frame-stack", tables)
 
 
 if __name__ == "__main__":

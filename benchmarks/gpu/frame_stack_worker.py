@@ -1,18 +1,13 @@
-"""The worker process of `frame_stack`: `EngineWorker` at a chosen depth of Python frames. Run by its path."""
+"""Further commands for the bench's workers: `EngineWorker` at a chosen depth of Python frames."""
 
 from __future__ import annotations
 
 import functools
 import resource
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, which has modules by the names of others'
-    sys.path[0] = str(Path(__file__).resolve().parents[2] / "overlay" / "cli" / "bench" / "outside")
-
-from bench_engine.worker import EngineWorker, answer_commands, with_room
+from bench_engine.worker import EngineWorker, with_room
 
 
 def below(frames: int, function: Callable[[], list[float]]) -> list[float]:
@@ -20,8 +15,10 @@ def below(frames: int, function: Callable[[], list[float]]) -> list[float]:
     return below(frames - 1, function) if frames else function()
 
 
-class FrameStackWorker(EngineWorker):
+class Worker(EngineWorker):
     """Commands are the methods whose names begin with `do_`."""
+
+    room = False
 
     def do_first_token_above(self, frames: int, room: bool, **asked: Any) -> dict[str, Any]:
         """`first_token` above so many further frames, with room for its own or where the chunk happens to end.
@@ -33,7 +30,3 @@ class FrameStackWorker(EngineWorker):
         seconds = with_room(below, frames, first_token) if room else below(frames, first_token)
         pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         return {"seconds": seconds, "pages": pages / len(seconds)}
-
-
-if __name__ == "__main__":
-    answer_commands(FrameStackWorker())

@@ -9,18 +9,20 @@ own, together larger than the L2 cache. Results are compared bit for bit.
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
 
-from gpu import lora_model
-from gpu.capture import capture
+from benchmarks.gpu import lora_model
+from benchmarks.gpu.capture import capture, microseconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from overlay.journal import PatchRecord
 
@@ -45,7 +47,8 @@ ORDER = ((1, 16), (1, 64), (4, 16), (1, 8), (4, 64), (4, 8))
 SLOTS = 4
 #: Bytes of base weights per graph, well above the L2 cache of an H200 (50 MB).
 WEIGHTS = 160 << 20
-REPETITIONS = 15
+#: Replays of a graph in one of its turns.
+REPLAYS = 5
 #: A way counts as not slower up to this ratio: the spread of these medians.
 SLACK = 1.01
 
@@ -114,20 +117,6 @@ def forget_pointers() -> None:
     utils._LORA_B_PTR_DICT.clear()
 
 
-def _per_layer(graph: torch.cuda.CUDAGraph, layers: int) -> float:
-    """Microseconds per layer: the median over repetitions of one replay."""
-    graph.replay()
-    events = []
-    for _ in range(REPETITIONS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        events.append((begin, end))
-    torch.cuda.synchronize()
-    return sorted(begin.elapsed_time(end) for begin, end in events)[REPETITIONS // 2] * 1000.0 / layers
-
-
 def _row(
     stack: list[LoraLinear], dual: Callable[..., torch.Tensor], record: PatchRecord, tokens: int, punica: Any
 ) -> dict[str, Any]:
@@ -144,11 +133,10 @@ def _row(
     }
     graphs = {name: capture(work) for name, work in ways.items()}
     calls = record.calls.dual_stream - before
-    first = {name: _per_layer(graph, len(stack)) for name, (graph, _) in graphs.items()}
-    second = {name: _per_layer(graph, len(stack)) for name, (graph, _) in reversed(graphs.items())}
+    found = microseconds({name: graph for name, (graph, _) in graphs.items()}, REPLAYS)
     pairs = zip(graphs["serial"][1], graphs["dual"][1], strict=True)
     different = sum(not torch.equal(old.view(torch.int16), new.view(torch.int16)) for old, new in pairs)
-    times = {name: round(min(first[name], second[name]), 2) for name in graphs}
+    times = {name: round(time / len(stack), 2) for name, time in found.items()}
     return {**times, "layers": len(stack), "different": different, "on_two_streams": calls == len(stack)}
 
 
@@ -215,3 +203,9 @@ def not_slower_up_to(ratio: Mapping[int, float]) -> int:
             break
         largest = tokens
     return largest
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), float(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from gpu.trace import GEMM, Kernel, span
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from overlay.cli.bench.timeline import Kernel, overlap
 
 LORA = re.compile(r"lora_shrink|lora_expand", re.IGNORECASE)
+GEMM = re.compile(r"gemm|nvjet|cutlass|cublas|gemv|splitk|split_k|triton_.*mm|_mm_", re.IGNORECASE)
 #: Not a GEMM although the name says so: attention kernels are built with CUTLASS.
 ATTENTION = re.compile(r"flash|attention|fmha", re.IGNORECASE)
-
-
-def union(kernels: Iterable[Kernel]) -> list[tuple[float, float]]:
-    """The time during which at least one of the kernels ran: sorted intervals that do not touch, microseconds."""
-    merged: list[tuple[float, float]] = []
-    for begin, end in sorted((kernel.start, kernel.end) for kernel in kernels):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def covered(kernel: Kernel, intervals: Sequence[tuple[float, float]]) -> float:
-    """Microseconds of a kernel that fall into the intervals."""
-    return sum(max(0.0, min(kernel.end, end) - max(kernel.start, begin)) for begin, end in intervals)
 
 
 def analyse(kernels: Sequence[Kernel], steps: int) -> dict[str, Any]:
@@ -40,9 +23,10 @@ def analyse(kernels: Sequence[Kernel], steps: int) -> dict[str, Any]:
     lora = [kernel for kernel in kernels if LORA.search(kernel.name)]
     others = [kernel for kernel in kernels if not LORA.search(kernel.name) and not ATTENTION.search(kernel.name)]
     gemms = [kernel for kernel in others if GEMM.search(kernel.name)]
-    times = union(gemms)
+    begin = min((kernel.start for kernel in kernels), default=0.0)
+    span = max((kernel.end for kernel in kernels), default=0.0) - begin
     total = sum(kernel.duration for kernel in lora)
-    hidden = sum(covered(kernel, times) for kernel in lora)
+    hidden = sum(overlap(kernel, gemms) for kernel in lora)
     longest: dict[str, tuple[int, float]] = {}
     for kernel in kernels:
         count, time = longest.get(kernel.name, (0, 0.0))
@@ -57,8 +41,8 @@ def analyse(kernels: Sequence[Kernel], steps: int) -> dict[str, Any]:
         "hidden_share": hidden / total if total else None,
         "lora_streams": sorted({kernel.stream for kernel in lora}),
         "gemm_streams": sorted({kernel.stream for kernel in gemms}),
-        "gpu_us_per_step": span(kernels) / steps,
-        "busy_us_per_step": sum(end - begin for begin, end in union(kernels)) / steps,
+        "gpu_us_per_step": span / steps,
+        "busy_us_per_step": overlap(Kernel("all", "", begin, span), kernels) / steps,
         "kernel_names": [
             (name[:120], count, round(time, 1))
             for name, (count, time) in sorted(longest.items(), key=lambda item: -item[1][1])[:30]

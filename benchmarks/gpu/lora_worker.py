@@ -1,22 +1,21 @@
-"""The worker process of the LoRA evidence: `EngineWorker`, and what only LoRA needs. Run by its path."""
+"""Further commands for the bench's workers: what only LoRA needs."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, which has modules by the names of others'
-    sys.path[0] = str(Path(__file__).resolve().parents[2] / "overlay" / "cli" / "bench" / "outside")
-
-from bench_engine.worker import EngineWorker, main
+from bench_engine.worker import EngineWorker
 
 #: vLLM's class for linears with LoRA, known by name so that nothing is imported only to count.
 LINEAR = "BaseLinearLayerWithLoRA"
 
 
-class LoraWorker(EngineWorker):
+class Worker(EngineWorker):
     """Commands are the methods whose names begin with `do_`."""
+
+    #: The last number that a command here gave to an adapter; loaded again, it gets another one.
+    _number = 100
 
     def do_lora_state(self) -> dict[str, Any]:
         """LoRA linears of the model by class, upstream's switch, and what the overlay's journal says of its patch."""
@@ -36,14 +35,19 @@ class LoraWorker(EngineWorker):
             "problems": found and found["problems"],
         }
 
+    def _load(self, name: str, path: str) -> str:
+        self._number += 1
+        self.do_add_adapter(name, self._number, path)
+        return name
+
     def do_churn(
-        self, first: str, idle: str, late: dict[str, Any], again: dict[str, Any], seed: int, tokens: int, logprobs: bool
+        self, first: str, idle: str, late: str, paths: dict[str, str], seed: int, tokens: int, logprobs: bool
     ) -> dict[str, Any]:
         """Adapters come and go while requests run: tokens and log probabilities as `generate` gives them.
 
         A base request and one of the loaded adapter `first` run. Then `late` is loaded and a request for it joins; then
-        the loaded adapter `idle`, which no request uses, is removed; then `again` (another name and number) is loaded and
-        joins. `late` and `again` have what `do_add_adapter` takes. All run to their ends. `again` stays, `late` goes.
+        the loaded adapter `idle`, which no request uses, is removed; then its file is loaded by another name and number, and
+        a request for that joins. All run to their ends. At last the same adapters are loaded as before.
         """
         engine = self._llm.llm_engine
         finished: dict[str, Any] = {}
@@ -59,19 +63,15 @@ class LoraWorker(EngineWorker):
 
         order = [add(0, None), add(1, first)]
         run(8)
-        self.do_add_adapter(**late)
-        order.append(add(2, late["name"]))
+        order.append(add(2, self._load(late, paths[late])))
         run(5)
-        removed = self.do_remove_adapter(idle)
+        self.do_remove_adapter(idle)
         run(3)
-        self.do_add_adapter(**again)
-        order.append(add(3, again["name"]))
+        order.append(add(3, self._load("again", paths[idle])))
         while len(finished) < len(order):
             run(1)
         self._drain()
-        self.do_remove_adapter(late["name"])
-        return {"removed": removed, **self._answer([finished[identifier] for identifier in order], logprobs)}
-
-
-if __name__ == "__main__":
-    main(LoraWorker())
+        for name in (late, "again"):
+            self.do_remove_adapter(name)
+        self._load(idle, paths[idle])
+        return self._answer([finished[identifier] for identifier in order], logprobs)

@@ -351,30 +351,28 @@ def test_where_the_overlay_is_installed_stock_is_told_to_leave_it_off(tmp_path: 
 LOOK = """
 import importlib.util, json, os, runpy, sys
 def look(status):
-    found = {name: importlib.util.find_spec(name) for name in json.loads(sys.argv[2])}
+    found = {name: importlib.util.find_spec(name) for name in names}
     print(json.dumps({name: spec and spec.origin for name, spec in found.items()}), flush=True)
     leave(status)
 leave, os._exit = os._exit, look
-sys.path[0] = os.path.dirname(sys.argv[1])
-runpy.run_path(sys.argv[1], run_name="__main__")
+names, sys.argv = json.loads(sys.argv[1]), sys.argv[2:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.parametrize(
-    "script",
-    [
-        SCRIPT,
-        REPOSITORY / "benchmarks" / "gpu" / "lora_worker.py",
-        REPOSITORY / "benchmarks" / "gpu" / "deepseek_worker.py",
-    ],
-    ids=lambda script: script.stem,
+    "commands",
+    ["", *sorted((REPOSITORY / "benchmarks" / "gpu").glob("*_worker.py"))],
+    ids=lambda path: path and path.stem,
 )
-def test_a_stock_worker_sees_neither_the_overlay_nor_its_sitecustomize(script: Path, tmp_path: Path) -> None:
+def test_a_stock_worker_sees_neither_the_overlay_nor_its_sitecustomize(commands: Path, tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     environment = {**_setup(tmp_path).environment("stock", "run"), "BENCH_REPLY_DESCRIPTOR": str(write_end)}
-    names = ["overlay", "sitecustomize", "bench_engine", "weights", "report", "status"]
+    names = ["overlay", "benchmarks", "sitecustomize", "bench_engine", "weights", "report", "status"]
+    script = [SCRIPT, commands] if commands else [SCRIPT]
     done = subprocess.run(
-        [sys.executable, "-c", LOOK, str(script), json.dumps(names)],
+        [sys.executable, "-c", LOOK, json.dumps(names), *map(str, script)],
         env=environment,
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
@@ -388,7 +386,7 @@ def test_a_stock_worker_sees_neither_the_overlay_nor_its_sitecustomize(script: P
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["bench_engine"] == str(SCRIPT.parent / "bench_engine" / "__init__.py")
-    assert found["overlay"] is found["weights"] is found["report"] is found["status"] is None
+    assert found["overlay"] is found["benchmarks"] is found["weights"] is found["report"] is found["status"] is None
     assert not (found["sitecustomize"] or "").startswith(str(REPOSITORY / "sitecustomize"))
 
 

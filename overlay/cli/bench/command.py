@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -38,7 +39,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +49,14 @@ from overlay.cli.bench import engines, formats, memory, report, serving, shapes,
 from overlay.cli.bench.engines import Engines
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import REPOSITORY, Results, different
-from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITHOUT_OVERLAY, Setup
+from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITH_OVERLAY, Setup
 from overlay.cli.bench.workers import WorkerError
 from overlay.cli.failure import CommandError, without_credentials
 from overlay.cli.options import parse_words
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from overlay.cli.bench.shapes import Model
 
 OK, FAULT, INCOMPLETE = 0, 1, 3
@@ -134,7 +137,7 @@ class Plan:
     @property
     def serving_arms(self) -> tuple[str, str]:
         """Stock, and of the others the overlay, or else the first that is not stock again."""
-        return STOCK, min(self.options.arms[1:], key=lambda arm: (arm != OVERLAY, arm in WITHOUT_OVERLAY))
+        return STOCK, min(self.options.arms[1:], key=lambda arm: (arm != OVERLAY, arm not in WITH_OVERLAY))
 
 
 # ---------------------------------------------------------------- before the first engine
@@ -339,19 +342,35 @@ def run(options: Options) -> int:
 
     plan = settle(options)
     setup = setup_of(plan)
-    console = output.console()
-    with _alone(setup.work), Progress(console) as progress, _stoppable():
-        results = Results(setup.out / "results.json", progress.problem)
+
+    def measure(results: Results, progress: Progress) -> None:
         _describe(plan, results, progress)
+        _measure(plan, setup, results, progress)
+
+    return conduct(setup, output.console(), measure)
+
+
+def conduct(
+    setup: Setup,
+    console: Console,
+    measure: Callable[[Results, Progress], None],
+    name: str = "results",
+    tables: Callable[[dict[str, Any]], Iterable[Any]] = report.tables,
+) -> int:
+    """Measure into `<name>.json`, show its tables, and give the exit status as `run` does."""
+    with _alone(setup.work), Progress(console) as progress, _stoppable():
+        results = Results(setup.out / f"{name}.json", progress.problem)
+        results.put("command", value=[without_credentials(word) for word in sys.argv])
+        results.put("cpu", value=setup.cpu)
         try:
-            _measure(plan, setup, results, progress)
+            measure(results, progress)
         except KeyboardInterrupt:
             results.put("interrupted", value=True)
             results.unfinished("interrupted; what was measured before is kept")
         except (WorkerError, serving.ServingError) as error:
             results.problem(str(error))
-    report.show(results.data, console, setup.out / "report.txt")
-    if not plan.cpu:
+    report.show(results.data, console, setup.out / "report.txt", tables)
+    if not setup.cpu:
         _plots(results.data, setup.out, console)
     console.print(f"results: {setup.out}", soft_wrap=True)
     return status(results.data)
@@ -366,8 +385,6 @@ def status(data: dict[str, Any]) -> int:
 
 def _describe(plan: Plan, results: Results, progress: Progress) -> None:
     model, options = plan.model, plan.options
-    results.put("command", value=[without_credentials(word) for word in sys.argv])
-    results.put("cpu", value=plan.cpu)
     results.put(
         "model",
         value={
@@ -403,19 +420,11 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
     shutil.rmtree(setup.work / "journals", ignore_errors=True)
     if phases:
         alive = Engines(setup, results, progress)
-        hurry = True
-        try:
-            alive.start(arguments, options.together, seed)
-            for phase in phases:
-                try:
-                    _phase(phase, plan, alive, _serving_seconds(plan, results) if serve else 0.0)
-                except WorkerError as error:
-                    results.problem(f"{phase}: {error}")
-                    if not alive.usable():
-                        break
-            hurry = False
-        finally:
-            alive.close(hurry)
+
+        def one(phase: str) -> None:
+            _phase(phase, plan, alive, _serving_seconds(plan, results) if serve else 0.0)
+
+        alive.run(arguments, options.together, seed, {phase: functools.partial(one, phase) for phase in phases})
         _check_effect(plan, results)
     if serve:
         load = serving.Load(
@@ -450,7 +459,8 @@ def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
         alive.first_token(plan.prompts, effort.first_token_rounds, effort.first_token_repetitions)
     else:
         passes, rounds = effort.decode_passes, effort.decode_rounds
-        alive.decode(plan.batches, passes, rounds, effort.decode_steps, engines.RESERVE_SECONDS + reserve)
+        cases = [{"requests": count} for count in plan.batches]
+        alive.decode(cases, passes, rounds, effort.decode_steps, engines.RESERVE_SECONDS + reserve)
 
 
 def _check_effect(plan: Plan, results: Results) -> None:

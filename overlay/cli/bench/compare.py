@@ -136,8 +136,9 @@ def ratios(data: Mapping[str, Any]) -> dict[Key, Ratio]:
     found: dict[Key, Ratio] = {}
     for kind, size in (("decode", "requests"), ("first_token", "prompt")):
         for row in data.get(kind) or []:
+            what = f"{kind}, {row['group']}" if row.get("group") else kind
             for arm, values in overlays_of(row).items():
-                found[kind, float(row[size]), arm] = Ratio(values["ratio"], values["low"], values["high"])
+                found[what, float(row[size]), arm] = Ratio(values["ratio"], values["low"], values["high"])
     for row in (data.get("serving") or {}).get("rows") or []:
         if row["arm"] != CONTROL:
             key = f"serving {row['metric']}", float(row["rate"]), row["arm"]

@@ -7,15 +7,16 @@ in the next one the other half: no engine keeps a core that is faster or slower 
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench.intervals import compare
-from overlay.cli.bench.results import Results, journal_problems, journal_summary
-from overlay.cli.bench.setup import OVERLAY, STOCK, WITHOUT_OVERLAY, Setup
+from overlay.cli.bench.results import Results, journal_problems, journal_summary, size
+from overlay.cli.bench.setup import OVERLAY, STOCK, WITH_OVERLAY, Setup
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, in_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from overlay.cli.bench.progress import Progress
@@ -50,12 +51,35 @@ def paired_row(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 class Engines:
     """One worker per arm. Results go under `pair`, `tokens`, `first_token`, `decode` of the results file."""
 
-    def __init__(self, setup: Setup, results: Results, progress: Progress, script: Path = SCRIPT) -> None:
-        """`script` is what each engine's process runs, by its path: for a worker that knows further commands."""
-        self.setup, self.results, self.progress, self._script = setup, results, progress, script
+    def __init__(self, setup: Setup, results: Results, progress: Progress, commands: Path | None = None) -> None:
+        """`commands`: a file with a class `Worker`, an EngineWorker that knows further commands."""
+        self.setup, self.results, self.progress = setup, results, progress
+        self._script = (SCRIPT,) if commands is None else (SCRIPT, commands)
         self.workers: dict[str, Worker] = {}
 
     # ---- start and end
+
+    def run(
+        self,
+        engine: Mapping[str, Any],
+        together: bool,
+        seed: int | None,
+        phases: Mapping[str, Callable[[], object]],
+    ) -> None:
+        """Start all arms, see `start`, go through the phases, and end all arms. A phase that fails is a problem of the run."""
+        hurry = True
+        try:
+            self.start(engine, together, seed)
+            for name, phase in phases.items():
+                try:
+                    phase()
+                except WorkerError as error:
+                    self.results.problem(f"{name}: {error}")
+                    if not self.usable():
+                        break
+            hurry = False
+        finally:
+            self.close(hurry)
 
     def start(self, engine: Mapping[str, Any], together: bool, seed: int | None = SEED) -> None:
         """Start all arms: one after the other, or all at once where nothing may be timed at start.
@@ -69,7 +93,7 @@ class Engines:
         for arm in setup.arms:
             log = setup.work / "logs" / f"pair-{arm}.log"
             log.unlink(missing_ok=True)
-            self.workers[arm] = Worker(arm, setup.environment(arm, f"pair-{arm}"), log, self._script)
+            self.workers[arm] = Worker(arm, setup.environment(arm, f"pair-{arm}"), log, *self._script)
             self.workers[arm].send("start", engine=engine, weight_seed=seed)
             if not together:
                 self._started(arm)
@@ -96,7 +120,7 @@ class Engines:
             return
         self.results.put("pair", arm, value=answer)
         loaded = bool(answer["overlay_modules"])
-        if loaded != (arm not in WITHOUT_OVERLAY) and not self.setup.installed:
+        if loaded != (arm in WITH_OVERLAY) and not self.setup.installed:
             self.results.problem(f"{arm}: overlay modules loaded: {loaded}")
         memory = answer.get("gpu_memory")
         held = f", {memory['reserved'] / 2**30:.1f} GiB" if memory else ""
@@ -109,7 +133,7 @@ class Engines:
         """End all workers, and note what the overlay's journals say."""
         for worker in self.workers.values():
             worker.close(1.0 if hurry else 20.0)
-        folders = {arm: self.setup.journal_folder(f"pair-{arm}") for arm in self.workers if arm not in WITHOUT_OVERLAY}
+        folders = {arm: self.setup.journal_folder(f"pair-{arm}") for arm in self.workers if arm in WITH_OVERLAY}
         journals = {arm: journal_summary(folder) for arm, folder in folders.items()}
         self.workers = {}
         if journals:
@@ -141,25 +165,31 @@ class Engines:
         mixed = [length for length in (8, 100, 128, 300, 512) if length in lengths or length in (100, 300)]
         cases.append(("mixed prompts", mixed * 2))
         self.progress.phase("tokens", len(cases))
-        rows: list[dict[str, Any]] = []
         for index, (name, prompts) in enumerate(cases):
-            if self.setup.remaining() < RESERVE_SECONDS:
-                self.results.unfinished(f"tokens: out of time before {name}")
+            if self.same_tokens(name, lengths=prompts, seed=SEED + 1000 * index) is None:
                 break
-            self.progress.step(name)
-            asked: dict[str, Any] = {
-                "lengths": prompts,
-                "seed": SEED + 1000 * index,
-                "tokens": self.setup.tokens,
-                "logprobs": True,
-            }
-            found = self.all("generate", **asked)
-            again = self.workers[STOCK].call("generate", **asked)
-            rows.append({"case": name, "requests": len(prompts), **token_row(found, again)})
-            self.results.put("tokens", value=rows)
 
-    def first_token(self, lengths: Sequence[int], rounds: int, repetitions: int) -> None:
-        """Latency of one request with one token, the engines taking turns.
+    def same_tokens(
+        self, case: str, command: str = "generate", repetitions: int = 1, **asked: Any
+    ) -> dict[str, Any] | None:
+        """A row of the tokens: the command's answer of every arm, and of stock `repetitions` times more.
+
+        Gives stock's first answer; None where the time is over.
+        """
+        if self.setup.remaining() < RESERVE_SECONDS:
+            self.results.unfinished(f"tokens: out of time before {case}")
+            return None
+        self.progress.step(case)
+        asked = {"tokens": self.setup.tokens, "logprobs": True, **asked}
+        found = self.all(command, **asked)
+        again = [self.workers[STOCK].call(command, **asked) for _ in range(repetitions)]
+        stock: dict[str, Any] = found[STOCK]
+        row = {"case": case, "requests": len(stock["tokens"]), **token_row(found, *again)}
+        self.results.put("tokens", value=[*self.results.data.get("tokens", []), row])
+        return stock
+
+    def first_token(self, lengths: Sequence[int], rounds: int, repetitions: int, **asked: Any) -> None:
+        """Latency of one request with one token, the engines taking turns. `asked`: what the worker's command takes beside.
 
         Each round also times in every process what has nothing to do with vLLM or the overlay (`host_speed`): where a step
         waits for the host, and the processes' hosts are not equally fast, the latencies differ by as much.
@@ -168,7 +198,7 @@ class Engines:
         for warm in range(2):
             for length in lengths:
                 self.progress.step(f"warm-up, prompt {length}")
-                self.all("first_token", length=length, repetitions=2, seed=warm)
+                self.all("first_token", length=length, repetitions=2, seed=warm, **asked)
         times: dict[int, dict[str, list[float]]] = {length: {arm: [] for arm in self.workers} for length in lengths}
         host: dict[str, dict[str, list[float]]] = {}
         for index in range(rounds):
@@ -178,7 +208,7 @@ class Engines:
             for length in lengths:
                 self.progress.step(f"prompt {length}, round {index + 1} of {rounds}")
                 seed = SEED + 100_000 + index * 1000
-                answers = self.all("first_token", index, length=length, repetitions=repetitions, seed=seed)
+                answers = self.all("first_token", index, length=length, repetitions=repetitions, seed=seed, **asked)
                 for arm, values in answers.items():
                     times[length][arm].extend(values)
             rows = []
@@ -194,46 +224,40 @@ class Engines:
         self.results.put("first_token_samples", value=times)
 
     def decode(
-        self, batches: Sequence[int], passes: int, rounds: int, steps: int, reserve: float = RESERVE_SECONDS
+        self,
+        cases: Sequence[Mapping[str, Any]],
+        passes: int,
+        rounds: int,
+        steps: int,
+        reserve: float = RESERVE_SECONDS,
     ) -> None:
         """Time per decode step with N running requests, the engines taking turns in every round.
 
-        Stops early when less than `reserve` seconds are left. Every pass goes over all N, so that a run that was cut short
-        has something of each.
+        A case has N as `requests`; a `group` is its name in the tables, and everything else goes to the workers. Stops early
+        when less than `reserve` seconds are left. Every pass goes over all cases, so that a run that was cut short has
+        something of each.
         """
-        means: dict[int, dict[str, list[float]]] = {count: {arm: [] for arm in self.workers} for count in batches}
-        medians: dict[int, dict[str, list[float]]] = {count: {arm: [] for arm in self.workers} for count in batches}
+        means: list[dict[str, list[float]]] = [{arm: [] for arm in self.workers} for _ in cases]
+        medians: list[dict[str, list[float]]] = [{arm: [] for arm in self.workers} for _ in cases]
         budget = decode_tokens(rounds, steps)
-        self.progress.phase("decode step", passes * len(batches))
-        for index in range(passes):
-            for count in batches:
-                if self.setup.remaining() < reserve:
-                    self.results.unfinished(f"decode: out of time in pass {index + 1} of {passes} at N={count}")
-                    self.results.put("decode_samples", value=means)
-                    return
-                self.progress.step(f"N={count}, pass {index + 1} of {passes}")
-                seed = SEED + 200_000 + index * 1000
-                self.all(
-                    "decode_begin", requests=count, prompt=DECODE_PROMPT, tokens=budget, warm=DECODE_WARM, seed=seed
-                )
-                for turn in range(rounds):
-                    for arm, lap in self.all("decode_steps", turn, count=steps, warm=3).items():
-                        means[count][arm].append(lap["mean"])
-                        medians[count][arm].append(lap["median"])
-                self.all("decode_end")
-                self._put_decode(means, medians)
-        self.results.put("decode_samples", value=means)
-
-    def _put_decode(self, means: dict[int, dict[str, list[float]]], medians: dict[int, dict[str, list[float]]]) -> None:
-        rows = []
-        for count, arms in means.items():
-            if not arms[STOCK]:
-                continue
-            row = {"requests": count, **paired_row(arms)}
-            if OVERLAY in arms:
-                row["ratio_of_step_medians"] = paired_row(medians[count])["ratio"]
-            rows.append(row)
-        self.results.put("decode", value=rows)
+        self.progress.phase("decode step", passes * len(cases))
+        for index, (number, case) in itertools.product(range(passes), enumerate(cases)):
+            name = size(case, "requests", "N=")
+            if self.setup.remaining() < reserve:
+                self.results.unfinished(f"decode: out of time in pass {index + 1} of {passes} at {name}")
+                break
+            self.progress.step(f"{name}, pass {index + 1} of {passes}")
+            asked = {key: value for key, value in case.items() if key != "group"}
+            seed = SEED + 200_000 + index * 1000
+            self.all("decode_begin", prompt=DECODE_PROMPT, tokens=budget, warm=DECODE_WARM, seed=seed, **asked)
+            for turn in range(rounds):
+                for arm, lap in self.all("decode_steps", turn, count=steps, warm=3).items():
+                    means[number][arm].append(lap["mean"])
+                    medians[number][arm].append(lap["median"])
+            self.all("decode_end")
+            self.results.put("decode", value=_decode_rows(cases, means, medians))
+        samples = {size(case, "requests"): found for case, found in zip(cases, means, strict=True)}
+        self.results.put("decode_samples", value=samples)
 
 
 DECODE_PROMPT, DECODE_WARM = 16, 16
@@ -244,15 +268,31 @@ def decode_tokens(rounds: int, steps: int) -> int:
     return rounds * (steps + 4) + 64
 
 
-def token_row(found: Mapping[str, dict[str, Any]], again: Mapping[str, Any]) -> dict[str, Any]:
-    """The arms' answers against stock's. `again`: stock asked a second time; where it differs, nothing else says much."""
+def _decode_rows(
+    cases: Sequence[Mapping[str, Any]],
+    means: Sequence[Mapping[str, Sequence[float]]],
+    medians: Sequence[Mapping[str, Sequence[float]]],
+) -> list[dict[str, Any]]:
+    rows = []
+    for case, arms, others in zip(cases, means, medians, strict=True):
+        if not arms[STOCK]:
+            continue
+        row = {**case, **paired_row(arms)}
+        if OVERLAY in arms:
+            row["ratio_of_step_medians"] = paired_row(others)["ratio"]
+        rows.append(row)
+    return rows
+
+
+def token_row(found: Mapping[str, dict[str, Any]], *again: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms' answers against stock's. `again`: stock asked once more; where one differs, nothing else says much."""
     stock = found[STOCK]
     everything = [token for request in stock["tokens"] for token in request]
     row: dict[str, Any] = {
         "generated": len(everything),
         "distinct": len(set(everything)),
-        "stock_repeats_itself": stock["tokens"] == again["tokens"],
-        "stock_repeats_logprobs": stock["logprobs"] == again["logprobs"],
+        "stock_repeats_itself": all(other["tokens"] == stock["tokens"] for other in again),
+        "stock_repeats_logprobs": all(other["logprobs"] == stock["logprobs"] for other in again),
         "arms": {},
     }
     for arm, answer in found.items():

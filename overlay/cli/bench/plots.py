@@ -19,10 +19,14 @@ def write(data: dict[str, Any], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     written = []
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in data.get("decode") or []:
+        groups.setdefault(row.get("group", ""), []).append(row)
     panels = [
-        (_series(data.get("decode") or [], "requests"), "decode step", "running requests"),
-        (_series(data.get("first_token") or [], "prompt"), "time to first token", "prompt tokens"),
+        (_series(rows, "requests"), f"decode step{name and ', '}{name}", "running requests")
+        for name, rows in groups.items()
     ]
+    panels.append((_series(data.get("first_token") or [], "prompt"), "time to first token", "prompt tokens"))
     if any(series for series, _, _ in panels):
         written.append(_draw([panel for panel in panels if panel[0]], data, folder / "ratio.png"))
     rows = (data.get("serving") or {}).get("rows") or []

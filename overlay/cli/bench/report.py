@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from overlay.cli.bench.results import CONTROL, arms_of, different
+from overlay.cli.bench.results import CONTROL, arms_of, different, size
 from overlay.cli.bench.setup import OVERLAY, STOCK
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def conclusions(data: dict[str, Any]) -> list[str]:
         for row in rows:
             for arm, values in arms_of(row).items():
                 line = found.setdefault(f"{arm}, {title}", {})
-                line.setdefault(outcome(values, row["rounds"]), []).append(str(row[key]))
+                line.setdefault(outcome(values, row["rounds"]), []).append(size(row, key))
     for row in (data.get("serving") or {}).get("rows") or []:
         line = found.setdefault(f"{row['arm']}, servers, {row['metric'].upper()} at rate", {})
         line.setdefault(outcome(row), []).append(f"{row['rate']:g}")
@@ -195,7 +195,7 @@ def _ratios(title: str, label: str, key: str, rows: list[dict[str, Any]]) -> Tab
         own = arms_of(row)
         first = own[OVERLAY if OVERLAY in own else arms[0]]
         found.add_row(
-            str(row[key]),
+            size(row, key),
             str(row["rounds"]),
             milliseconds(row["stock"]),
             milliseconds(row["stock"] - first["seconds"]),

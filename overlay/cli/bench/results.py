@@ -10,7 +10,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 SCHEMA = 2
 #: The arm that is stock, started a second time.
 CONTROL = "control"
+#: Arms that need not be like stock: vLLM's own switch for LoRA, and a later vLLM. Only scripts in benchmarks/ have them.
+UPSTREAM, NEXT = "upstream", "next"
 
 
 def _output(*command: str) -> str | None:
@@ -152,6 +154,12 @@ def journal_problems(folder: Path) -> list[str]:
     return sorted({str(problem) for content in read_journals(folder) for problem in content.get("problems") or ()})
 
 
+def size(row: Mapping[str, Any], key: str, before: str = "") -> str:
+    """What a row is of, in words: its number of requests or length of a prompt, behind its group where there are groups."""
+    group = f"{row['group']}, " if row.get("group") else ""
+    return f"{group}{before}{row[key]}"
+
+
 def arms_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The ratios to stock of one row, by arm. Results before schema 2 have one arm, the overlay."""
     if "arms" in row:
@@ -164,8 +172,9 @@ def arms_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def overlays_of(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The arms of one row that are to be like stock, or better: all but the control."""
-    return {arm: values for arm, values in arms_of(row).items() if arm != CONTROL}
+    """The arms of one row that are to be like stock, or better: all that are the overlay's."""
+    others = (CONTROL, UPSTREAM, NEXT)
+    return {arm: values for arm, values in arms_of(row).items() if arm not in others}
 
 
 def different(data: dict[str, Any]) -> list[str]:

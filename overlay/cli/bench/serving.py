@@ -26,7 +26,7 @@ from overlay.cli.bench.engines import SEED
 from overlay.cli.bench.intervals import compare_sets
 from overlay.cli.bench.outside.bench_engine.extension import NAME, WEIGHT_SEED
 from overlay.cli.bench.results import Results, journal_summary
-from overlay.cli.bench.setup import STOCK, WITHOUT_OVERLAY, Setup
+from overlay.cli.bench.setup import STOCK, WITH_OVERLAY, Setup
 from overlay.cli.bench.workers import SCRIPT, tail
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def measure(
                     samples[rate][arm].append(_client(setup, servers[arm], tokenizer, rate, turn, load))
                     results.put("serving", "rows", value=rows_of(samples, arms))
         for arm in group:
-            if arm not in WITHOUT_OVERLAY:
+            if arm in WITH_OVERLAY:
                 summary = journal_summary(setup.journal_folder(f"server-{arm}"))
                 results.put("serving", "journals", arm, value=summary)
 

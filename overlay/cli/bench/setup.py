@@ -17,7 +17,7 @@ STOCK, OVERLAY = "stock", "overlay"
 #: Further arms: the overlay with this value of VLLMOVERLAY_PLAN.
 PLANS = ("auto", "dual", "serial")
 ARMS = (STOCK, OVERLAY, *PLANS, CONTROL)
-WITHOUT_OVERLAY = (STOCK, CONTROL)
+WITH_OVERLAY = (OVERLAY, *PLANS)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -43,6 +43,8 @@ class Setup:
     #: For all arms.
     variables: dict[str, str] = field(default_factory=dict)
     overlay_environment: dict[str, str] = field(default_factory=dict)
+    #: For one arm alone, by its name.
+    arm_variables: dict[str, dict[str, str]] = field(default_factory=dict)
     #: Whether FlashInfer can be used; vLLM has to be told where it cannot.
     flashinfer: bool = False
     #: Whether the overlay is installed in this Python: then stock has to be told to leave it off.
@@ -93,7 +95,7 @@ class Setup:
             environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
         if self.cpu:
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
-        if arm in WITHOUT_OVERLAY:
+        if arm not in WITH_OVERLAY:
             environment |= {"VLLMOVERLAY": "0"} if self.installed else {}
         else:
             path.insert(0, str(REPOSITORY))
@@ -105,7 +107,7 @@ class Setup:
         path += [str(folder) for folder in beside]
         if path:
             environment["PYTHONPATH"] = os.pathsep.join(path)
-        return {**environment, **self.variables}
+        return {**environment, **self.variables, **self.arm_variables.get(arm, {})}
 
     def arguments(self, model: Path, language_only: bool, **changes: Any) -> dict[str, Any]:
         """Arguments of `vllm.LLM`, the same for all arms. `language_only`: the model could also see, and need not."""

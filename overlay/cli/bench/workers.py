@@ -32,14 +32,15 @@ class WorkerError(RuntimeError):
 class Worker:
     """The controller's side of one worker process."""
 
-    def __init__(self, side: str, environment: Mapping[str, str], log: Path, script: Path = SCRIPT) -> None:
+    def __init__(self, side: str, environment: Mapping[str, str], log: Path, *script: Path) -> None:
+        """`script` is what the process runs, and its arguments: SCRIPT where nothing is given."""
         self.side = side
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         read_end, write_end = os.pipe()
         self._log_file = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, *map(str, script or (SCRIPT,))],
             stdin=subprocess.PIPE,
             stdout=self._log_file,
             stderr=subprocess.STDOUT,

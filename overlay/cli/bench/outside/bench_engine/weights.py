@@ -24,6 +24,10 @@ _NVFP4_BLOCK_SCALE = 64.0
 _INPUT_SCALE = 1.0 / 16.0
 #: What the names of a routed expert's tensors begin with; a linear layer has the same names without.
 _EXPERT_PREFIXES = ("w13_", "w2_")
+#: Experts that DeepSeek-V4's table of experts by token may name: DeepSeek-V4-Flash has as many.
+_EXPERTS_BY_TOKEN = 256
+#: Standard deviation of random FP4 values (E2M1) as a power of two, and of how many inputs a scale is in MXFP4 and in FP8.
+_FP4_EXPONENT, _FP4_BLOCK, _FP8_BLOCK = 2, 32, 128
 _SCALES = {"weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "scales"}
 
 
@@ -61,6 +65,11 @@ def unit(leaf: str, tensors: Mapping[str, Any]) -> float:
     return 1.0
 
 
+def _power_of_two(inputs: int) -> int:
+    """The bits of the E8M0 scale that makes a sum over `inputs` products of deviation 1 about as large as one of them."""
+    return 127 - round(math.log2(inputs) / 2)
+
+
 def _fill_scale(data: Any, leaf: str, generator: Any, tensors: Mapping[str, Any]) -> None:
     """A quantized weight's scales, or the static scale of its inputs.
 
@@ -69,6 +78,9 @@ def _fill_scale(data: Any, leaf: str, generator: Any, tensors: Mapping[str, Any]
     """
     import torch
 
+    if data.dtype == torch.float8_e8m0fnu:
+        data.view(torch.uint8).fill_(_power_of_two(data.shape[-1] * _FP8_BLOCK))
+        return
     size = unit(leaf, tensors)
     if leaf.endswith("input_scale"):
         data.fill_(_INPUT_SCALE)
@@ -83,11 +95,15 @@ def _fill_scale(data: Any, leaf: str, generator: Any, tensors: Mapping[str, Any]
 
 
 def _fill_integers(data: Any, leaf: str, generator: Any) -> None:
-    """4-bit values, eight in an int32 or two in a byte, and zero points."""
+    """4-bit values, eight in an int32 or two in a byte, their zero points or E8M0 scales, and a table of experts."""
     import torch
 
     if leaf.endswith("qzeros"):
         data.fill_(_SYMMETRIC_ZERO_POINTS)
+    elif leaf == "tid2eid":
+        data.random_(0, _EXPERTS_BY_TOKEN, generator=generator)
+    elif data.dtype == torch.uint8 and leaf.endswith("_scale"):
+        data.fill_(_power_of_two(data.shape[-1] * _FP4_BLOCK) - _FP4_EXPONENT)
     elif data.dtype == torch.int32 and leaf.endswith(("qweight", "weight_packed")):
         for part in (
             data if data.dim() > 2 else (data,)
@@ -114,7 +130,7 @@ def fill(tensor: Any, name: str, owner: str, seed: int, tensors: Mapping[str, An
     generator = _generator(data.device, seed, name)
     if not data.is_floating_point():
         _fill_integers(data, leaf, generator)
-    elif leaf.removeprefix(_expert_prefix(leaf)) in _SCALES:
+    elif data.dtype == torch.float8_e8m0fnu or leaf.removeprefix(_expert_prefix(leaf)) in _SCALES:
         _fill_scale(data, leaf, generator, tensors or {})
     elif torch.finfo(data.dtype).bits < 16:
         for part in data if data.dim() > 2 else (data,):  # an expert at a time

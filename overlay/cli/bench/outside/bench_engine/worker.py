@@ -70,6 +70,10 @@ def kernels_of(trace: dict[str, Any]) -> dict[str, Any]:
 class EngineWorker:
     """Commands are the methods whose names begin with `do_`."""
 
+    #: Which calls of a step cross the end of a chunk of frames is chance, and differs from arm to arm by what has nothing to
+    #: do with the GPU. With room for its frames no arm has such calls.
+    room = True
+
     def __init__(self) -> None:
         self._llm: Any = None
         self._vocabulary = 0
@@ -345,39 +349,9 @@ class EngineWorker:
         self._synchronize()
         return seconds
 
-    def do_trace(
-        self, requests: int, steps: int, path: str, seed: int, adapters: list[str | None] | None = None
+    def do_kernels(
+        self, requests: int, steps: int, seed: int, adapters: list[str | None] | tuple[str | None, ...] = (None,)
     ) -> dict[str, Any]:
-        """A profiler trace of a few decode steps, as gzipped Chrome trace."""
-        import torch
-
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        timing = self._profile(activities, requests, steps, path, seed, adapters)
-        return {**timing, "bytes": Path(path).stat().st_size}
-
-    def _profile(
-        self,
-        activities: list[Any],
-        requests: int,
-        steps: int,
-        path: str,
-        seed: int,
-        adapters: list[str | None] | None = None,
-    ) -> dict[str, Any]:
-        import torch
-
-        self.do_decode_begin(requests, 16, steps + 100, 8, seed, adapters or (None,))
-        with torch.profiler.profile(activities=activities):  # the first use of the profiler sets it up: seconds
-            self.do_decode_steps(2, 0)
-        with torch.profiler.profile(activities=activities) as profile:
-            timing = self.do_decode_steps(steps, 0)
-        profile.export_chrome_trace(path)
-        self.do_decode_end()
-        return timing
-
-    def do_kernels(self, requests: int, steps: int, seed: int) -> dict[str, Any]:
         """What the GPU did in a few decode steps, by start: `names`, and per kernel, copy or fill `[name's index, stream,
         start, duration]` in microseconds. The last MOST_KERNELS of them; none where this process does not use a GPU.
         """
@@ -385,19 +359,29 @@ class EngineWorker:
 
         if not torch.cuda.is_initialized():
             return {"names": [], "kernels": []}
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        self.do_decode_begin(requests, 16, steps + 100, 8, seed, adapters)
+        with torch.profiler.profile(activities=activities):  # the first use of the profiler sets it up: seconds
+            self.do_decode_steps(2, 0)
+        with torch.profiler.profile(activities=activities) as profile:
+            self.do_decode_steps(steps, 0)
+        self.do_decode_end()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
-            self._profile([torch.profiler.ProfilerActivity.CUDA], requests, steps, str(path), seed)
+            profile.export_chrome_trace(str(path))
             return kernels_of(json.loads(path.read_text(errors="replace")))
 
 
-def main(worker: EngineWorker | None = None) -> None:
-    """Answer commands until `quit` or the end of standard input. `worker` may know more commands than this module's.
+def main() -> None:
+    """Answer commands until `quit` or the end of standard input.
 
-    Every arm has room for its frames: which calls of a step cross the end of a chunk is chance, and differs from arm to arm
-    by what has nothing to do with the GPU.
+    The first argument, if there is one, is the path of a file with a class `Worker`: an EngineWorker with further commands.
     """
-    with_room(answer_commands, worker or EngineWorker())
+    worker: EngineWorker = runpy.run_path(sys.argv[1])["Worker"]() if len(sys.argv) > 1 else EngineWorker()
+    if worker.room:
+        with_room(answer_commands, worker)
+    else:
+        answer_commands(worker)
 
 
 def answer_commands(worker: EngineWorker) -> None:
