@@ -128,6 +128,8 @@ def run_alone(setup: Setup, results: Results, module: str, seconds: float) -> di
     found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     if found:
         results.put(MICRO, value=found)
+    elif status == 0:
+        results.unfinished(f"{MICRO}: {seconds:.0f} seconds were too few for a first result")
     return found
 
 
@@ -151,7 +153,7 @@ def show(paths: Sequence[Path], tables: Tables) -> None:
             raise CommandError(
                 f"{path} has {', '.join(earlier)}: its report is beside it, its reader is in commit 16d5be8"
             )
-        kept = {key: [*data.get(key, []), *content[key]] for key in ("problems", "unfinished")}
+        kept = {key: [*data.get(key, []), *content.get(key, [])] for key in ("problems", "unfinished")}
         data = {**data, **content, **kept}
     report.show(data, report.wide_console(), None, tables)
 

@@ -8,6 +8,7 @@ import argparse
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from overlay.cli.bench import engines, shapes, timeline
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import CONTROL, UPSTREAM, Results, arms_of
 from overlay.cli.bench.setup import OVERLAY, STOCK, Setup
+from overlay.cli.failure import CommandError
 
 SEED = engines.SEED
 SWITCH = "VLLM_LORA_ENABLE_DUAL_STREAM"
@@ -42,6 +44,10 @@ def groups(ranks: Sequence[int]) -> dict[str, Adapters]:
 
 def setup_of(options: argparse.Namespace) -> Setup:
     """Upstream's switch is refused by vLLM on anything that is not like CUDA."""
+    if not find_spec("torch") or not find_spec("safetensors"):
+        raise CommandError(
+            "adapters are written with torch and safetensors: put vLLM's folder on PYTHONPATH, not on --site"
+        )
     others = () if options.cpu else (CONTROL,) if options.control else (UPSTREAM,)
     setup = driver.setup_of(
         options, "lora", (STOCK, *others, OVERLAY), sorted({*options.batches, *options.other_batches})

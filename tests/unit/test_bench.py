@@ -490,6 +490,26 @@ def _answer(*tokens: int, logprobs: str = "a") -> dict[str, Any]:
     return {"tokens": [[token, 7] for token in tokens], "logprobs": logprobs}
 
 
+@pytest.mark.parametrize(("idle", "done"), [(True, ["first", "second", "third"]), (False, ["first", "second"])])
+def test_a_phase_that_fails_is_a_problem_and_the_rest_goes_on_while_the_engines_answer(
+    idle: bool, done: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Results(tmp_path / "results.json")
+    alive = engines.Engines(_setup(tmp_path), kept, Any)
+    said: list[str] = []
+    monkeypatch.setattr(alive, "start", lambda *given: None)
+    monkeypatch.setattr(alive, "usable", lambda: idle)
+    monkeypatch.setattr(alive, "close", lambda hurry: said.append(f"hurry {hurry}"))
+
+    def phase(name: str) -> None:
+        said.append(name)
+        if name == "second":
+            raise WorkerError("no answer")
+
+    alive.run({}, True, None, {name: lambda name=name: phase(name) for name in ("first", "second", "third")})
+    assert said == [*done, "hurry False"] and kept.data["problems"] == ["second: no answer"]
+
+
 def test_different_tokens_are_found_where_stock_repeats_itself() -> None:
     found = {"stock": _answer(1, 2), "overlay": _answer(1, 3, logprobs="b"), "serial": _answer(1, 2)}
     row = {"case": "N=2", "requests": 2, **engines.token_row(found, found["stock"])}

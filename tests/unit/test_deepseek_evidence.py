@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import io
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu import deepseek, deepseek_model
+from overlay.cli.bench import report
+from overlay.cli.bench.outside.bench_engine import weights
 from tests.conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-from gpu import deepseek, deepseek_model
-
-from overlay.cli.bench.results import Results
-
-
-def test_the_layers_have_all_three_kinds_in_the_released_order(tmp_path: Path) -> None:
-    content = json.loads((deepseek_model.write(tmp_path, 6) / "config.json").read_text())
+def test_the_layers_have_all_three_kinds_in_the_released_order() -> None:
+    content = deepseek_model.configuration(6)
     assert content["num_hidden_layers"] == 6
     assert content["compress_ratios"] == [0, 0, 4, 128, 4, 128, 0], "the last one is the MTP layer's"
     assert deepseek_model.compress_ratios(43)[-2:] == [128, 4]
@@ -36,7 +31,7 @@ def test_the_kv_score_columns_are_those_of_the_released_modules() -> None:
 
 
 def filled(name: str, tensor: torch.Tensor, owner: str = "Linear") -> torch.Tensor:
-    deepseek_model.fill(tensor, name, owner, 7)
+    weights.fill(tensor, name, owner, 7)
     return tensor
 
 
@@ -66,43 +61,55 @@ def test_equal_names_get_equal_bits() -> None:
     assert not torch.equal(first, filled("y.weight", torch.empty(16, 32, dtype=torch.bfloat16)))
 
 
-def test_the_next_release_is_a_copy_and_leaves_the_first_alone(tmp_path: Path) -> None:
+def delta(tmp_path: Path) -> tuple[Path, Path]:
+    """A site with vLLM, and a tar with one file of the next release."""
     site = tmp_path / "site"
     (site / "vllm").mkdir(parents=True)
     (site / "vllm" / "a.py").write_text("old")
     (site / "vllm" / "b.py").write_text("same")
     (tmp_path / "a.py").write_text("new")
-    files = tmp_path / "delta.tar"
-    with tarfile.open(files, "w") as tar:
+    with tarfile.open(tmp_path / "delta.tar", "w") as tar:
         tar.add(tmp_path / "a.py", "vllm/a.py")
+    return site, tmp_path / "delta.tar"
+
+
+def test_the_next_release_is_a_copy_and_leaves_the_first_alone(tmp_path: Path) -> None:
+    site, files = delta(tmp_path)
     path = deepseek.next_site(site, files, tmp_path / "next")
     first, second = map(Path, path.split(":"))
     assert ((first / "vllm/a.py").read_text(), (first / "vllm/b.py").read_text()) == ("new", "same")
     assert second == site and (site / "vllm/a.py").read_text() == "old"
 
 
-def test_the_sides_share_what_is_compiled_and_nothing_else(tmp_path: Path) -> None:
-    options = deepseek.parse(["run", "--site", "/site", "--out", str(tmp_path), "--env", "A=1"])
-    setups = {side: deepseek.Setup(tmp_path, tmp_path, "/site", 10.0, layers=6) for side in ("stock", "overlay")}
-    engines = deepseek.Engines(setups, Results(tmp_path / "r.json"), {"A": "1"}, options)
-    stock, overlay = engines.environment("stock", "run"), engines.environment("overlay", "run")
-    for name in deepseek.CACHES:
-        assert stock[name] == overlay[name]
-    assert stock["VLLM_CACHE_ROOT"] != overlay["VLLM_CACHE_ROOT"]
-    assert stock["PYTHONPATH"] == "/site" and overlay["PYTHONPATH"] == f"{REPOSITORY}:/site"
-    assert stock["A"] == overlay["A"] == "1"
-    assert not [name for name in stock if name.startswith("VLLMOVERLAY")]
+def test_the_arms_share_what_is_compiled_and_nothing_else(tmp_path: Path) -> None:
+    site, files = delta(tmp_path)
+    words = ["run", "--site", str(site), "--next-files", str(files), "--out", str(tmp_path), "--work", str(tmp_path)]
+    setup = deepseek.setup_of(deepseek.parse([*words, "--env", "A=1"]))
+    assert setup.arms == ("stock", "overlay", "next")
+    stock, overlay, later = (setup.environment(arm, "run") for arm in setup.arms)
+    for name in (*deepseek.CACHES, "TRITON_CACHE_DIR"):
+        assert stock[name] == overlay[name] == later[name]
+    assert len({arm["VLLM_CACHE_ROOT"] for arm in (stock, overlay, later)}) == 3
+    assert stock["PYTHONPATH"] == str(site) and overlay["PYTHONPATH"] == f"{REPOSITORY}:{site}"
+    assert later["PYTHONPATH"] == f"{tmp_path / 'next-site'}:{site}"
+    assert stock["A"] == overlay["A"] == later["A"] == "1"
+    assert not [name for arm in (stock, later) for name in arm if name.startswith("VLLMOVERLAY")]
 
 
-def test_a_row_has_medians_and_ratios_to_stock() -> None:
-    (row,) = deepseek.rows_of({4: {"stock": [0.002] * 5, "overlay": [0.001] * 5, "next": [0.002] * 5}})
-    assert (row["stock ms"], row["overlay ms"]) == (2.0, 1.0)
-    assert row["overlay to stock"]["ratio"] == pytest.approx(0.5)
-    assert row["next to stock"]["ratio"] == pytest.approx(1.0)
+def test_the_next_release_needs_a_folder_to_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        deepseek.parse(["run", "--out", str(tmp_path), "--next-files", "delta.tar"])
+    assert "--next-files needs --site" in capsys.readouterr().err
+
+
+def test_the_gemms_alone_have_a_table() -> None:
+    row = {"tokens": 8, "serial": 30.0, "stock": 20.0, "overlay": 15.0, "different": {"overlay": 0}}
+    shown = io.StringIO()
+    for item in deepseek.tables({"micro": {"ratio 4": [row]}}):
+        report.wide_console(shown).print(item)
+    assert "ratio 4" in shown.getvalue() and "0.750" in shown.getvalue() and "ratio 128" not in shown.getvalue()
 
 
 def test_engine_arguments_are_what_vllm_knows() -> None:
     arg_utils = pytest.importorskip("vllm.engine.arg_utils")
-    known = set(arg_utils.EngineArgs.__dataclass_fields__)
-    arguments: dict[str, Any] = deepseek_model.engine(Path("/m"), (1, 2), mtp=True, tensor_parallel=2)
-    assert set(arguments) <= known
+    assert set(deepseek_model.ENGINE) <= set(arg_utils.EngineArgs.__dataclass_fields__)

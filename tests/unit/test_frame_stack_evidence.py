@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from benchmarks.gpu import frame_stack
 from overlay.cli import output
-from tests.conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-from gpu import frame_stack, frame_stack_worker
+from overlay.cli.bench.outside.bench_engine import worker
 
 
 class Engines:
@@ -46,12 +45,16 @@ def test_every_depth_is_measured_both_ways_on_every_arm_and_shown(tmp_path: Path
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_the_function_is_called_above_so_many_frames() -> None:
+def test_the_function_is_called_above_so_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bench_engine.worker", worker)
+    commands = runpy.run_path(str(frame_stack.COMMANDS))
+    assert issubclass(commands["Worker"], worker.EngineWorker) and not commands["Worker"].room
+
     def depth() -> list[float]:
         frame, count = sys._getframe(), 0
         while frame.f_back is not None:
             frame, count = frame.f_back, count + 1
         return [count]
 
-    (least,), (more,) = (frame_stack_worker.below(frames, depth) for frames in (0, 30))
+    (least,), (more,) = (commands["below"](frames, depth) for frames in (0, 30))
     assert more - least == 30

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import lora_evidence
+from benchmarks.gpu import driver, lora_engines, lora_model, lora_report, lora_trace
+from overlay.cli.bench import engines, plots, report, results
+from overlay.cli.bench.setup import Setup
+from overlay.cli.bench.timeline import Kernel
+from overlay.cli.failure import CommandError
 from tests.conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import lora_evidence
-from gpu import lora_engines, lora_model, lora_report, lora_trace, trace
-from gpu.run_setup import Setup
-
-from overlay.cli.bench import report
-from overlay.cli.bench.results import Results
 
 GEMM, SHRINK, EXPAND = "nvjet_tst_128x8_64x12_2x1_v_bz_TNT", "_lora_shrink_kernel", "_lora_expand_kernel"
 ATTENTION = "void cutlass::device_kernel<flash::FlashAttnFwdSm90>"
 
 
-def _kernel(name: str, start: float, duration: float, stream: int) -> dict[str, Any]:
-    return {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": duration, "args": {"stream": stream}}
+def _kernel(name: str, start: float, duration: float, stream: int) -> Kernel:
+    return Kernel(name, str(stream), start, duration)
 
 
-def _trace(dual: bool, linears: int) -> list[dict[str, Any]]:
+def _trace(dual: bool, linears: int) -> list[Kernel]:
     """Linears of 20 us with LoRA kernels of 4 and 6 us, and an attention kernel after each."""
     events, now = [], 0.0
     for _ in range(linears):
@@ -43,81 +38,72 @@ def _trace(dual: bool, linears: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("dual", [False, True])
 def test_the_share_of_lora_time_next_to_gemms(dual: bool) -> None:
-    found = lora_trace.analyse(trace.kernels_of(_trace(dual, 8)), steps=2)
+    found = lora_trace.analyse(_trace(dual, 8), steps=2)
     assert found["lora_kernels_per_step"] == 8
     assert (found["lora_us_per_step"], found["gemm_us_per_step"]) == (40.0, 80.0)
     assert found["hidden_share"] == (1.0 if dual else 0.0)
-    assert found["lora_streams"] == ([13] if dual else [7]) and found["gemm_streams"] == [7]
+    assert found["lora_streams"] == (["13"] if dual else ["7"]) and found["gemm_streams"] == ["7"]
     assert found["busy_us_per_step"] == (100.0 if dual else 140.0)
 
 
 def test_lora_kernels_half_under_a_gemm_and_next_to_attention_count_half() -> None:
     events = [_kernel(GEMM, 0, 10, 7), _kernel(SHRINK, 8, 4, 13), _kernel(ATTENTION, 10, 10, 7)]
-    assert lora_trace.analyse(trace.kernels_of(events), 1)["hidden_share"] == pytest.approx(0.5)
+    assert lora_trace.analyse(events, 1)["hidden_share"] == pytest.approx(0.5)
 
 
 def test_a_trace_without_lora_kernels_has_no_share() -> None:
     assert lora_trace.analyse([], 1)["hidden_share"] is None
 
 
-def _row(upstream: tuple[float, float, float], overlay: tuple[float, float, float], both: float) -> dict[str, Any]:
-    def found(values: tuple[float, float, float]) -> dict[str, float]:
-        return dict(zip(("ratio", "low", "high"), values, strict=True))
-
-    return {"upstream": found(upstream), "overlay": found(overlay), "both": found((both, both - 0.01, both + 0.01))}
+Interval = tuple[float, float, float]
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("upstream", "overlay", "expected"),
     [
-        (_row((0.97, 0.96, 0.98), (0.93, 0.92, 0.94), 0.96), (True, "met", False, False)),
-        (_row((0.97, 0.96, 0.98), (0.955, 0.945, 0.96), 0.98), (True, "within", False, False)),
-        (_row((0.97, 0.96, 0.98), (0.97, 0.96, 0.98), 1.00), (True, "missed", False, False)),
-        (_row((0.99, 0.97, 1.01), (0.99, 0.98, 1.01), 1.00), (False, None, False, False)),
-        (_row((0.90, 0.89, 0.91), (1.02, 1.01, 1.03), 1.13), (True, "missed", True, True)),
+        ((0.97, 0.96, 0.98), (0.93, 0.92, 0.94), "met"),
+        ((0.97, 0.96, 0.98), (0.955, 0.945, 0.96), "within"),
+        ((0.97, 0.96, 0.98), (0.97, 0.96, 0.98), "missed"),
+        ((0.99, 0.97, 1.01), (0.99, 0.98, 1.01), None),
+        ((0.90, 0.89, 0.91), (1.02, 1.01, 1.03), "missed"),
+        (None, (0.93, 0.92, 0.94), None),
     ],
 )
-def test_the_goal(row: dict[str, Any], expected: tuple[bool, str | None, bool, bool]) -> None:
-    found = lora_engines.goal(row)
-    keys = ("upstream_gains", "target", "slower_than_stock", "slower_than_upstream")
-    assert tuple(found[key] for key in keys) == expected
-
-
-def test_decode_rows_compare_the_three_sides_round_by_round() -> None:
-    sides = {"stock": [1.0, 2.0, 3.0], "upstream": [0.98, 1.96, 2.94], "overlay": [0.9, 1.8, 2.7]}
-    (row,) = lora_engines.decode_rows({"rank 8|4": sides, "rank 8|8": {side: [] for side in sides}})
-    assert (row["group"], row["requests"], row["rounds"]) == ("rank 8", 4, 3)
-    assert row["overlay"]["ratio"] == pytest.approx(0.9) and row["upstream"]["ratio"] == pytest.approx(0.98)
-    assert row["both"]["ratio"] == pytest.approx(0.9 / 0.98)
-    assert row["stock_seconds"] == 2.0 and row["target"] == "met"
-
-
-def test_without_upstreams_side_there_is_a_ratio_to_stock_only() -> None:
-    (row,) = lora_engines.decode_rows({"mixed|2": {"stock": [1.0], "overlay": [1.1]}})
-    assert "upstream" not in row and "both" not in row and row["slower_than_stock"]
+def test_the_goal(upstream: Interval | None, overlay: Interval, expected: str | None) -> None:
+    found = {"upstream": upstream, "overlay": overlay}
+    arms = {arm: dict(zip(("ratio", "low", "high"), values, strict=True)) for arm, values in found.items() if values}
+    assert lora_engines.goal({"arms": arms}) == expected
 
 
 def _answer(*tokens: int, logprobs: str = "a") -> dict[str, Any]:
     return {"tokens": [[token] for token in tokens], "logprobs": logprobs}
 
 
-def test_different_tokens_are_a_fault_where_stock_repeats_itself() -> None:
-    found = {"stock": _answer(1, 2), "upstream": _answer(1, 2), "overlay": _answer(1, 3)}
-    row = lora_engines.token_row("case", found, [_answer(1, 2)])
-    assert row["sides"]["overlay"]["different_requests"] == 1 and row["sides"]["upstream"]["different_requests"] == 0
-    assert lora_engines.token_faults(row) == ["the overlay's tokens differ in 1 of 2 requests"]
+def _case(found: dict[str, Any], *again: dict[str, Any]) -> dict[str, Any]:
+    return {"case": "case", "requests": 2, **engines.token_row(found, *(again or (found["stock"],)))}
+
+
+def test_upstreams_switch_need_not_have_stocks_tokens_and_the_overlay_must() -> None:
+    row = _case({"stock": _answer(1, 2), "upstream": _answer(1, 3), "overlay": _answer(1, 2)})
+    assert results.different({"tokens": [row]}) == []
+    row = _case({"stock": _answer(1, 2), "upstream": _answer(1, 2), "overlay": _answer(1, 3)})
+    assert results.different({"tokens": [row]}) == ["overlay, case: 1 of 2 requests"]
 
 
 def test_equal_tokens_with_other_log_probabilities_are_a_fault_too() -> None:
-    row = lora_engines.token_row("case", {"stock": _answer(1), "overlay": _answer(1, logprobs="b")}, [_answer(1)])
-    assert lora_engines.token_faults(row) == ["the overlay's log probabilities differ"]
+    row = _case({"stock": _answer(1), "overlay": _answer(1, logprobs="b")})
+    assert lora_engines.token_faults(row) == ["case: the overlay's log probabilities differ"]
+    row = _case({"stock": _answer(1), "overlay": _answer(1, logprobs="b"), "control": _answer(1, logprobs="c")})
+    assert lora_engines.token_faults(row) == [], "stock started twice differs as well"
 
 
 def test_a_stock_that_does_not_repeat_itself_proves_nothing() -> None:
-    found = {"stock": _answer(1), "overlay": _answer(2)}
-    row = lora_engines.token_row("case", found, [_answer(1), _answer(1, logprobs="b")])
-    assert (row["stock_repeats_tokens"], row["stock_repeats_logprobs"]) == (2, 1)
+    found = {"stock": _answer(1), "overlay": _answer(2, logprobs="c")}
+    row = _case(found, _answer(1), _answer(1, logprobs="b"))
+    assert (row["stock_repeats_itself"], row["stock_repeats_logprobs"]) == (True, False)
     assert lora_engines.token_faults(row) == []
+    row = _case(found, _answer(1), _answer(3))
+    assert results.different({"tokens": [row]}) == []
 
 
 def _patch(patched: int, dual_stream: int, serial: dict[str, int] | None = None) -> dict[str, Any]:
@@ -142,21 +128,18 @@ def test_serial_calls_that_should_not_be_are_named_in_the_overlays_words() -> No
         assert lora_engines.journal_faults(_patch(8, 16, {reason: 3}), 8, cpu=False) == [f"3 serial calls: {reason}"]
 
 
-@pytest.fixture
-def engines(tmp_path: Path) -> Callable[[bool], lora_engines.LoraEngines]:
-    def make(cpu: bool) -> lora_engines.LoraEngines:
-        setup = Setup(tmp_path, tmp_path, "/site", 100.0, cpu=cpu, layers=2)
-        return lora_engines.LoraEngines(setup, Results(tmp_path / "lora.json"), (8, 16), 16, 64)
-
-    return make
+def options_of(folder: Path, *words: str) -> Any:
+    given = ["run", "--out", str(folder), "--work", str(folder), "--site", "/site", "--ranks", "8,16", *words]
+    return lora_evidence.parse(given)
 
 
-def test_the_sides_differ_by_the_switch_and_by_the_overlay_alone(
-    engines: Callable[[bool], lora_engines.LoraEngines], monkeypatch: pytest.MonkeyPatch
+def test_the_arms_differ_by_the_switch_and_by_the_overlay_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(lora_engines.SWITCH, "1")  # of the caller: not for any side
-    sides = engines(False)
-    stock, upstream, overlay = (sides.environment(side) for side in sides.sides)
+    monkeypatch.setenv(lora_engines.SWITCH, "1")  # of the caller: not for any arm
+    setup = lora_engines.setup_of(options_of(tmp_path))
+    assert setup.arms == ("stock", "upstream", "overlay")
+    stock, upstream, overlay = (setup.environment(arm, "run") for arm in setup.arms)
 
     def different(other: dict[str, str]) -> set[str]:
         return {name for name in stock.keys() | other.keys() if stock.get(name) != other.get(name)}
@@ -165,17 +148,97 @@ def test_the_sides_differ_by_the_switch_and_by_the_overlay_alone(
     assert different(upstream) == {lora_engines.SWITCH, *caches}
     assert different(overlay) == {"PYTHONPATH", "VLLMOVERLAY_JOURNAL_DIR", *caches}
     assert len({environment["VLLM_CACHE_ROOT"] for environment in (stock, upstream, overlay)}) == 3
+    assert lora_engines.setup_of(options_of(tmp_path, "--control")).arms == ("stock", "control", "overlay")
 
 
-def test_upstreams_switch_is_left_out_off_cuda(engines: Callable[[bool], lora_engines.LoraEngines]) -> None:
-    assert engines(True).sides == ("stock", "overlay")
-    assert engines(True).environment("overlay")[lora_engines.PASS_THROUGH] == "1"
+def test_upstreams_switch_is_left_out_off_cuda(tmp_path: Path) -> None:
+    setup = lora_engines.setup_of(options_of(tmp_path, "--cpu"))
+    assert setup.arms == ("stock", "overlay")
+    assert setup.environment("overlay", "run")[lora_engines.PASS_THROUGH] == "1"
 
 
-def test_there_is_a_slot_for_every_adapter_and_one_more(engines: Callable[[bool], lora_engines.LoraEngines]) -> None:
-    arguments = engines(False).engine(Path("/model"))
+def test_there_is_a_slot_for_every_adapter_and_one_more(tmp_path: Path) -> None:
+    options = options_of(tmp_path, "--uncompiled", "--engine", "block_size=32")
+    arguments = lora_engines.engine_arguments(lora_engines.setup_of(options), options, Path("/model"))
     assert (arguments["max_loras"], arguments["max_lora_rank"], arguments["enable_lora"]) == (3, 16, True)
+    assert arguments["max_num_seqs"] == 64 and arguments["block_size"] == 32
     assert "additional_config" not in arguments
+    assert arguments["compilation_config"]["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_the_format_is_in_the_configuration(tmp_path: Path) -> None:
+    config = lora_engines.configuration(options_of(tmp_path, "--format", "fp8-block"))
+    assert config["quantization_config"]["quant_method"] == "fp8" and config["hidden_size"] == 4096
+
+
+class Engines(lora_engines.LoraEngines):
+    """Every arm gives the same answers, which follow from what was asked. `deaf`: as if adapters changed nothing."""
+
+    deaf = False
+
+    def all(self, command: str, turn: int = 0, **asked: Any) -> dict[str, Any]:
+        self.asked.append((command, asked))
+        return {arm: self._answer(command, **asked) for arm in ("stock", "overlay")}
+
+    def _answer(self, command: str, **asked: Any) -> Any:
+        if command == "decode_steps":
+            return {"mean": 0.01, "median": 0.01}
+        if command == "kernels":
+            return {"names": [GEMM, SHRINK], "kernels": [[0, 7, 0.0, 10.0], [1, 13, 2.0, 4.0]]}
+        adapters = asked.get("adapters", ("churn",))
+        return _answer(*(hash((asked.get("seed"), not self.deaf and adapter)) for adapter in adapters))
+
+
+class Asked:
+    """Stands for the worker of stock, which repeats itself."""
+
+    def __init__(self, alive: Engines) -> None:
+        self.alive = alive
+
+    def call(self, command: str, **asked: Any) -> Any:
+        return self.alive._answer(command, **asked)
+
+
+def alive_in(folder: Path, *words: str) -> Engines:
+    options = options_of(folder, "--batches", "1,2", "--other-batches", "1,2", "--prompts", "8,128", *words)
+    options.phases = ("tokens", "decode", "trace")
+    setup = lora_engines.setup_of(options)
+    found = Engines(setup, results.Results(folder / "lora.json"), Quiet(), options)
+    found.asked, found.paths = [], {"late": "/late", "dense": "/dense"}
+    found.workers = {"stock": Asked(found), "overlay": None}
+    return found
+
+
+class Quiet:
+    def phase(self, *_: object) -> None: ...
+
+    def step(self, *_: object) -> None: ...
+
+
+def test_every_case_is_compared_and_every_row_measured(tmp_path: Path) -> None:
+    alive = alive_in(tmp_path)
+    alive.compare_tokens()
+    alive.compare_decode()
+    alive.trace()
+    data = alive.results.data
+    assert data["problems"] == data["unfinished"] == []
+    cases = [row["case"] for row in data["tokens"]]
+    assert "rank 16, N=2" in cases and "mixed, N=1" not in cases and "rank 16, prompt 128" in cases
+    assert cases[-1] == "values everywhere (atomics), N=2" and len(set(cases)) == len(cases)
+    assert [command for command, _ in alive.asked].count("churn") == 1
+    rows = [(row["group"], row["requests"]) for row in data["decode"]]
+    groups = ("no adapter", "rank 8", "rank 16")
+    assert rows == [*((group, count) for group in groups for count in (1, 2)), ("mixed", 2)]
+    begun = [asked for command, asked in alive.asked if command == "decode_begin"]
+    assert begun[-1]["adapters"] == (None, "rank 8", "rank 16") and "group" not in begun[-1]
+    assert data["trace"]["overlay"]["hidden_share"] == 1.0
+
+
+def test_adapters_that_change_nothing_are_a_problem(tmp_path: Path) -> None:
+    alive = alive_in(tmp_path)
+    alive.deaf = True
+    alive.compare_tokens()
+    assert "tokens, rank 8, N=1: the adapters change nothing" in alive.results.data["problems"]
 
 
 def test_the_model_has_the_shape_of_qwen3_8b() -> None:
@@ -225,7 +288,7 @@ def test_adapters_are_written_as_peft_writes_them(tmp_path: Path) -> None:
 
 def test_thresholds_are_the_largest_sizes_before_the_first_slower_one() -> None:
     pytest.importorskip("torch")
-    from gpu import lora_micro
+    from benchmarks.gpu import lora_micro
 
     assert lora_micro.not_slower_up_to({1: 0.8, 64: 1.005, 128: 1.05, 256: 0.9}) == 64
     assert lora_micro.not_slower_up_to({1: 1.2, 2: 0.9}) == 0
@@ -244,9 +307,9 @@ def test_thresholds_are_the_largest_sizes_before_the_first_slower_one() -> None:
 def test_micro_runs_the_overlays_own_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm")
     import torch
-    from gpu import lora_micro
     from vllm.forward_context import override_forward_context
 
+    from benchmarks.gpu import lora_micro
     from overlay.patches import lora_linear
     from overlay.side_work import ops
 
@@ -277,12 +340,13 @@ def test_micro_runs_the_overlays_own_apply(monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_table_is_printed(tmp_path: Path) -> None:
     sides = {"stock": [1.0, 2.0], "upstream": [0.98, 1.96], "overlay": [1.1, 2.2]}
     answers = {side: _answer(1, 2) for side in sides}
-    traced = {"requests": 8, "rank": 16, "mean": 0.002, **lora_trace.analyse(trace.kernels_of(_trace(True, 4)), 1)}
+    traced = {"requests": 8, "rank": 16, **lora_trace.analyse(_trace(True, 4), 1)}
     micro = {"shards": 1, "rank": 16, "linear": "o", "tokens": 8, "gemm": 7.0, "serial": 12.0, "dual": 8.0}
     data = {
-        "tokens": [lora_engines.token_row("mixed, N=2", answers, [answers["stock"]])],
-        "decode": lora_engines.decode_rows({"rank 8|4": sides}),
-        "prefill": [{"prompt": 128, **lora_engines.ratios(sides)}],
+        "states": {"overlay": {"linears": 4, "classes": {"A": 4}, "switch": False}},
+        "tokens": [_case(answers)],
+        "decode": [{"group": "rank 8", "adapters": ["rank 8"], "requests": 4, **engines.paired_row(sides)}],
+        "first_token": [{"prompt": 128, **engines.paired_row(sides)}],
         "trace": {"overlay": traced},
         "micro": {
             "torch": "2.11",
@@ -294,8 +358,47 @@ def test_every_table_is_printed(tmp_path: Path) -> None:
     target = tmp_path / "report.txt"
     report.show(data, report.wide_console(), target, lora_report.tables)
     shown = target.read_text()
-    for text in ("mixed, N=2", "1.100 (1.100..1.100)", "STOCK, UPSTREAM", "0.667", "PROBLEM overlay: NO CALL ON TWO"):
+    for text in (
+        "rank 8, 5 % faster than stock where upstream's switch gains: missed at N=4",
+        "overlay, decode step, N: slower rank 8, 4",
+        "1.100 (1.100..1.100)",
+        "0.667",
+        "PROBLEM overlay: NO CALL ON TWO",
+    ):
         assert text in shown
+    assert plots.write(data, tmp_path) == [tmp_path / "ratio.png"]
+
+
+def test_a_part_that_runs_alone_gives_what_it_wrote_or_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup(tmp_path, tmp_path, str(tmp_path), 100.0)
+    kept = results.Results(tmp_path / "lora.json")
+    module = tmp_path / "alone.py"
+    module.write_text("import sys; open(sys.argv[1], 'w').write('{\"seconds\": ' + sys.argv[2] + '}')")
+    assert driver.run_alone(setup, kept, "alone", 2.5) == kept.data["micro"] == {"seconds": 2.5}
+    module.write_text("")
+    assert driver.run_alone(setup, kept, "alone", 2.5) == {} and "too few" in kept.data["unfinished"][0]
+    module.write_text("raise SystemExit('out of memory')")
+    assert driver.run_alone(setup, kept, "alone", 2.5) == {}
+    assert "out of memory" in kept.data["problems"][0]
+
+
+def test_results_of_the_earlier_scripts_name_their_reader(tmp_path: Path) -> None:
+    kept = results.Results(tmp_path / "lora.json")
+    driver.show([kept.path], lora_report.tables)
+    kept.put("engines", value={})
+    with pytest.raises(CommandError, match="commit 16d5be8"):
+        driver.show([kept.path], lora_report.tables)
+    earlier = REPOSITORY / "benchmarks" / "results" / "h200-vllm-0.20.0-lora" / "lora.json"
+    with pytest.raises(CommandError, match="commit 16d5be8"):
+        driver.show([earlier], lora_report.tables)
+
+
+def test_bad_input_is_one_message_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = options_of(tmp_path, "--phases", "decode,dance")
+    assert driver.main(options, lora_evidence.run, lora_evidence.PHASES, lora_report.tables) == 2
+    assert "error: --phases='decode,dance': allowed are tokens, prefill" in capsys.readouterr().err
 
 
 def test_the_cpu_run_is_small() -> None:

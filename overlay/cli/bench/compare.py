@@ -2,7 +2,7 @@
 
 A row has moved where the two intervals do not overlap and the ratios differ by more than 1 %. Ratios are compared and not
 times, so that a host's slow day does not count; still only runs of one GPU, model and number of layers can be compared.
-Reads what `python -m overlay bench` and benchmarks/gpu_evidence.py write, the older results in benchmarks/results included.
+Reads what `python -m overlay bench` writes, and the results of its forerunner gpu_evidence.py in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CommandError(f"{path} cannot be read as results: {error}") from error
     if not isinstance(data, dict) or "host" not in data:
-        raise CommandError(f"{path} is no results file of bench or gpu_evidence.py")
+        raise CommandError(f"{path} is no results file of bench")
     return data
 
 
@@ -118,7 +118,7 @@ def subject(data: Mapping[str, Any], path: Path) -> Subject:
         )
     arguments = data.get("arguments", {})
     if "architecture" not in arguments:
-        raise CommandError(f"{path} does not say which model it is of: not a results file of bench or gpu_evidence.py")
+        raise CommandError(f"{path} does not say which model it is of: not a results file of bench")
     return Subject(gpu, EVIDENCE_MODEL, int(arguments["layers"]), 1)
 
 
