@@ -68,10 +68,10 @@ def gemm_of(linear: Any) -> str:
 def check_beside(main: Any) -> None:
     """Raise Refused where a main linear may quantize its input, and the side is not torch's GEMM.
 
-    Symptom: LoRA beside FP8 by token gave other tokens than stock (H200, torch 2.14). Cause: Inductor rounds the output of a norm to
-    bf16 once an op has to read it from memory; code that it met before that op reads the value that was not rounded. Start is
-    such an op, and stands before the quantization; in stock the side stands after it. A GEMM of torch's has its input rounded
-    wherever it stands.
+    Inductor rounds the output of a norm to bf16 once an op has to read it from memory; code that it met before that op reads the
+    value that was not rounded. Start is such an op, and stands before the quantization of main's input; in stock the side may
+    stand after it. So the quantized input can differ in its last bit (seen in Inductor's code for a CPU, torch 2.13 and 2.14). A
+    GEMM of torch's has its input rounded wherever it stands.
     """
     method = type(main.quant_method).__name__
     kernel = _kernel(main)
