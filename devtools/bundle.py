@@ -34,7 +34,7 @@ from overlay import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = f"vllm-overlay-{__version__}"
-#: Where overlay.hooks looks for wrapt in an environment that has none.
+#: Where overlay.start.import_hooks looks for wrapt in an environment that has none.
 FALLBACK = "fallback"
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755

@@ -34,7 +34,7 @@ from devtools.servers import (
     launch,
     wait_until_ready,
 )
-from overlay.cli.journals import Journal, Patch
+from overlay.report.journal_reader import Journal, Patch
 
 if TYPE_CHECKING:
     import openai

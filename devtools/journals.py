@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from overlay.cli.journals import Journal
+from overlay.report.journal_reader import Journal
 
 
 def why_without_effect(journals: Sequence[Journal], expected_layers: int, workers: int = 1) -> str | None:

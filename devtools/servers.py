@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from overlay.cli import journals as journal_files
+from overlay.report import journal_reader as journal_files
 
 if TYPE_CHECKING:
     import openai

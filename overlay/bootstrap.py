@@ -1,7 +1,7 @@
 """Arms the interpreter: a finder that waits for ``import vllm``.
 
 This runs in every Python process, so it is short, imports nothing (no `typing`, no `__future__`), and everything else is
-in `overlay.hooks`, which is loaded when a process really imports vLLM. Asking for vLLM's spec does not count.
+in `overlay.start.import_hooks`, which is loaded when a process really imports vLLM. Asking for vLLM's spec does not count.
 """
 
 import sys
@@ -25,9 +25,9 @@ def arm() -> None:
     _armed = True
     vllm = sys.modules.get("vllm")
     if vllm is not None:
-        from overlay.hooks import around_vllm
+        from overlay.start.import_hooks import around_vllm
 
-        around_vllm(vllm, lambda: None)
+        around_vllm(vllm, lambda: None, watch)
     else:
         watch("vllm", _around_vllm)
 
@@ -39,12 +39,12 @@ def watch(name: str, around: "Around") -> None:
 
 def _around_vllm(module: "ModuleType", execute: "Callable[[], None]") -> None:
     try:
-        from overlay.hooks import around_vllm
+        from overlay.start.import_hooks import around_vllm
     except Exception as error:  # a damaged folder must not cost anyone their vLLM
         sys.stderr.write(f"vLLM overlay: vLLM runs stock: {type(error).__name__}: {error}\n")
         execute()
     else:
-        around_vllm(module, execute)
+        around_vllm(module, execute, watch)
 
 
 class _Finder:

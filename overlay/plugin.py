@@ -9,7 +9,8 @@ A folder of which parts are missing fails right here, at the import: vLLM logs t
 
 from __future__ import annotations
 
-from overlay import bootstrap, hooks  # noqa: F401 - hooks is what arming loads
+from overlay import bootstrap
+from overlay.start import import_hooks  # noqa: F401 - arming loads it
 
 
 def register() -> None:

@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from overlay.vocabulary import AUTO, DUAL, PATCH_NAMES, PLANS, SERIAL
+
 FAMILY = "VLLMOVERLAY"
 #: What people type by habit; naming it in an error beats ignoring it.
 HABITUAL = "VLLM_OVERLAY"
-PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling")
-AUTO = "auto"
-PLANS = (AUTO, "dual", "serial")
 #: One GEMM for both projections, up to overlay 0.1. Who still asks for it gets `auto` and a WARNING.
 RETIRED_PLAN, RETIRED_NAME = "fused", f"{FAMILY}_INEXACT"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -64,7 +63,7 @@ class Settings:
     @property
     def forks(self) -> str:
         """The plan of a patch that has one way to overlap, and a fixed threshold."""
-        return "serial" if self.plan == "serial" else "dual"
+        return SERIAL if self.plan == SERIAL else DUAL
 
     def tokens_or(self, default: int) -> int:
         """The largest number of tokens that is overlapped: what was set, else a patch's own."""

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from overlay import process_identity
+from overlay.report import process_identity
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 

@@ -87,8 +87,8 @@ class Ways:
     def __init__(self, layer: Any) -> None:
         from vllm.model_executor.layers.utils import cublas_gemm_bf16_bf16_fp32
 
-        from overlay.journal import PatchRecord
-        from overlay.patches.deepseek_v4 import Handover, InputGemms, answering_gemm
+        from overlay.patches.deepseek_v4.patch import Handover, InputGemms, answering_gemm
+        from overlay.report.journal import PatchRecord
         from overlay.side_work.plan import Plan
 
         self.layer = layer

@@ -24,7 +24,7 @@ from benchmarks.gpu.capture import capture, microseconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from overlay.journal import PatchRecord
+    from overlay.report.journal import PatchRecord
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 #: Per tensor-parallel size: linear, input features, columns of each slice (per shard), in the shape of Qwen3-8B.
@@ -83,8 +83,8 @@ def serial(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
 
 def overlap(layers: Sequence[LoraLinear]) -> tuple[Callable[..., torch.Tensor], PatchRecord]:
     """The overlay's `apply` for these layers, which takes `serial` for upstream's; and where it counts its calls."""
-    from overlay.journal import PatchRecord
-    from overlay.patches import lora_linear
+    from overlay.patches.lora_linear import patch as lora_linear
+    from overlay.report.journal import PatchRecord
     from overlay.side_work import lane, ops
     from overlay.side_work.plan import Plan
 

@@ -25,7 +25,7 @@ class Worker(EngineWorker):
         for module in self._model().modules():
             if any(base.__name__ == LINEAR for base in type(module).__mro__):
                 classes[type(module).__name__] = classes.get(type(module).__name__, 0) + 1
-        journal = sys.modules.get("overlay.journal")
+        journal = sys.modules.get("overlay.report.journal")
         found = journal.journal.as_dict() if journal is not None else None
         return {
             "linears": sum(classes.values()),

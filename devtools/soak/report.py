@@ -12,7 +12,7 @@ from devtools.soak.load import Margins, Tally, Tokens
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from overlay.cli.journals import Journal
+    from overlay.report.journal_reader import Journal
 
 STOCK, OVERLAY = "stock", "overlay"
 #: Patches whose ops have to have run in the model of the soak.

@@ -18,10 +18,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay import __version__, verdict
+from overlay import __version__
 from overlay.cli import vllms
 from overlay.cli.vllms import Vllm
+from overlay.patches import registry
 from overlay.verdict import Upstream, Verdict
+from overlay.vocabulary import DRIFTED
+from overlay.vocabulary import is_removable as nothing_to_do
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,18 +49,18 @@ def run(given: str | None, as_json: bool, cache: Path | None) -> int:
 def judge(vllm: Vllm) -> dict[str, Verdict]:
     """The verdict of every patch. Raises CommandError where a source cannot be read at all."""
     return {
-        patch: vllms.read(lambda patch=patch: verdict.judge(patch, vllm.tree), vllm.path)  # type: ignore[misc]
-        for patch in verdict.TARGET_MODULES
+        patch: vllms.read(lambda patch=patch: registry.judge(patch, vllm.tree), vllm.path)  # type: ignore[misc]
+        for patch in registry.TARGET_MODULES
     }
 
 
 def is_drifted(verdicts: dict[str, Verdict]) -> bool:
-    return any(found.state == verdict.DRIFTED for found in verdicts.values())
+    return any(found.state == DRIFTED for found in verdicts.values())
 
 
 def is_removable(verdicts: dict[str, Verdict]) -> bool:
     """Whether the overlay has nothing to do in this vLLM."""
-    return all(found.state in (verdict.LANDED, verdict.ABSENT) for found in verdicts.values())
+    return nothing_to_do(found.state for found in verdicts.values())
 
 
 def as_dict(vllm: Vllm, verdicts: dict[str, Verdict]) -> dict[str, Any]:

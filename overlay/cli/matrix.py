@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from overlay import __version__, files, verdict
+from overlay import __version__, files
 from overlay.cli import check, failure, releases, vllms
 from overlay.cli.failure import CommandError
 from overlay.cli.vllms import Vllm
+from overlay.patches import registry
 from overlay.verdict import Verdict
+from overlay.vocabulary import DRIFTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +64,7 @@ class Judged:
                 wanted = f"{EXPECTED.name} says nothing of it"
             elif expected is not None and expected.verdict != found.state:
                 wanted = f"expected is {expected.verdict}"
-            elif expected is None and found.state == verdict.DRIFTED:
+            elif expected is None and found.state == DRIFTED:
                 wanted = "not a known shape"
             else:
                 continue
@@ -179,7 +181,7 @@ def show(judged: Sequence[Judged], new: Sequence[str], differences: Sequence[str
     from overlay.cli.output import verdict_text, visible
 
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("vLLM", *verdict.TARGET_MODULES):
+    for name in ("vLLM", *registry.TARGET_MODULES):
         table.add_column(name, no_wrap=True)
     for one in judged:
         table.add_row(one.version, *(verdict_text(found.state) for found in one.found.values()))
@@ -195,7 +197,7 @@ def show(judged: Sequence[Judged], new: Sequence[str], differences: Sequence[str
 
 def markdown(judged: Sequence[Judged]) -> str:
     """docs/COMPATIBILITY.md: one table of all, and for each patch what was found and why that is so."""
-    patches = list(verdict.TARGET_MODULES)
+    patches = list(registry.TARGET_MODULES)
     lines = [
         "# What each patch does in each release of vLLM",
         "",

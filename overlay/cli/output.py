@@ -9,19 +9,21 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
+from overlay.vocabulary import ABSENT, APPLY, DRIFTED, INEFFECTIVE, INERT, LANDED, NOT_SEEN, OFF, REFUSED
+
 #: A pipe has no width of its own.
 PIPE_COLUMNS = 120
 
 COLOURS = {
-    "apply": "green",
-    "landed": "cyan",
-    "absent": "dim",
-    "off": "dim",
-    "not seen": "dim",
-    "inert": "yellow",
-    "drifted": "bold red",
-    "ineffective": "bold red",
-    "refused": "bold red",
+    APPLY: "green",
+    LANDED: "cyan",
+    ABSENT: "dim",
+    OFF: "dim",
+    NOT_SEEN: "dim",
+    INERT: "yellow",
+    DRIFTED: "bold red",
+    INEFFECTIVE: "bold red",
+    REFUSED: "bold red",
 }
 
 

@@ -34,11 +34,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay import __version__, settings, verdict
-from overlay.cli import journals
+from overlay import __version__, settings
 from overlay.cli.failure import CommandError
-from overlay.cli.journals import Journal, Patch, Skipped
 from overlay.cli.options import parse_words
+from overlay.report import journal_reader
+from overlay.report.journal_reader import Journal, Patch, Skipped
+from overlay.vocabulary import APPLY, DRIFTED, INEFFECTIVE, NOT_SEEN, OFF, PATCH_NAMES, REFUSED
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -46,8 +47,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 WATCH_SECONDS = 1.0
-BAD_VERDICTS = ("drifted", "ineffective", "refused")
-NOT_SEEN = "not seen"
+BAD_VERDICTS = (DRIFTED, INEFFECTIVE, REFUSED)
 NOBODY = "no process with the overlay runs here"
 
 
@@ -96,9 +96,7 @@ class Look:
 def _instead(patches: list[Patch]) -> str:
     """What a patch is in the processes where it is not in effect. A worker's word counts more than that of a process which
     has not even imported the target."""
-    said = {
-        f"{patch.verdict}{', and its op has not run' if patch.verdict == verdict.APPLY else ''}" for patch in patches
-    }
+    said = {f"{patch.verdict}{', and its op has not run' if patch.verdict == APPLY else ''}" for patch in patches}
     return ", ".join(sorted(said - {NOT_SEEN} or said)) or NOBODY
 
 
@@ -106,7 +104,7 @@ def run(given: Path | None, *, gone: bool, as_json: bool, watch: bool, required:
     """Look, show, and give the exit status."""
     if watch and as_json:
         raise CommandError("--watch is for people; for machines, call status --json as often as you like")
-    wanted = parse_words("--require", required, settings.PATCH_NAMES) if required is not None else ()
+    wanted = parse_words("--require", required, PATCH_NAMES) if required is not None else ()
     folder = _folder(given)
     if watch:
         return _watch(folder, gone, wanted)
@@ -139,7 +137,7 @@ def _folder(given: Path | None) -> Path:
 def look(folder: Path, gone: bool, required: tuple[str, ...] = ()) -> Look:
     """The processes of a folder's journals; `gone`: also those that have ended."""
     try:
-        found, skipped = journals.load(folder)
+        found, skipped = journal_reader.load(folder)
     except FileNotFoundError:
         found, skipped = [], []
     except OSError as error:
@@ -296,7 +294,7 @@ def _notes(journal: Journal) -> Iterator[str]:
     for problem in journal.problems:
         yield f"PROBLEM: {problem}"
     for patch in journal.patches:
-        if patch.verdict not in ("apply", "off", "not seen"):
+        if patch.verdict not in (APPLY, OFF, NOT_SEEN):
             yield f"{patch.name}: {patch.verdict}: {patch.reason}"
         for reason in sorted(set(patch.refused.values())):
             count = sum(one == reason for one in patch.refused.values())

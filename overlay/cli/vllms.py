@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from overlay.cli.failure import CommandError
-from overlay.verdict import WITNESSES, Source, SourceTree, decoded, kind_of
+from overlay.patches.registry import WITNESSES
+from overlay.verdict import Source, SourceTree, decoded, kind_of
 
 ALLOWED = "allowed are a folder that holds vllm/, the vllm folder itself, a wheel file of vLLM, and a version number such as 0.33.0"
 #: Every vLLM has the sources of these. What has less is another package, half a copy, or byte code alone.

@@ -1,1 +1,1 @@
-"""The patches, one file each. A patch module has NAME and ``install(module, verdict, settings) -> Verdict``."""
+"""The patches, one folder each: `verdict` judges the source of a vLLM, `patch` has ``install(module, verdict, settings) -> Verdict``."""

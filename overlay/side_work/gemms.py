@@ -17,7 +17,7 @@ import torch
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
 
-from overlay.layers import Refused
+from overlay.side_work.adoption import Refused
 
 TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
 CPU_GEMM = "cpu_unquantized_gemm"

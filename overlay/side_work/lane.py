@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from overlay.side_work import streams
-from overlay.side_work.plan import DUAL_MAIN_FIRST
+from overlay.vocabulary import DUAL_MAIN_FIRST
 
 _lanes: dict[tuple[torch.device, int], Lane | None] = {}
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import wrapt
 
-from overlay.journal import journal
+from overlay.report.journal import journal
 from overlay.settings import outcome
 
 #: Puts stock's calls into a graph in the place of a node.

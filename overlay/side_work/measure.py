@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from overlay.side_work import streams
-from overlay.side_work.plan import SERIAL
+from overlay.vocabulary import SERIAL
 
 #: The fastest strategy has to take at most this part of serial's time.
 ADVANTAGE = 0.99

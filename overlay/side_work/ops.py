@@ -18,12 +18,12 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
-from overlay.journal import PatchRecord
+from overlay.report.journal import PatchRecord
 from overlay.side_work import lane, lowering
-from overlay.side_work.plan import SERIAL, Plan
+from overlay.side_work.plan import PASS_THROUGH, Plan
+from overlay.vocabulary import SERIAL
 
 LIBRARY = "vllm_overlay"
-PASS_THROUGH = "serial pass-through"
 NO_STREAM = "no auxiliary stream"
 
 # vLLM 0.20.0 and later with torch 2.11 and later; before that a plain str.

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from overlay import cache_identity
-from overlay.journal import PatchRecord, journal
-from overlay.log import logger
+from overlay.engine import compile_cache
+from overlay.report.journal import PatchRecord, journal
+from overlay.report.log import logger
 from overlay.settings import Settings
 from overlay.side_work import lane, measure, ops, plan_file
 from overlay.side_work.measure import Bench, Row
-from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL, Plan, SizePlan
+from overlay.side_work.plan import Plan, SizePlan
+from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL, STRATEGIES
 
 NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: Seconds for one shape before what is left is taken from its neighbours.
@@ -105,7 +106,7 @@ def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: 
     say = logger.info if not getattr(worker, "rank", 0) else logger.debug
     first = group[0]
     key = _machine(first.device) | {
-        "overlay": cache_identity.source_hash(),  # another way to measure is another plan
+        "overlay": compile_cache.source_hash(),  # another way to measure is another plan
         "pair": first.name,
         "sizes": list(sizes),
         "vllm": journal.vllm_version,
@@ -291,7 +292,7 @@ def _write(folder: str, key: dict[str, Any], rows: list[Row], say: Callable[...,
 def table(name: str, layers: int, rows: Sequence[Row], how: str) -> str:
     """The measured rows as text, microseconds per layer; the choice of sizes in between is in the journal."""
     measured = [row for row in rows if row.microseconds]
-    names = [name for name in plan_file.STRATEGIES if any(name in row.microseconds for row in measured)]
+    names = [name for name in STRATEGIES if any(name in row.microseconds for row in measured)]
     lines = [["tokens", *names, "plan"]]
     for row in measured:
         times = [f"{row.microseconds[name]:.1f}" if name in row.microseconds else "" for name in names]

@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-#: Strategies. "dual" gives the auxiliary stream its work first, "dual_main_first" the main stream; which of the two
-#: overlaps better depends on the shape.
-SERIAL, DUAL, DUAL_MAIN_FIRST = "serial", "dual", "dual_main_first"
+from overlay.vocabulary import SERIAL
 
 ABOVE_THRESHOLD = "above the token threshold"
 NOT_CAPTURING = "not capturing a CUDA graph"
 SERIAL_PLAN = "plan is serial"
+PASS_THROUGH = "serial pass-through"  #: there is no second stream: a CPU
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from typing import Any
 
 from overlay import files
 from overlay.side_work.measure import Row
-from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL
+from overlay.vocabulary import SERIAL, STRATEGIES
 
 SCHEMA = 2
 LARGEST_BYTES = 256 << 10
 MOST_ROWS = 4096
-STRATEGIES = (SERIAL, DUAL, DUAL_MAIN_FIRST)
 
 
 class Unusable(Exception):

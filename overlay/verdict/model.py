@@ -9,11 +9,7 @@ import stat
 from dataclasses import dataclass
 from importlib.util import decode_source
 
-APPLY = "apply"  #: the shape is known and there is something to gain
-LANDED = "landed"  #: upstream does it
-ABSENT = "absent"  #: this vLLM has no such model or class
-DRIFTED = "drifted"  #: the shape is not one we know
-INERT = "inert"  #: the shape is right, but there is nothing to gain here
+from overlay.vocabulary import ABSENT, DRIFTED
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import pytest
 
+from overlay.patches.registry import judge
 from overlay.settings import Settings
-from overlay.verdict import judge
 
 from .released import tree
 

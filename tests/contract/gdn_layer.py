@@ -239,7 +239,7 @@ def rearrange(tensor: torch.Tensor, pattern: str, **sizes: int) -> torch.Tensor:
 
 
 def _stand_in_for_vllm() -> dict[str, types.ModuleType]:
-    """The modules of vLLM that overlay/patches/gdn.py imports, for a Python that has torch only.
+    """The modules of vLLM that overlay/patches/gdn/patch.py imports, for a Python that has torch only.
 
     The custom op's registration and the layer name's type are upstream's own, taken from a release's sources.
     """
@@ -322,13 +322,13 @@ def _defines(statement: ast.stmt) -> set[str]:
 
 @contextlib.contextmanager
 def overlay_patch() -> Iterator[types.ModuleType]:
-    """overlay.patches.gdn with its ops defined, on the installed vLLM or, where there is none, on stand-ins."""
+    """overlay.patches.gdn.patch with its ops defined, on the installed vLLM or, where there is none, on stand-ins."""
     stand_ins = {} if importlib.util.find_spec("vllm") else _stand_in_for_vllm()
     sys.modules.update(stand_ins)
     if stand_ins:
         _run_layer_name_code(stand_ins["vllm.utils.torch_utils"])
     try:
-        patch = importlib.import_module("overlay.patches.gdn")
+        patch = importlib.import_module("overlay.patches.gdn.patch")
         patch.ops.define(declares_writes=True)
         yield patch
     finally:
@@ -352,7 +352,7 @@ def attach(patch: types.ModuleType, layer: LayerBase, plain: bool = False) -> An
 
     A `plain` side is a GEMM of its weight, which start runs; else start calls the projection.
     """
-    from overlay.journal import PatchRecord
+    from overlay.report.journal import PatchRecord
     from overlay.side_work.plan import Plan
 
     qkvz, ba = patch.shard_sizes(layer)

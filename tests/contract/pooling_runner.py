@@ -24,7 +24,7 @@ import numpy
 import pytest
 import torch
 
-from overlay.verdict import pooling as verdict
+from overlay.patches.pooling import verdict
 
 MODULE = verdict.MODULE
 HIDDEN = 32

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from overlay.verdict import Source, SourceTree, Verdict, judge
+from overlay.patches.registry import judge
+from overlay.verdict import Source, SourceTree, Verdict
 
 releases = pytest.importorskip("devtools.releases", reason="devtools' libraries are not installed")
 

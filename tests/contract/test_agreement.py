@@ -6,9 +6,9 @@ import ast
 
 import pytest
 
-from overlay.agreement import JOINS_WORLD
-from overlay.effect import WORKERS
-from overlay.verdict.shapes import find_class, methods_of
+from overlay.engine.proof import WORKERS
+from overlay.engine.ranks import JOINS_WORLD
+from overlay.verdict.questions import find_class, methods_of
 from tests.contract import released
 
 pytestmark = pytest.mark.contract

@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from overlay.journal import PatchRecord  # noqa: E402
-from overlay.patches import deepseek_v4  # noqa: E402
+from overlay.patches.deepseek_v4 import patch as deepseek_v4  # noqa: E402
+from overlay.report.journal import PatchRecord  # noqa: E402
 
 from . import deepseek_v4_layer as v4  # noqa: E402
 from .deepseek_v4_layer import Run  # noqa: E402

@@ -7,8 +7,9 @@ import pathlib
 
 import pytest
 
-from overlay.verdict import Source, SourceTree, Verdict, judge
-from overlay.verdict.deepseek_v4 import INDEXER, MODULES, WRAPPER
+from overlay.patches.deepseek_v4.verdict import INDEXER, MODULES, WRAPPER
+from overlay.patches.registry import judge
+from overlay.verdict import Source, SourceTree, Verdict
 
 from .released import EXPECTED, ChangedTree, tree
 

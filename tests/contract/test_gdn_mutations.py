@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from overlay.verdict import Source, Verdict, judge
+from overlay.patches.registry import judge
+from overlay.verdict import Source, Verdict
 
 from . import mutations
 from .released import ChangedTree, Method, methods, releases, tree, verdict

@@ -20,12 +20,12 @@ from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: F401 - vLLM registers its two ops there
 
-from overlay.journal import PatchRecord
-from overlay.layers import Refused
-from overlay.patches import lora_linear
+from overlay.patches.lora_linear import patch as lora_linear
+from overlay.patches.registry import judge
+from overlay.report.journal import PatchRecord
 from overlay.side_work import ops
+from overlay.side_work.adoption import Refused
 from overlay.side_work.plan import Plan
-from overlay.verdict import judge
 
 from . import lora_layers
 from .lora_layers import CLASSES, COLUMN, FEATURES, MERGED, METADATA_FILE, REPLICATED, ROW, Kernels, punica_of

@@ -12,8 +12,9 @@ import re
 
 import pytest
 
-from overlay.verdict import Source, Upstream, Verdict, class_at, judge
-from overlay.verdict.lora_linear import BASE, METADATA, OTHERS, PACKAGE, PUNICA, SWITCH
+from overlay.patches.lora_linear.verdict import BASE, METADATA, OTHERS, PACKAGE, PUNICA, SWITCH
+from overlay.patches.registry import judge
+from overlay.verdict import Source, Upstream, Verdict, class_at
 from tests.conftest import REPOSITORY
 
 from .released import EXPECTED, ChangedTree, releases, tree
@@ -97,7 +98,7 @@ def source_of(version: str, module: str) -> str:
     return source.text
 
 
-PATCH = ast.parse((REPOSITORY / "overlay" / "patches" / "lora_linear.py").read_text("utf-8"))
+PATCH = ast.parse((REPOSITORY / "overlay" / "patches" / "lora_linear" / "patch.py").read_text("utf-8"))
 IMPORTS = [
     (node.module, alias.name)
     for node in PATCH.body

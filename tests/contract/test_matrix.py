@@ -9,19 +9,10 @@ import time
 import pytest
 from packaging.version import Version
 
-from overlay.verdict import (
-    ABSENT,
-    APPLY,
-    DRIFTED,
-    INERT,
-    LANDED,
-    TARGET_MODULES,
-    WITNESSES,
-    Source,
-    SourceTree,
-    gdn,
-    judge,
-)
+from overlay.patches.gdn import verdict as gdn
+from overlay.patches.registry import TARGET_MODULES, WITNESSES, judge
+from overlay.verdict import Source, SourceTree
+from overlay.vocabulary import ABSENT, APPLY, DRIFTED, INERT, LANDED
 
 pytest.importorskip("pypi_simple", reason="the command line's libraries are not installed")
 from devtools.releases import OLDER, ROOT, SUPPORTED

@@ -17,16 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from overlay.journal import PatchRecord, journal
-from overlay.layers import Refused
+from overlay.patches.registry import judge
+from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings
-from overlay.verdict import judge
+from overlay.side_work.adoption import Refused
 
 from .released import tree
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
-from overlay.patches import pooling  # noqa: E402
+from overlay.patches.pooling import patch as pooling  # noqa: E402
 
 from . import pooling_runner as harness  # noqa: E402
 from .pooling_runner import Log, Request, request  # noqa: E402

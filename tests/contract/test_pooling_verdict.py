@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from overlay.verdict import Source, SourceTree, Upstream, Verdict, judge
-from overlay.verdict.pooling import EXECUTORS, FLAG, METHOD, MODULE, OUTPUT, RUNNER, STREAM, SYNC
+from overlay.patches.pooling.verdict import EXECUTORS, FLAG, METHOD, MODULE, OUTPUT, RUNNER, STREAM, SYNC
+from overlay.patches.registry import judge
+from overlay.verdict import Source, SourceTree, Upstream, Verdict
 
 from .released import ChangedTree, releases, tree
 

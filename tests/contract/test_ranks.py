@@ -70,7 +70,7 @@ def test_ranges_make_warm_up_steps_and_graphs_and_nothing_else(version: str) -> 
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
 def test_an_elastic_engine_has_a_world_of_its_own(version: str) -> None:
-    """So the ranks of other engines are not compared with it (`overlay.layers.refuse_modes`). All other engines share one."""
+    """So the ranks of other engines are not compared with it (`overlay.side_work.adoption.refuse_modes`). All other engines share one."""
     source = released.tree(version).read("vllm.distributed.parallel_state")
     assert source is not None
     (function,) = (

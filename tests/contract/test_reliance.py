@@ -12,20 +12,21 @@ import re
 import pytest
 from packaging.version import Version
 
-from overlay import log
-from overlay.effect import WARM_UP, WORKERS
-from overlay.frame_stack import LOOPS
+from overlay.engine.proof import WARM_UP, WORKERS
+from overlay.patches.frame_stack.patch import LOOPS
+from overlay.patches.registry import judge
+from overlay.report import log
 from overlay.side_work.gemms import MARLIN_WORKSPACE
 from overlay.side_work.lowering import VLLM_COMPILE
-from overlay.verdict import APPLY, judge
-from overlay.verdict.shapes import find_class, methods_of
+from overlay.verdict.questions import find_class, methods_of
+from overlay.vocabulary import APPLY
 from tests.conftest import REPOSITORY
 from tests.contract import released
 
 pytestmark = pytest.mark.contract
-PATCHES = sorted(path.stem for path in (REPOSITORY / "overlay" / "patches").glob("[a-z]*.py"))
+PATCHES = sorted(path.parent.name for path in (REPOSITORY / "overlay" / "patches").glob("*/verdict.py"))
 #: What every patch is built on.
-SHARED = ("effect", "side_work/gemms", "side_work/lowering", "side_work/ops")
+SHARED = ("engine/proof", "side_work/gemms", "side_work/lowering", "side_work/ops")
 
 
 def imports_of_vllm(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -79,7 +80,7 @@ def names_in(node: ast.AST) -> set[str]:
 @pytest.mark.parametrize("version", released.SUPPORTED)
 @pytest.mark.parametrize("patch", PATCHES)
 def test_what_a_patch_imports_is_there_where_it_applies(version: str, patch: str) -> None:
-    path = REPOSITORY / "overlay" / "patches" / f"{patch}.py"
+    path = REPOSITORY / "overlay" / "patches" / patch / "patch.py"
     assert imports_of_vllm(path)
     if judge(patch, released.tree(version)).state == APPLY:
         assert missing_imports(version, path) == []
@@ -291,7 +292,7 @@ def test_an_op_can_be_given_tags(version: str) -> None:
 
 @pytest.mark.parametrize("version", released.SUPPORTED)
 def test_the_kv_cache_is_sized_by_what_the_model_took(version: str) -> None:
-    """Up to 0.26.0 as a term of its own, which overlay.loaded adds to. Then by what the device has lost since the worker began."""
+    """Up to 0.26.0 as a term of its own, which overlay.engine.loaded adds to. Then by what the device has lost since the worker began."""
     source = released.tree(version).read("vllm.v1.worker.gpu_worker")
     assert source is not None and "weights_memory=int(self.model_runner.model_memory_usage)" in source.text
     (profiling,) = (

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from overlay import running
-from overlay.verdict import APPLY, TARGET_MODULES, Source, SourceTree, judge
+from overlay.engine import running_code
+from overlay.patches.registry import TARGET_MODULES, judge
+from overlay.verdict import Source, SourceTree
+from overlay.vocabulary import APPLY
 from tests.conftest import REPOSITORY
 from tests.contract import released
 
@@ -106,19 +108,19 @@ class Running:
         for name, module in self.modules.items():
             if name.startswith(f"{self.found.module}."):  # lora_linear's target is the package
                 setattr(self.target, name.rpartition(".")[2], module)
-        monkeypatch.setattr(running, "_judged", {})
+        monkeypatch.setattr(running_code, "_judged", {})
 
     def stranger(self) -> str | None:
-        return running.remember("patch", self.target, self.found, self.tree.texts)
+        return running_code.remember("patch", self.target, self.found, self.tree.texts)
 
     def relied_on(self, patch: str) -> Iterator[tuple[Any, str]]:
         """(class or module, name) of every function that has to be upstream's, of this release."""
         for class_name, method in self.found.intercepted():
-            yield running.class_at(self.target, class_name), method
+            yield running_code.class_at(self.target, class_name), method
         for end, label in RELIED_ON[patch]:
             path, _, name = label.rpartition(".")
             for module in (module for module_name, module in self.modules.items() if module_name.endswith(end)):
-                owner = running.class_at(module, path) if path else module
+                owner = running_code.class_at(module, path) if path else module
                 if owner is not None and name in vars(owner):
                     yield owner, name
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from devtools import demo, servers
-from overlay.cli import journals as journal_files
+from overlay.report import journal_reader as journal_files
 from tests.conftest import REPOSITORY
 
 RUN_SECONDS = 240.0

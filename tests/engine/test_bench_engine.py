@@ -63,7 +63,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     pair = found["pair"]
     assert pair["weights_equal"]
     assert pair["stock"]["overlay_modules"] == []
-    assert "overlay.hooks" in pair["overlay"]["overlay_modules"] and list(pair["journals"]) == ["overlay"]
+    assert "overlay.start.import_hooks" in pair["overlay"]["overlay_modules"] and list(pair["journals"]) == ["overlay"]
     assert pair["journal"][0]["patched"] == found["model"]["linear_attention_layers"] == 3
     assert pair["journal"][0]["calls"]["serial"]["serial pass-through"] > 0
     assert [row["case"] for row in found["tokens"]] == ["N=1", "N=2", "prompt 8", "prompt 100", "mixed prompts"]

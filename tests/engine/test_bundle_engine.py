@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from devtools import bundle, servers, tiny_models
-from overlay.cli import journals as journal_files
+from overlay.report import journal_reader as journal_files
 from tests.conftest import REPOSITORY
 from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_offline
 

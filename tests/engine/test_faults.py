@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import pytest
 
 from devtools import servers, tiny_models
-from overlay.cli import journals as journal_files
+from overlay.report import journal_reader as journal_files
 from tests.conftest import REPOSITORY
 from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_engine
 
@@ -59,19 +59,21 @@ class Fault:
 #: A stage of the way in raises.
 RAISING = {
     "the settings": Fault("import overlay.settings as s; s.load = broken", "injected fault"),
-    "the hooks": Fault("import overlay.hooks as h; h._set_hooks = broken", "injected fault"),
+    "the hooks": Fault("import overlay.start.import_hooks as h; h._set_hooks = broken", "injected fault"),
     "wrapt is missing": Fault("sys.modules['wrapt'] = None", "wrapt"),
-    "the journal": Fault("import overlay.journal as j; j.Journal.open = broken", "injected fault"),
+    "the journal": Fault("import overlay.report.journal as j; j.Journal.open = broken", "injected fault"),
     "transformers first": Fault(
-        "import overlay.hooks as h; h._complete_transformers = broken", "transformers first", patched=True
+        "import overlay.start.transformers_first as t; t._complete = broken", "transformers first", patched=True
     ),
-    "after vllm": Fault("import overlay.hooks as h; h._after_vllm = broken", "sources", patched=True),
-    "the verdict": Fault("import overlay.verdict as v; v.judge = broken", "injected fault"),
-    "the fingerprint": Fault("import overlay.cache_identity as c; c.add = broken", "gdn"),
-    "the patch's import": Fault("sys.modules['overlay.patches.gdn'] = None", "gdn"),
+    "after vllm": Fault("import overlay.start.import_hooks as h; h._after_vllm = broken", "sources", patched=True),
+    "the verdict": Fault("import overlay.patches.registry as r; r.judge = broken", "injected fault"),
+    "the fingerprint": Fault("import overlay.engine.compile_cache as c; c.add = broken", "gdn"),
+    "the patch's import": Fault("sys.modules['overlay.patches.gdn.patch'] = None", "gdn"),
     "the patch's op": Fault("when('overlay.side_work.ops', lambda ops: setattr(ops, 'register', broken))", "gdn"),
-    "a layer": Fault("when('overlay.patches.gdn', lambda gdn: setattr(gdn, 'make_pair', broken))", "injected fault"),
-    "the proof of effect": Fault("import overlay.effect as e; e._after_warm_up = broken", "proof", patched=True),
+    "a layer": Fault(
+        "when('overlay.patches.gdn.patch', lambda gdn: setattr(gdn, 'make_pair', broken))", "injected fault"
+    ),
+    "the proof of effect": Fault("import overlay.engine.proof as e; e._after_warm_up = broken", "proof", patched=True),
 }
 
 #: Somebody else has been at vLLM.
@@ -336,7 +338,7 @@ def test_vllm_and_the_target_imported_before_arming(
 import importlib, sys
 from tests.engine import offline
 importlib.import_module({GDN!r})
-assert "overlay.hooks" not in sys.modules
+assert "overlay.start.import_hooks" not in sys.modules
 from overlay.bootstrap import arm
 arm()
 import json, pathlib

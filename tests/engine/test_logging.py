@@ -21,7 +21,7 @@ ROOT_ONLY = {
 #: An entry point configures logging, and each of its processes again.
 SPEAKS = """
 import sys, vllm, vllm.logger
-from overlay.log import logger
+from overlay.report.log import logger
 for path in (None, None, sys.argv[1]):
     vllm.logger.envs.VLLM_LOGGING_CONFIG_PATH = path
     vllm.logger._configure_vllm_root_logger()

@@ -77,9 +77,9 @@ def test_the_allowlist_of_vllm_decides(
     code = """
 import sys
 from vllm.plugins import load_general_plugins
-before = "overlay.hooks" in sys.modules
+before = "overlay.start.import_hooks" in sys.modules
 load_general_plugins()
-print(before, "overlay.hooks" in sys.modules)
+print(before, "overlay.start.import_hooks" in sys.modules)
 """
     result = subprocess.run(
         [sys.executable, "-c", code],

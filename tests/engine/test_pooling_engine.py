@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from devtools import servers
-from overlay.cli import journals
-from overlay.journal import Calls
+from overlay.report import journal_reader
+from overlay.report.journal import Calls
 from tests.conftest import REPOSITORY
 from tests.engine.conftest import FEW_PROCESSES
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 @dataclass(frozen=True)
 class Embedded:
     answers: dict[str, list[list[float]]]
-    journals: list[journals.Journal]
+    journal_reader: list[journal_reader.Journal]
     log: str
 
 
@@ -56,7 +56,7 @@ def embed(model: pathlib.Path, folder: pathlib.Path, overlay: bool) -> Embedded:
     (folder / "engine.log").write_text(result.stdout)
     assert result.returncode == 0, f"the engine failed, {folder}/engine.log ends:\n{result.stdout[-3000:]}"
     answers: dict[str, Any] = json.loads((folder / "answers.json").read_text())
-    return Embedded(answers, journals.read(folder / "journals"), result.stdout)
+    return Embedded(answers, journal_reader.read(folder / "journals"), result.stdout)
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from typing import Any
 import pytest
 
 from devtools import servers, tiny_models
-from overlay import agreement
-from overlay.cli import journals as journal_files
+from overlay.engine import ranks
+from overlay.report import journal_reader as journal_files
 from tests.engine.conftest import PASS_THROUGH, Run, run_offline
 
 pytestmark = pytest.mark.engine
@@ -50,7 +50,7 @@ def wait_less(module):
 
 
 wrapt.register_post_import_hook(give_ray_a_resource, "vllm.platforms.cpu")
-wrapt.register_post_import_hook(wait_less, "overlay.agreement")
+wrapt.register_post_import_hook(wait_less, "overlay.engine.ranks")
 """
 
 
@@ -193,7 +193,7 @@ def test_the_ranks_of_one_node_agree(engine: Engine) -> None:
     overlay = engine(MODEL, overlay=True, compiled=True, tensor_parallel_size=2)
     found = [journal.raw["agreement"] for journal in overlay.workers]
     assert sorted(found, key=lambda one: one["rank"]) == [
-        {"world": 2, "rank": rank, "result": agreement.ALIKE} for rank in range(2)
+        {"world": 2, "rank": rank, "result": ranks.ALIKE} for rank in range(2)
     ]
     alone = engine(MODEL, overlay=True, compiled=True)
     assert [journal.raw["agreement"] for journal in alone.workers] == [None]
@@ -211,7 +211,7 @@ def test_every_ray_actor_has_its_journal_and_the_tokens_are_stocks(
     for node in range(NODES):
         (worker,) = both.journals(node)
         assert_all_layers_are_patched_on(worker)
-        assert worker.raw["agreement"]["result"] == agreement.ALIKE
+        assert worker.raw["agreement"]["result"] == ranks.ALIKE
         ranks.add(worker.raw["agreement"]["rank"])
     assert ranks == {0, 1}
 

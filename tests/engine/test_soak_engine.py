@@ -11,7 +11,7 @@ import pytest
 
 from devtools import tiny_models
 from devtools.soak import load, report
-from overlay.cli import journals
+from overlay.report import journal_reader
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.engine
@@ -36,7 +36,7 @@ def test_a_minute_of_mixed_load(tmp_path: pathlib.Path) -> None:
         assert len(side["checks"]) > 1 and not any(check["different"] for check in side["checks"])
     assert set(found["overlay_calls"]) == set(report.EXPECTED_PATCHES)
     assert found["overlay_calls"]["gdn"]["layers"] == tiny_models.gdn_layers("qwen3_5_text")
-    written = journals.read(tmp_path / "overlay" / "journals")
+    written = journal_reader.read(tmp_path / "overlay" / "journals")
     loops = {journal.role.partition("_")[0]: journal.raw["loop"] for journal in written}
     assert loops["APIServer"] is None and loops["EngineCore"] == "EngineCoreProc.run_busy_loop", loops
     assert not list((tmp_path / "stock" / "journals").iterdir())

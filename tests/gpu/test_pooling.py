@@ -46,10 +46,11 @@ def version(request: pytest.FixtureRequest) -> str:
 def step_of(version: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     """The two sides' runners, made by the kind of the pooler."""
     pytest.importorskip("vllm", reason="the poolers import from an installed vLLM")
-    from overlay.journal import journal
-    from overlay.patches import pooling
+    from overlay.patches.pooling import patch as pooling
+    from overlay.patches.registry import judge
+    from overlay.report.journal import journal
     from overlay.settings import Settings
-    from overlay.verdict import SourceTree, judge
+    from overlay.verdict import SourceTree
     from tests.contract import pooling_runner as harness
 
     monkeypatch.setattr(journal, "patches", {})

@@ -18,9 +18,10 @@ pytestmark = [
 ]
 pytest.importorskip("vllm")
 
-from overlay.journal import PatchRecord  # noqa: E402
+from overlay.report.journal import PatchRecord  # noqa: E402
 from overlay.side_work import lane, ops  # noqa: E402
-from overlay.side_work.plan import DUAL, DUAL_MAIN_FIRST, SERIAL, Plan  # noqa: E402
+from overlay.side_work.plan import Plan  # noqa: E402
+from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL  # noqa: E402
 
 REPLAYS = 10_000
 #: Replays where every side spins first, and for how many cycles: about 50 µs at 2 GHz, longer than main takes.

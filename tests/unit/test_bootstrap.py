@@ -179,7 +179,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize("setting", BAD_SETTINGS, ids=str)
 def test_a_setting_that_cannot_be_used_leaves_vllm_stock_with_one_line(world: World, setting: dict[str, str]) -> None:
     world.build()
-    code = f"{IMPORT_ALL}; import sys; assert 'wrapt' not in sys.modules and 'overlay.patches' not in sys.modules"
+    code = f"{IMPORT_ALL}; import sys; assert 'wrapt' not in sys.modules and 'overlay.patches.gdn.patch' not in sys.modules"
     result = succeeded(world.run(code, **setting))
     (line,) = overlay_lines(result)
     ((name, value),) = setting.items()
@@ -390,9 +390,9 @@ def test_a_worker_that_has_loaded_its_model_calls_who_waits_for_that(world: Worl
     """Without the hook no layer gets a plan, and everything runs stock."""
     world.build({"v1/worker/gpu_worker.py": "class Worker:\n    def load_model(self):\n        return 'loaded'\n"})
     code = """
-import vllm, overlay.loaded
+import vllm, overlay.engine.loaded
 seen = []
-overlay.loaded.when_loaded(seen.append)
+overlay.engine.loaded.when_loaded(seen.append)
 from vllm.v1.worker.gpu_worker import Worker
 worker = Worker()
 assert seen == [] and worker.load_model() == "loaded" and seen == [worker]
@@ -497,7 +497,7 @@ class Finder:
 sys.meta_path.insert(1, Finder())
 importlib.util.find_spec("vllm"), importlib.util.find_spec("vllm"), importlib.util.find_spec("transformers")
 import colorsys
-assert "overlay.hooks" not in sys.modules
+assert "overlay.start.import_hooks" not in sys.modules
 import vllm, transformers
 assert vars(loader) == {}
 print(vllm.__version__)
@@ -549,4 +549,4 @@ def test_a_half_copied_folder_costs_one_line(world: World, tmp_path: pathlib.Pat
         (copy / name).write_bytes((REPOSITORY / name).read_bytes())
     result = succeeded(world.run("import vllm; print(vllm.__version__)", path=[str(copy)]))
     (line,) = overlay_lines(result)
-    assert "stock" in line and "overlay.hooks" in line
+    assert "stock" in line and "overlay.start" in line

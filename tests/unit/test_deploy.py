@@ -88,7 +88,7 @@ def test_what_the_build_does_to_the_folder(tmp_path: pathlib.Path) -> None:
     folder, _, _ = bundle.make(tmp_path / "dist") if (REPOSITORY / ".venv").is_dir() else pytest.skip("no .venv")
     (folder / "overlay" / "__pycache__").mkdir()
     (folder / "overlay" / "__pycache__" / "plan.cpython-39.pyc").touch()
-    (folder / "overlay" / "layers.py").chmod(0o666)
+    (folder / "overlay" / "files.py").chmod(0o666)
     (run,) = (argument for instruction, argument in stages()[0] if instruction == "RUN")
     commands = [command for command in run.split(" && ") if " pip install " not in command]
     assert len(commands) == run.count(" && ")
@@ -307,7 +307,7 @@ def test_the_init_container_leaves_a_folder_that_others_cannot_write(tmp_path: p
     shell, option, script = pod["initContainers"][0]["command"]
     source, volume = tmp_path / "image", tmp_path / "volume"
     (source / "overlay").mkdir(parents=True)
-    (source / "overlay" / "layers.py").write_text("1")
+    (source / "overlay" / "files.py").write_text("1")
     volume.mkdir()
     volume.chmod(0o777)  # an emptyDir
     script = script.replace(FOLDER, str(source)).replace("/volume", str(volume))
@@ -316,7 +316,7 @@ def test_the_init_container_leaves_a_folder_that_others_cannot_write(tmp_path: p
     for _ in range(2):
         subprocess.run([shell, option, script], check=True, umask=0)
         paths = sorted(path.relative_to(volume).as_posix() for path in volume.rglob("*"))
-        assert paths == ["overlay", "overlay/overlay", "overlay/overlay/layers.py"]
+        assert paths == ["overlay", "overlay/overlay", "overlay/overlay/files.py"]
     assert not [path for path in volume.rglob("*") if path.stat().st_mode & 0o022]
     (mount,) = pod["containers"][0]["volumeMounts"]
     assert mount["subPath"] == "overlay"

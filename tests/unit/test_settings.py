@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from overlay import settings, verdict
+from overlay import settings
+from overlay.patches import registry
 from overlay.settings import Settings, SettingsError, load
+from overlay.vocabulary import PATCH_NAMES, PLANS
 
 
 def test_nothing_set_gives_the_defaults() -> None:
@@ -64,7 +66,7 @@ def test_what_asks_for_one_gemm_gets_auto_and_a_line_that_says_so(set_: dict[str
     assert load({"VLLMOVERLAY_INEXACT": ""}).retired == ()
 
 
-@pytest.mark.parametrize("plan", settings.PLANS)
+@pytest.mark.parametrize("plan", PLANS)
 def test_a_patch_that_measures_nothing_forks_unless_it_is_to_be_serial(plan: str) -> None:
     assert load({"VLLMOVERLAY_PLAN": plan}).forks == ("serial" if plan == "serial" else "dual")
 
@@ -111,7 +113,7 @@ def test_an_empty_value_counts_as_not_set() -> None:
 
 def test_patches_none_and_all() -> None:
     assert load({"VLLMOVERLAY_PATCHES": "none"}).patches == ()
-    assert load({"VLLMOVERLAY_PATCHES": " ALL "}).patches == settings.PATCH_NAMES
+    assert load({"VLLMOVERLAY_PATCHES": " ALL "}).patches == PATCH_NAMES
 
 
 @given(st.text(string.printable, max_size=20))
@@ -206,7 +208,7 @@ def test_an_unknown_name_of_the_family_is_never_ignored(suffix: str, value: str)
 
 
 def test_every_patch_that_can_be_named_has_a_verdict() -> None:
-    assert set(settings.PATCH_NAMES) == set(verdict.TARGET_MODULES)
+    assert set(PATCH_NAMES) == set(registry.TARGET_MODULES)
 
 
 def test_the_family_is_not_one_that_vllm_takes_for_its_own() -> None:

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-#: overlay.frame_stack's, run by its path: a stock process must not find the overlay's package.
-with_room: Callable[..., Any] = runpy.run_path(str(Path(__file__).parents[4] / "frame_stack.py"))["with_room"]
+#: overlay.patches.frame_stack.patch's, run by its path: a stock process must not find the overlay's package.
+with_room: Callable[..., Any] = runpy.run_path(str(Path(__file__).parents[4] / "patches" / "frame_stack" / "patch.py"))[
+    "with_room"
+]
 #: About 5 ms each: long enough to tell a slow CPU, short enough to ask in every round.
 HOST_STEPS, HOST_LAUNCHES = 100_000, 1_000
 #: The most of a trace that goes into one answer: about 1 MB.
@@ -401,7 +403,7 @@ def answer_commands(worker: EngineWorker) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     answers.close()
-    journal = sys.modules.get("overlay.journal")
+    journal = sys.modules.get("overlay.report.journal")
     if journal is not None:
         with contextlib.suppress(Exception):
             journal.journal.write()

@@ -1,0 +1,1 @@
+"""Moments of a running vLLM: the ranks meet, the model is loaded, the warm-up is over; and the compile cache."""

@@ -1,0 +1,172 @@
+"""Proof of effect: did what was patched really run?
+
+A patch can be installed and do nothing: a compiled graph from elsewhere, a class that a plugin put in the place of the
+patched one, a model whose layers take another way. So the counters are looked at once, when vLLM's warm-up is over (the
+model has run, the graphs are captured): a patch with patched layers whose op was never called turns ``ineffective``.
+
+What warm-up does not run is looked at after the first step instead: pooling, and everything on a CPU, where warm-up may
+be skipped. The hot path is as before once that has been said.
+
+A process can have several engines, one after the other: somebody's script that makes two `LLM`. Each is counted for itself,
+so the counters begin anew with each worker, before it makes a runner or a layer.
+
+The worker's one INFO line (overlay/report/summary.py) comes at the end of warm-up, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from overlay.report import summary
+from overlay.report.journal import PatchRecord, journal
+from overlay.settings import Settings
+from overlay.verdict import Verdict, class_at
+from overlay.vocabulary import APPLY, INEFFECTIVE
+
+NO_LAYER = "; this model has no such layer"
+#: Where vLLM's workers finish their warm-up.
+WORKERS = {"vllm.v1.worker.gpu_worker": "Worker", "vllm.v1.worker.cpu_worker": "CPUWorker"}
+WARM_UP = "compile_or_warm_up_model"
+#: Where they make their runner, which makes the layers.
+BEGIN = "init_device"
+STEP = "execute_model"
+
+_installed: dict[str, tuple[ModuleType, dict[str, Any]]] = {}
+
+
+class Ineffective(RuntimeError):
+    """Under strict: a patch was applied and has no effect. Has been said already."""
+
+
+def remember(patch: str, module: ModuleType, found: Verdict) -> None:
+    """The classes that a patch was installed on, to notice when others take their place."""
+    names = {class_name for class_name, _ in found.intercepted()}
+    _installed[patch] = (module, {name: class_at(module, name) for name in names})
+
+
+def forget(patch: str) -> None:
+    """The patch was not installed after all."""
+    _installed.pop(patch, None)
+
+
+def prove_after_warm_up(module: ModuleType, settings: Settings, judge: Callable[[str], Verdict]) -> None:
+    """Look at the counters when the worker of this module has warmed up; they begin with the worker.
+
+    `judge` gives the verdict of a patch on the source, for a patch whose target nobody has imported.
+    """
+    import wrapt
+
+    def before_device(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+        journal.begin_engine()
+        return wrapped(*args, **kwargs)
+
+    def after_warm_up(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:
+        result = wrapped(*args, **kwargs)
+        _guard(settings, lambda: _after_warm_up(worker, settings, judge))
+        return result
+
+    wrapt.wrap_function_wrapper(module, f"{WORKERS[module.__name__]}.{BEGIN}", before_device)
+    wrapt.wrap_function_wrapper(module, f"{WORKERS[module.__name__]}.{WARM_UP}", after_warm_up)
+
+
+def _guard(settings: Settings, look: Callable[[], None]) -> None:
+    try:
+        look()
+    except Ineffective:
+        raise
+    except Exception as error:
+        journal.problem(f"proof of effect: cannot tell: {type(error).__name__}: {error}")
+        if settings.strict:
+            raise
+
+
+def _after_warm_up(worker: Any, settings: Settings, judge: Callable[[str], Verdict]) -> None:
+    from vllm.platforms import current_platform
+
+    problems = [text for patch, record in journal.patches.items() for text in _replaced(patch, record)]
+    later = {}
+    for patch, record in journal.patches.items():
+        if record.verdict != APPLY or record.calls.total():
+            continue
+        if not record.patched:
+            if not record.refused and not record.is_overruled:
+                record.overrule(record.verdict, record.reason + NO_LAYER)
+        elif record.runs_in_warm_up and current_platform.is_cuda_alike():
+            problems.append(_never_ran(patch, record, "warm-up"))
+        else:
+            later[patch] = record
+    if later:
+        _look_after_first_step(worker, later, settings)
+    try:
+        _report(problems, settings)
+    finally:
+        journal.note_unseen(judge)
+        summary.say(journal, removable_is_said_here=not getattr(worker, "rank", 0))
+        journal.write()
+
+
+def _look_after_first_step(worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
+    own = vars(worker)
+    if isinstance(own.get(STEP), _FirstStep):  # another warm-up before the first step
+        own[STEP].waiting = waiting
+    else:
+        own[STEP] = _FirstStep(worker, waiting, settings)
+
+
+class _FirstStep:
+    """In the place of a worker's `execute_model` until a step has run; then what was there before is there again."""
+
+    def __init__(self, worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
+        self.waiting = waiting
+        self._own = vars(worker)
+        self._before = self._own.get(STEP)
+        self._execute = getattr(worker, STEP)
+        self._settings = settings
+
+    def __call__(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self._execute(scheduler_output, *args, **kwargs)
+        if self.waiting and scheduler_output.total_num_scheduled_tokens:
+            waiting, self.waiting = self.waiting, {}
+            self._step_aside()
+            silent = [
+                _never_ran(patch, record, "a step") for patch, record in waiting.items() if not record.calls.total()
+            ]
+            _guard(self._settings, lambda: _report(silent, self._settings))
+        return result
+
+    def _step_aside(self) -> None:
+        if self._own.get(STEP) is not self:  # somebody has wrapped this one since
+            return
+        if self._before is None:
+            del self._own[STEP]  # the class's own method again
+        else:
+            self._own[STEP] = self._before
+
+
+def _never_ran(patch: str, record: PatchRecord, when: str) -> str:
+    record.overrule(INEFFECTIVE, f"{len(record.patched)} layers are patched, and after {when} their op has never run")
+    return f"{patch}: {INEFFECTIVE}: {record.reason}"
+
+
+def _replaced(patch: str, record: PatchRecord) -> list[str]:
+    """One line for each class that is no longer the one that was patched: a plugin's own, or a reload."""
+    module, classes = _installed.get(patch, (None, {}))
+    found = []
+    for name, patched in classes.items():
+        current = class_at(module, name)
+        if current is not patched:
+            owner = getattr(current, "__module__", None)
+            by = f"one of {owner}" if owner != patched.__module__ else "another one of the same module (a reload?)"
+            found.append(f"{patch}: {patched.__module__}.{name} is {by} since it was patched; its layers are stock")
+    if found and not record.patched:
+        record.overrule(INEFFECTIVE, found[0].removeprefix(f"{patch}: "))
+    return found
+
+
+def _report(problems: list[str], settings: Settings) -> None:
+    for text in problems:
+        journal.problem(text)
+    if problems and settings.strict:
+        raise Ineffective("; ".join(problems))

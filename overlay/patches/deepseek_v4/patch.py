@@ -1,0 +1,311 @@
+"""The input GEMMs of DeepSeek-V4's attention: up to four at once.
+
+Symptom: each layer of vLLM 0.20.0 runs ``fused_wqa_wkv`` (1536 columns in DeepSeek-V4-Flash), the compressor's kv_score
+(2048, or 1024), the indexer's ``weights_proj`` (64) and the kv_score of the indexer's own compressor (512) one after the
+other, for the most part on one stream. At decode sizes none of them fills the GPU.
+
+Cause: all four read the attention's input and nothing else, but upstream calls each where its result is needed.
+
+Fix: all run at the start of ``attention_impl``, inside upstream's custom op: ``fused_wqa_wkv`` on the main stream, the
+others on three auxiliary streams, as far as the layer has them. Not before: the op splits the graph, and no Python runs
+between the pieces of a replayed graph that could carry a result. So the traced forward gets a placeholder of zero rows.
+Then upstream's own attention_impl runs, and where it would compute one of the others it is handed the finished result.
+
+Upstream: vLLM #41061, in 0.20.1 and later, with the same streams, the same threshold, and in eager steps as well.
+
+Remove when: the verdict on your vLLM (in the log, and in the journal) is ``landed``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from vllm import envs
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
+
+from overlay.report.journal import PatchRecord, journal
+from overlay.settings import Settings
+from overlay.side_work.adoption import Refused, adopt, refuse_modes
+from overlay.side_work.gemms import gemm_of
+from overlay.side_work.plan import PASS_THROUGH, Plan
+from overlay.side_work.streams import ParallelRegion
+from overlay.verdict import Verdict
+from overlay.vocabulary import DRIFTED, INERT
+
+NAME = "deepseek_v4"
+#: Tokens; what upstream chose in #41061 (VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD).
+TOKEN_THRESHOLD = 1024
+#: The module global by which a compressor computes its kv_score: (tokens, hidden) bf16, (columns, hidden) bf16 to fp32.
+KV_SCORE_GEMM = "cublas_gemm_bf16_bf16_fp32"
+#: The attribute that holds a layer's `InputGemms`, or None where the layer stays stock.
+STAGE = "_overlay_input_gemms"
+
+Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class HandoverError(RuntimeError):
+    """A result that was computed ahead was not taken exactly once, for the input that it was computed from."""
+
+
+class Handover:
+    """Results that are ready before upstream asks for them, each for the weight or module that upstream asks with.
+
+    One for the process: a step runs on one thread, and layers have different weights. Micro-batching, which has two
+    threads, is refused.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, tuple[torch.Tensor, Any]] = {}
+
+    def give(self, owner: object, hidden_states: torch.Tensor, result: Any) -> None:
+        self._waiting[id(owner)] = (hidden_states, result)
+
+    def take(self, owner: object, hidden_states: torch.Tensor) -> Any | None:
+        """The result that waits for `owner`, which is then gone; None where none does."""
+        if not self._waiting:
+            return None
+        source, result = self._waiting.pop(id(owner), (hidden_states, None))
+        if source is not hidden_states:
+            raise HandoverError("asked for with another input than it was computed from")
+        return result
+
+    def withdraw(self, owners: Sequence[object]) -> int:
+        """Drop what still waits for `owners`. Gives how many nobody has asked for."""
+        return sum(self._waiting.pop(id(owner), None) is not None for owner in owners)
+
+
+class InputGemms:
+    """The first stage of one layer's attention: its GEMMs, and the streams and events that they run on.
+
+    Memory, beyond what overlay.side_work.streams says: a kv_score is allocated on one of our streams and read on the main stream or
+    on upstream's auxiliary stream, which upstream joins before attention_impl goes on. Our streams get nothing to do
+    until the next layer's fork, whose start event is recorded on the main stream later than that join.
+
+    Scratch memory: ``fused_wqa_wkv`` is the only quantized GEMM here. The others are bf16 GEMMs of cuBLAS (`make_stage`
+    refuses anything else), which keeps concurrent calls apart: torch gives a workspace per handle and stream, and
+    for the kv_score, whose binding sets the stream once more and so drops torch's workspace, cuBLAS takes its own pool.
+    Upstream has the same four next to each other since 0.20.1.
+    """
+
+    def __init__(self, layer: torch.nn.Module, gemm: Gemm, handover: Handover, plan: Plan, record: PatchRecord) -> None:
+        self.region = ParallelRegion(slots=3)
+        self._compressor, self._indexer = layer.compressor, layer.indexer
+        self._gemm = gemm
+        self._handover = handover
+        self._plan = plan
+        self._record = record
+        self._met = False
+
+    def attend(
+        self,
+        layer: torch.nn.Module,
+        attention_impl: Callable[..., None],
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """All of upstream's attention for (tokens, hidden) input, which is written to `out`.
+
+        Raises HandoverError where upstream has not taken every result.
+        """
+        reason = self._reason_for_serial(hidden_states)
+        if reason is None:
+            self._record.calls.dual_stream += 1
+        else:
+            self._record.calls.count_serial(reason)
+            if hidden_states.is_cuda:  # the others where upstream has them: some of them run on its own stream there
+                qr_kv, _ = layer.fused_wqa_wkv(hidden_states)
+                attention_impl(layer, hidden_states, *_split(layer, qr_kv), positions, out)
+                return
+        owners, work = self._auxiliary_work(hidden_states)
+        run = self.region.run if reason is None else self.region.run_serially
+        (qr_kv, _), results = run(lambda: layer.fused_wqa_wkv(hidden_states), work)
+        for owner, result in zip(owners, results, strict=True):
+            if owner is not None:
+                self._handover.give(owner, hidden_states, result)
+        try:
+            attention_impl(layer, hidden_states, *_split(layer, qr_kv), positions, out)
+        finally:
+            left = self._handover.withdraw(owners)
+        if left:
+            raise HandoverError(f"{left} of the results that were computed ahead have not been asked for")
+
+    def _auxiliary_work(self, hidden_states: torch.Tensor) -> tuple[tuple[object, ...], list[Callable[[], Any] | None]]:
+        """Whom each slot's result is for, and how it is computed; None where the layer has no such GEMM."""
+        gemm, indexer = self._gemm, self._indexer
+        weight = self._compressor.fused_wkv_wgate.weight
+        if indexer is None:
+            return (weight, None, None), [lambda: gemm(hidden_states, weight), None, None]
+        projection, indexer_weight = indexer.weights_proj, indexer.compressor.fused_wkv_wgate.weight
+        return (weight, projection, indexer_weight), [
+            lambda: gemm(hidden_states, weight),
+            lambda: projection(hidden_states),
+            lambda: gemm(hidden_states, indexer_weight),
+        ]
+
+    def _reason_for_serial(self, hidden_states: torch.Tensor) -> str | None:
+        if not self._met:
+            self._met = True
+            if self._indexer is not None:  # now, when anything that puts a wrapper in its place has done so
+                answer_from(self._handover, self._indexer.weights_proj)
+        if not hidden_states.is_cuda:
+            return PASS_THROUGH
+        if not self.region.prepared:
+            if torch.cuda.is_current_stream_capturing():
+                return "no call before the capture"
+            self.region.prepare(hidden_states.device)
+            # What libraries allocate on a stream's first use must not be allocated during capture; one row will do.
+            self.region.run(lambda: None, self._auxiliary_work(hidden_states[:1])[1])
+        return self._plan.reason_for_serial(hidden_states.shape[0])
+
+
+def _split(layer: torch.nn.Module, qr_kv: torch.Tensor) -> Any:
+    return qr_kv.split([layer.q_lora_rank, layer.head_dim], dim=-1)
+
+
+def answer_from(handover: Handover, projection: torch.nn.Module) -> None:
+    """Let one linear give a result that waits for it, instead of computing it. It never runs inside a trace."""
+    compute = projection.forward
+
+    def forward(hidden_states: torch.Tensor) -> Any:
+        ready = handover.take(projection, hidden_states)
+        return compute(hidden_states) if ready is None else ready
+
+    projection.forward = forward
+
+
+def answering_gemm(handover: Handover, compute: Gemm) -> Gemm:
+    """The kv_score GEMM that gives a result that waits for its weight, instead of computing it."""
+
+    @functools.wraps(compute)
+    def gemm(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ready: torch.Tensor | None = handover.take(weight, hidden_states)
+        return compute(hidden_states, weight) if ready is None else ready
+
+    return gemm
+
+
+class TracedView:
+    """Stand-in for `self` in upstream's traced forward: the real layer, but without its one GEMM.
+
+    A plain class, because Dynamo traces through it. The placeholder has no rows and so no memory, and vLLM's CUDA graph
+    wrapper leaves it alone (it looks at tensors with elements only).
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def fused_wqa_wkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        layer = self._layer
+        return hidden_states.new_empty((0, layer.q_lora_rank + layer.head_dim)), None
+
+
+def postpone_projection(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain function to set in the place of the traced forward. Plain, because Dynamo drops a wrapt wrapper."""
+
+    @functools.wraps(original)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, STAGE, None) is None:
+            return original(self, *args, **kwargs)
+        return original(TracedView(self), *args, **kwargs)
+
+    return forward
+
+
+def project_at_once(original: Callable[..., None]) -> Callable[..., None]:
+    """A function to set in the place of attention_impl, which runs inside upstream's op."""
+
+    @functools.wraps(original)
+    def attention_impl(
+        self: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        qr: torch.Tensor,
+        kv: torch.Tensor,
+        positions: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        stage: InputGemms | None = getattr(self, STAGE, None)
+        if stage is None or qr.shape[0] == hidden_states.shape[0]:  # no placeholder, or no tokens
+            original(self, hidden_states, qr, kv, positions, out)
+        else:
+            stage.attend(self, original, hidden_states, positions, out)
+
+    return attention_impl
+
+
+def make_stage(
+    layer: torch.nn.Module, module: ModuleType, gemm: Gemm, handover: Handover, plan: Plan, record: PatchRecord
+) -> tuple[InputGemms, dict[str, int]]:
+    """The stage of a freshly made layer, and its sizes for the journal: columns of each GEMM.
+
+    Raises Refused with the reason where the layer must stay stock, and ValueError where its sizes do not agree.
+    """
+    config = get_current_vllm_config()
+    compressor, indexer = layer.compressor, layer.indexer
+    if compressor is None:
+        raise Refused("no compressor: fused_wqa_wkv is the only input GEMM")
+    if config.compilation_config.static_forward_context.get(layer.layer_name) is not layer:
+        raise Refused("the layer is not registered under its name in the static forward context")
+    refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
+    compressors = [compressor] if indexer is None else [compressor, indexer.compressor]
+    if indexer is not None and type(indexer) is not module.DeepseekV4Indexer:
+        raise Refused(f"its indexer is a {type(indexer).__qualname__} of {type(indexer).__module__}")
+    for part in compressors:
+        if type(part) is not module.DeepseekCompressor:
+            raise Refused(f"its compressor is a {type(part).__qualname__} of {type(part).__module__}")
+    sizes = {"qr_kv": layer.fused_wqa_wkv.output_size_per_partition}  # not sharded: whole on every rank
+    if sizes["qr_kv"] != layer.q_lora_rank + layer.head_dim:
+        raise ValueError(
+            f"fused_wqa_wkv gives {sizes['qr_kv']} columns, but it is split into {layer.q_lora_rank} and {layer.head_dim}"
+        )
+    linears = {"kv_score": compressor.fused_wkv_wgate}
+    if indexer is not None:
+        linears |= {"indexer_weights": indexer.weights_proj, "indexer_kv_score": indexer.compressor.fused_wkv_wgate}
+    for name, projection in linears.items():
+        gemm_of(projection)
+        sizes[name] = projection.output_size
+    return InputGemms(layer, gemm, handover, plan, record), {"aux_gemms": len(linears), **sizes}
+
+
+def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
+    """Intercept the class of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
+    if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
+        return replace(
+            verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}"
+        )
+    compressors = sys.modules[module.DeepseekCompressor.__module__]
+    gemm: Gemm = getattr(compressors, KV_SCORE_GEMM)
+    owner = getattr(gemm, "__globals__", {}).get("__name__")
+    if owner != "vllm.model_executor.layers.utils":
+        return replace(verdict, state=DRIFTED, reason=f"{KV_SCORE_GEMM} has been replaced by {owner}", methods=())
+    assert verdict.class_name is not None
+    target = getattr(module, verdict.class_name)
+    record = journal.patch(NAME)
+    handover = Handover()
+    plan = Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD), only_while_capturing=False)
+
+    def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        setattr(layer, STAGE, None)
+        stage = adopt(
+            NAME, record, layer.layer_name, lambda: make_stage(layer, module, gemm, handover, plan, record), settings
+        )
+        setattr(layer, STAGE, stage)
+
+    setattr(compressors, KV_SCORE_GEMM, answering_gemm(handover, gemm))
+    target.forward = postpone_projection(target.__dict__["forward"])
+    target.attention_impl = project_at_once(target.__dict__["attention_impl"])
+    # Last, because everything before it changes nothing for a layer without a stage.
+    wrapt.wrap_function_wrapper(target, "__init__", after_init)
+    return verdict

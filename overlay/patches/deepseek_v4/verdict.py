@@ -1,0 +1,452 @@
+"""The verdict for DeepSeek-V4's input GEMMs: can their results be computed ahead and handed to upstream's own code?
+
+The patch relies on more places than one: a traced forward that only passes the first GEMM's result on, an attention_impl
+that asks compressor and indexer once each, and these two, which each run one GEMM of the attention's input. All are read.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from overlay.verdict.cut import block, parse_but_for
+from overlay.verdict.model import Source, SourceTree, Upstream, Verdict, in_model_registry, without_target
+from overlay.verdict.questions import (
+    HARMLESS_ATTRIBUTES,
+    Drift,
+    Function,
+    attribute_of_self,
+    binders,
+    check_self,
+    drifted,
+    find_class,
+    methods_of,
+    uses_of,
+    written_to_class,
+)
+from overlay.vocabulary import APPLY, DRIFTED, LANDED
+
+#: Where the attention has lived: from vLLM 0.22.0, and 0.20.0 to 0.21.0.
+MODULES = ("vllm.models.deepseek_v4.attention", "vllm.model_executor.layers.deepseek_v4_attention")
+#: The model itself, in case its attention moves again.
+WITNESS = in_model_registry("deepseek_v4")
+COMPRESSOR_MODULE = "vllm.model_executor.layers.deepseek_compressor"
+STREAMS_MODULE = "vllm.utils.multi_stream_utils"
+
+WRAPPER, INDEXER, COMPRESSOR = "DeepseekV4MultiHeadLatentAttentionWrapper", "DeepseekV4Indexer", "DeepseekCompressor"
+PROJECTION, WEIGHTS, KV_SCORE_LINEAR = "fused_wqa_wkv", "weights_proj", "fused_wkv_wgate"
+KV_SCORE_GEMM = "cublas_gemm_bf16_bf16_fp32"
+OP = "deepseek_v4_attention"
+ATTENTION_PARAMETERS = ["self", "hidden_states", "qr", "kv", "positions", "out"]
+PARALLEL = "maybe_execute_in_parallel"
+
+LANDED_SETTING = "VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD"
+UPSTREAM = Upstream("#41061", True, f"{LANDED_SETTING} (tokens; 1024; 0 switches it off)")
+
+
+def judge(tree: SourceTree) -> Verdict:
+    """The verdict for one vLLM, read from its sources without importing it."""
+    for module in MODULES:
+        source = tree.read(module)
+        if source is None:
+            continue
+        try:
+            return _landed(source, module) or _judge_attention(tree, source, module)
+        except SyntaxError as error:
+            return drifted(error, str(error.filename), module)
+    return without_target(
+        tree,
+        WITNESS,
+        absent="this vLLM has no DeepSeek-V4",
+        lost=f"this vLLM has DeepSeek-V4, but its attention is not in {' or '.join(MODULES)}",
+    )
+
+
+def _landed(source: Source, module: str) -> Verdict | None:
+    """Upstream's own overlap: one method that gives all four GEMMs to execute_in_parallel, up to a number of tokens."""
+    for method in _methods_that_mention(source, LANDED_SETTING):
+        mentioned = {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)}
+        for node in ast.walk(method):
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "execute_in_parallel"
+                and {WEIGHTS, KV_SCORE_LINEAR} <= mentioned
+                and any(PROJECTION in name for name in mentioned)
+                and LANDED_SETTING in {getattr(part, "attr", "") for part in ast.walk(node)}
+            ):
+                where = f"{source.path}:{node.lineno}"
+                reason = "upstream runs the input GEMMs in parallel"
+                return Verdict(LANDED, reason, module, where=where, upstream=UPSTREAM)
+    return None
+
+
+def _methods_that_mention(source: Source, word: str) -> Iterator[ast.stmt]:
+    """Each method that mentions a word."""
+    last = 0
+    for found in re.finditer(word, source.text):
+        start = source.text.rfind("\n    def ", 0, found.start()) + 1
+        if start > last:
+            last = start
+            yield block(source, start, start, indentation=4)
+
+
+def _judge_attention(tree: SourceTree, source: Source, module: str) -> Verdict:
+    compressors, streams = tree.read(COMPRESSOR_MODULE), tree.read(STREAMS_MODULE)
+    if compressors is None or streams is None:
+        missing = COMPRESSOR_MODULE if compressors is None else STREAMS_MODULE
+        return Verdict(DRIFTED, f"this vLLM has no module {missing}", module, WRAPPER, where=f"{source.path}:1")
+    path = source.path
+    try:
+        attention = parse_but_for(source, WRAPPER, INDEXER, OP, f"{OP}_fake")
+        wrapper = _plain_methods(attention, WRAPPER, "__init__", "forward", "attention_impl")
+        indexer = _plain_methods(attention, INDEXER, "forward")
+        _check_forward(wrapper["forward"])
+        _check_op(attention)
+        _check_attention_impl(wrapper["attention_impl"])
+        _check_indexer(indexer["forward"])
+        path = compressors.path
+        _check_compressor(compressors)
+        path = streams.path
+        _check_join(streams.parse())
+    except Drift as drift:
+        return drifted(drift, path, module, WRAPPER)
+    return Verdict(
+        APPLY,
+        "the input GEMMs run one after the other",
+        module,
+        WRAPPER,
+        ("forward", "attention_impl"),
+        where=f"{source.path}:{wrapper['forward'].lineno}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the places
+
+
+def _check_forward(forward: Function) -> None:
+    """The first GEMM's result is split and goes into the op, and nowhere else."""
+    check_self(forward)
+    _check_input(forward)
+    call = _only_call(forward, PROJECTION)
+    projected = _statement_of(forward, call)
+    result = _unpacked(projected, 2)[0]
+    if not _is_name(call.args[0] if call.args else None, "hidden_states") or len(call.args) != 1 or call.keywords:
+        raise Drift(call, f"{PROJECTION} is given something else than hidden_states")
+    loads = [node for node in ast.walk(forward) if _is_load(node, result)]
+    split = next((statement for statement in forward.body if _is_split_of(statement, result)), None)
+    if split is None or len(loads) != 1:
+        raise Drift(projected, f"the result of {PROJECTION} is not split once into q_lora_rank and head_dim columns")
+    qr, kv = _unpacked(split, 2)
+    op_calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and _is_op(node.func)]
+    if len(op_calls) != 1:
+        raise Drift(forward, f"forward calls the op {OP} {len(op_calls)} times")
+    op = op_calls[0]
+    _statement_of(forward, op)
+    if len(op.args) < 3 or [getattr(node, "id", None) for node in op.args[:3]] != ["hidden_states", qr, kv]:
+        raise Drift(op, f"the op {OP} is not given hidden_states and the two parts of the split")
+    for name in (qr, kv):
+        if sum(_is_load(node, name) for node in ast.walk(forward)) != 1 or _stores(forward, name) != 1:
+            raise Drift(split, f"{name} is used for something else than the op {OP}")
+    for node in _used(forward, "hidden_states"):
+        if node is not call.args[0] and node is not op.args[0]:
+            raise Drift(node, "forward uses hidden_states for something else than the first GEMM and the op")
+
+
+def _check_op(module: ast.Module) -> None:
+    """The op hands on what it was given; its fake looks at no input."""
+    for name in (OP, f"{OP}_fake"):
+        functions = binders(module.body, name)
+        if len(functions) != 1 or not isinstance(functions[0], ast.FunctionDef) or functions[0].decorator_list:
+            at = functions[-1] if functions else module
+            raise Drift(at, f"{name} has not one plain definition")
+        given = [argument.arg for argument in functions[0].args.args]
+        used = [node for node in ast.walk(functions[0]) if isinstance(node, ast.Name) and node.id in given]
+        if name != OP:
+            if used:
+                raise Drift(used[0], f"{name} uses {used[0].id}")
+            continue
+        calls = [
+            node
+            for node in ast.walk(functions[0])
+            if getattr(getattr(node, "func", None), "attr", "") == "attention_impl"
+        ]
+        handed = [[getattr(value, "id", None) for value in call.args] for call in calls]  # type: ignore[attr-defined]
+        if handed != [given[:5]] or calls[0].keywords:  # type: ignore[attr-defined]
+            raise Drift(functions[0], f"{OP} does not hand its first five arguments to attention_impl")
+        if len(used) != len(given):
+            raise Drift(functions[0], f"{OP} uses its arguments for something else than attention_impl")
+
+
+def _check_attention_impl(method: Function) -> None:
+    """Compressor and indexer are asked once each, always, with the untouched input."""
+    arguments = method.args
+    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+    if names != ATTENTION_PARAMETERS or arguments.vararg or arguments.kwarg or arguments.kwonlyargs:
+        raise Drift(method, f"attention_impl takes {', '.join(names)}; known is {', '.join(ATTENTION_PARAMETERS)}")
+    _check_input(method)
+    with_indexer = next((statement for statement in method.body if _tests(statement, "indexer")), None)
+    if not isinstance(with_indexer, ast.If):
+        raise Drift(method, "attention_impl has no branch for layers with an indexer")
+    without = with_indexer.orelse[0] if len(with_indexer.orelse) == 1 else None
+    if without is None or not isinstance(without, ast.If) or not _tests(without, "compressor"):
+        raise Drift(with_indexer, "attention_impl has no branch for layers with a compressor only")
+    for statement in method.body[: method.body.index(with_indexer)]:
+        for node in ast.walk(statement):
+            if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)):
+                raise Drift(node, "attention_impl may end before compressor and indexer are asked")
+    excused = [with_indexer.test, without.test]
+    asked = [*_asked(with_indexer, "indexer", "compressor"), *_asked(without, "compressor")]
+    taken = [node for node in ast.walk(method) for name in ("indexer", "compressor") if attribute_of_self(node, name)]
+    for node in taken:
+        if not any(node in ast.walk(test) for test in excused) and not _in_arm(node, with_indexer.body, without.body):
+            raise Drift(node, "attention_impl uses compressor or indexer elsewhere")
+    for node in _used(method, "hidden_states"):
+        if node not in asked:
+            raise Drift(node, "attention_impl uses hidden_states for something else than compressor and indexer")
+
+
+def _check_indexer(forward: Function) -> None:
+    """The indexer's two GEMMs of the input, each run once, before anything else has the input in hand."""
+    _check_input(forward)
+    asked = []
+    last = 0
+    for name in (WEIGHTS, "compressor"):
+        call = _only_call(forward, name)
+        if not call.args or not _is_name(call.args[0], "hidden_states") or (name == WEIGHTS and len(call.args) != 1):
+            raise Drift(call, f"the indexer gives {name} something else than hidden_states")
+        last = max(last, forward.body.index(_statement_of(forward, call)))
+        asked.append(call.args[0])
+    _check_untouched_until(forward, last, "hidden_states", asked)
+
+
+def _check_compressor(source: Source) -> None:
+    """The compressor's one GEMM: a function of its module, on its input and its linear's weight, before anything else."""
+    module = parse_but_for(source, COMPRESSOR)
+    forward = _plain_methods(module, COMPRESSOR, "forward")["forward"]
+    imported = binders(module.body, KV_SCORE_GEMM)
+    if len(imported) != 1 or not isinstance(imported[0], ast.alias) or imported[0].asname:
+        at = imported[-1] if imported else module
+        raise Drift(at, f"{KV_SCORE_GEMM} is not one plain import of the compressor's module")
+    uses = [node for node in ast.walk(module) if isinstance(node, ast.Name) and node.id == KV_SCORE_GEMM]
+    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and node.func in uses]
+    if len(uses) != 1 or len(calls) != 1:
+        raise Drift(
+            forward, f"{KV_SCORE_GEMM} is used {len(uses)} times; known is one call in the compressor's forward"
+        )
+    call = calls[0]
+    if len(forward.args.args) < 2:
+        raise Drift(forward, "the compressor's forward takes no input")
+    given = forward.args.args[1].arg
+    if [ast.unparse(node) for node in call.args] != [given, f"self.{KV_SCORE_LINEAR}.weight"] or call.keywords:
+        raise Drift(call, f"{KV_SCORE_GEMM} is not given the compressor's input and {KV_SCORE_LINEAR}.weight")
+    if len(uses_of(forward, KV_SCORE_LINEAR)) != 1:
+        raise Drift(forward, f"the compressor's forward uses {KV_SCORE_LINEAR} more than once")
+    _check_untouched_until(forward, forward.body.index(_statement_of(forward, call)), given, [call.args[0]])
+    if _stores(forward, given):
+        raise Drift(forward, f"the compressor's forward puts something in the place of {given}")
+
+
+def _check_join(module: ast.Module) -> None:
+    """Upstream's own auxiliary stream, which reads our results, is joined before attention_impl goes on."""
+    functions = binders(module.body, PARALLEL)
+    if len(functions) != 1 or not isinstance(functions[0], ast.FunctionDef):
+        raise Drift(functions[-1] if functions else module, f"{PARALLEL} has not one plain definition")
+    for node in ast.walk(functions[0]):
+        if isinstance(node, ast.If) and "aux_stream is not None" in ast.unparse(node.test):
+            _check_joined(functions[0], node.body)
+            return
+    raise Drift(functions[0], f"{PARALLEL} has no branch for an auxiliary stream")
+
+
+def _check_joined(function: Function, branch: list[ast.stmt]) -> None:
+    """The branch leaves at its end only, and its last act is to wait for the event behind the auxiliary stream's work."""
+    if ast.unparse(branch[-1]) != "event1.wait()":
+        raise Drift(branch[-1], f"{PARALLEL} does not end with the main stream's wait for the auxiliary one")
+    for statement in branch:
+        for node in ast.walk(statement):
+            if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)):
+                raise Drift(node, f"{PARALLEL} may end before the auxiliary stream is joined")
+    forks = [node for node in branch if isinstance(node, ast.With) and "(aux_stream)" in ast.unparse(node.items[0])]
+    if len(forks) != 1 or ast.unparse(forks[0].body[-1]) != "event1.record()" or _stores(function, "event1"):
+        raise Drift(branch[-1], f"{PARALLEL} does not wait for an event behind the auxiliary stream's work")
+
+
+# ---------------------------------------------------------------------------------------------- the questions
+
+
+def _plain_methods(module: ast.Module, class_name: str, *names: str) -> dict[str, Function]:
+    """The methods of a class, each defined once and plainly, and changed by nothing that follows."""
+    class_node = find_class(module, class_name)
+    if class_node is None:
+        raise Drift(module, f"there is no class {class_name}")
+    for binder in binders(module.body, class_name):
+        if binder is not class_node:
+            raise Drift(binder, f"{class_name} is bound more than once")
+    written = written_to_class(module, class_name)
+    if written is not None:
+        raise Drift(written, f"{class_name} is changed after its definition")
+    methods = methods_of(class_node)
+    for name in names:
+        method = methods.get(name)
+        if method is None:
+            raise Drift(class_node, f"{class_name} has no {name}")
+        bound = binders(class_node.body, name)
+        if bound != [method] or isinstance(method, ast.AsyncFunctionDef) or method.decorator_list:
+            raise Drift(method, f"{class_name}.{name} has not one plain definition")
+    return methods
+
+
+def _check_input(method: Function) -> None:
+    """The input is a parameter and keeps its name."""
+    if "hidden_states" not in [argument.arg for argument in method.args.args]:
+        raise Drift(method, f"{method.name} takes no hidden_states")
+    if _stores(method, "hidden_states"):
+        raise Drift(method, f"{method.name} puts something in the place of hidden_states")
+
+
+def _check_untouched_until(method: Function, last: int, name: str, asked: list[ast.expr]) -> None:
+    """No statement up to `last` leaves the method or has the input in hand, but for the known calls."""
+    for statement in method.body[: last + 1]:
+        for node in ast.walk(statement):
+            if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)):
+                raise Drift(node, f"{method.name} may end before its GEMM")
+        for node in _used(statement, name):
+            if node not in asked and not _is_shape_of(statement, node):
+                raise Drift(node, f"{method.name} uses {name} before its GEMM")
+
+
+def _only_call(method: Function, attribute: str) -> ast.Call:
+    """The one call of ``self.<attribute>``, and its only use."""
+    uses = uses_of(method, attribute)
+    calls = [node for node in ast.walk(method) if isinstance(node, ast.Call) and node.func in uses]
+    if len(uses) != 1 or len(calls) != 1:
+        raise Drift(
+            uses[-1] if uses else method, f"{method.name} uses {attribute} {len(uses)} times; known is one call"
+        )
+    return calls[0]
+
+
+def _statement_of(method: Function, call: ast.Call) -> ast.stmt:
+    """The statement that is this call or assigns its result, at the top level of the method: run once, always."""
+    for statement in method.body:
+        if isinstance(statement, (ast.Assign, ast.Expr)) and statement.value is call:
+            return statement
+    raise Drift(call, f"{method.name} makes the call under a condition, in a loop, or inside another expression")
+
+
+def _unpacked(statement: ast.stmt, count: int) -> list[str]:
+    target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+    names = [getattr(element, "id", None) for element in getattr(target, "elts", [])]
+    if not isinstance(target, ast.Tuple) or len(names) != count or None in names:
+        raise Drift(statement, f"a result is not unpacked into {count} names")
+    return [str(name) for name in names]
+
+
+def _is_split_of(statement: ast.stmt, name: str) -> bool:
+    value = statement.value if isinstance(statement, ast.Assign) else None
+    return value is not None and ast.unparse(value) == f"{name}.split([self.q_lora_rank, self.head_dim], dim=-1)"
+
+
+def _is_op(node: ast.expr) -> bool:
+    return ast.unparse(node).startswith("torch.ops.") and getattr(node, "attr", "") == OP
+
+
+def _is_name(node: ast.AST | None, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _is_load(node: ast.AST, name: str) -> bool:
+    return _is_name(node, name) and isinstance(node.ctx, ast.Load)  # type: ignore[attr-defined]
+
+
+def _stores(root: ast.AST, name: str) -> int:
+    """How often a name is bound, deleted or declared in a function, but for its parameters."""
+    found = 0
+    for node in ast.walk(root):
+        if isinstance(node, ast.Name):
+            found += node.id == name and not isinstance(node.ctx, ast.Load)
+        elif isinstance(node, (ast.Lambda, ast.FunctionDef)) and node is not root:
+            found += sum(argument.arg == name for argument in ast.walk(node.args) if isinstance(argument, ast.arg))
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            found += name in node.names
+    return found
+
+
+def _used(root: ast.AST, name: str) -> list[ast.expr]:
+    """Every place where a tensor is used for more than its shape, type and device."""
+    harmless = {
+        id(node.value)
+        for node in ast.walk(root)
+        if isinstance(node, ast.Attribute) and node.attr in HARMLESS_ATTRIBUTES
+    }
+    return [node for node in ast.walk(root) if _is_load(node, name) and id(node) not in harmless]  # type: ignore[misc]
+
+
+def _is_shape_of(statement: ast.stmt, node: ast.expr) -> bool:
+    """Whether a statement is nothing but ``… = <node>.shape``."""
+    value = getattr(statement, "value", None)
+    return isinstance(statement, ast.Assign) and isinstance(value, ast.Attribute) and value.value is node
+
+
+def _tests(statement: ast.stmt, name: str) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) == f"self.{name} is not None"
+
+
+def _in_arm(node: ast.AST, *arms: list[ast.stmt]) -> bool:
+    return any(node is inner for arm in arms for statement in arm for inner in ast.walk(statement))
+
+
+def _asked(branch: ast.If, *names: str) -> list[ast.expr]:
+    """The inputs that a branch gives to the named modules: one call of each, in a function that runs once."""
+    launches = [
+        statement.value
+        for statement in branch.body
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+        and getattr(statement.value.func, "id", "") == PARALLEL
+    ]  # fmt: skip
+    if len(launches) != 1 or len(launches[0].args) < 2:
+        raise Drift(branch, f"a branch of attention_impl does not call {PARALLEL} once")
+    run_once: list[ast.AST] = []
+    for work in launches[0].args[:2]:
+        if isinstance(work, ast.Lambda):
+            run_once.append(work.body)
+        elif isinstance(work, ast.Name):
+            run_once += _statements_of(branch, work)
+    found = []
+    for name in names:
+        own = [node for node in ast.walk(ast.Module(branch.body, [])) if attribute_of_self(node, name)]
+        local = [
+            statement
+            for statement in branch.body
+            if isinstance(statement, ast.Assign) and ast.unparse(statement) == f"{name} = self.{name}"
+        ]
+        calls = [node for node in ast.walk(branch) if isinstance(node, ast.Call) and _is_name(node.func, name)]
+        calls = [call for call in calls if _in_arm(call, branch.body)]
+        loads = [node for statement in branch.body for node in ast.walk(statement) if _is_load(node, name)]
+        asserted = sum(
+            isinstance(statement, ast.Assert) and bool(uses_of(statement, name)) for statement in branch.body
+        )
+        bound = _stores(ast.Module(branch.body, []), name)
+        if not (bound == len(local) == len(loads) == len(calls) == 1 and len(own) == 1 + asserted):
+            raise Drift(branch, f"a branch of attention_impl does not call the layer's {name} exactly once")
+        if not any(calls[0] is part or getattr(part, "value", None) is calls[0] for part in run_once):
+            raise Drift(calls[0], f"the call of {name} does not run once and always")
+        if not calls[0].args or not _is_name(calls[0].args[0], "hidden_states"):
+            raise Drift(calls[0], f"attention_impl gives {name} something else than hidden_states")
+        found.append(calls[0].args[0])
+    return found
+
+
+def _statements_of(branch: ast.If, work: ast.Name) -> list[ast.AST]:
+    """The statements of the branch's own function of that name, where nothing else uses it."""
+    functions = [node for node in branch.body if isinstance(node, ast.FunctionDef) and node.name == work.id]
+    loads = [node for statement in branch.body for node in ast.walk(statement) if _is_load(node, work.id)]
+    if len(functions) != 1 or len(loads) != 1 or functions[0].decorator_list:
+        raise Drift(work, f"{work.id} is not one plain function of its branch that is used once")
+    body: list[ast.AST] = []
+    for statement in functions[0].body:
+        if isinstance(statement, (ast.Return, ast.Raise)):
+            break
+        body.append(statement)
+    return body

@@ -1,0 +1,1 @@
+"""GDN input projections: `patch` tells the story, `verdict` reads the source."""

@@ -1,0 +1,1 @@
+"""LoRA linears: `patch` tells the story, `verdict` reads the source."""

@@ -1,0 +1,341 @@
+"""LoRA linears: the first half of what the adapters add runs next to the base layer.
+
+Symptom: each linear with LoRA runs its base layer, then a shrink (a fill, and a GEMM to the adapters' rank) and an expand (a GEMM
+from the rank to the output, which it adds to) on one stream. At decode sizes the LoRA kernels take as long as the base
+layer's GEMM, or longer, and fill a few percent of the GPU.
+
+Cause: nothing orders the shrink and the base layer; both read the layer's input.
+
+Fix: start launches the shrink on an auxiliary stream, the base layer runs as vLLM runs it, join
+waits, and upstream's own expand adds to the base layer's output (overlay.side_work). A base layer that quantizes its input stays
+stock (`gemms.check_beside`). All of it is upstream's code:
+
+* Its `add_lora_linear` runs with a stand-in for the punica wrapper that notes what shrink and expand are to be given.
+* Its `add_shrink` runs on the real wrapper. The op to which it hands its weights, ``lora_shrink``, is a global of its module,
+  and the patch puts a function there. That function calls upstream's op, unless the weights are `Gated`: then it calls start.
+* Its `apply` runs on a copy of the layer whose wrapper adds nothing: that is the base layer.
+* Its `add_expand` runs on the real wrapper.
+
+So every kernel gets the arguments that upstream gives it, and the result cannot differ. In a step above the captured sizes start
+becomes upstream's op again, and join goes.
+
+Upstream: vLLM #35721 in 0.20.0, off by default (``VLLM_LORA_ENABLE_DUAL_STREAM``). Where that is set, this patch steps
+aside. It puts the expand on the auxiliary stream as well, into a buffer of zeros that is added at the end. That hides more
+and costs more: a fill, and an addition that reads the whole output once more (benchmarks/results/ has both). It runs the
+base layer inside its op, leaves out merged layers (gate_up_proj, qkv_proj) up to 0.24.0 and replicated ones in all releases,
+and takes the layer name as ``str``, by which every layer becomes a compile artifact of its own.
+
+Remove when: upstream's switch covers the layers that you serve, and is set.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from vllm import envs
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import is_forward_context_available
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.platforms import current_platform
+
+from overlay.engine import compile_cache, loaded
+from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
+from overlay.report.journal import PatchRecord, journal
+from overlay.settings import Settings, outcome
+from overlay.side_work import lane, lowering, ops
+from overlay.side_work.adoption import Refused, adopt, refuse_modes
+from overlay.side_work.gemms import check_beside, gate_of
+from overlay.side_work.pairs import NO_CAPTURE
+from overlay.side_work.plan import Plan
+from overlay.verdict import Verdict, class_at
+from overlay.vocabulary import DUAL, INERT, LANDED
+
+NAME = "lora_linear"
+#: Tokens; measured on an H200 (benchmarks/results/). At 512 serial wins.
+TOKEN_THRESHOLD = 256
+#: The attribute that holds a layer's `Pair`, or None where the layer stays stock.
+PAIR = "_overlay_lora_pair"
+NO_ADAPTER = "no adapter active in the batch"
+UNDECIDED = "the layers could not be prepared"
+FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
+#: vLLM's linears. A subclass with a forward of its own may give another shape or type than the adapters are made for.
+LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, ReplicatedLinear)
+
+Apply = Callable[..., torch.Tensor]
+
+
+class Halves:
+    """Stand-in for `self` in a punica wrapper's own `add_lora_linear`: notes what shrink and expand are to be given.
+
+    Nothing runs but the allocation of the buffer between the two. A plain class, because Dynamo traces through it.
+    """
+
+    def add_shrink(
+        self, buffer: Any, x: torch.Tensor, weights: tuple[torch.Tensor, ...], *rest: Any, **named: Any
+    ) -> None:
+        self.buffer = buffer
+        self._shrink = x, weights, rest, named
+
+    def add_expand(self, _output: None, *given: Any, **named: Any) -> None:
+        self._expand = given, named
+
+    def shrink(self, wrapper: Any, gate: torch.Tensor | None) -> None:
+        x, weights, rest, named = self._shrink
+        wrapper.add_shrink(self.buffer, x, weights if gate is None else Gated(weights, gate), *rest, **named)
+
+    def expand(self, wrapper: Any, output: torch.Tensor) -> None:
+        given, named = self._expand
+        wrapper.add_expand(output, *given, **named)
+
+
+class Gated:
+    """The weights of a shrink that is to be started, and the gate: a parameter that the base layer's GEMM reads."""
+
+    def __init__(self, weights: tuple[torch.Tensor, ...], gate: torch.Tensor) -> None:
+        self.weights = weights
+        self.gate = gate
+
+
+class AddsNothing:
+    """A punica wrapper for an `apply` that is to give the base layer's output alone."""
+
+    def add_lora_linear(self, *_given: Any, **_named: Any) -> None: ...
+
+    add_shrink = add_expand = add_lora_linear
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`base` is the layer without its adapters, for upstream's `apply`; `gate` names the base layer's parameter that its GEMM
+    reads. Without a gate, on a CPU, the shrink runs serially before the base layer."""
+
+    base: torch.nn.Module
+    gate: str | None
+
+
+def lora_shrink(inputs: torch.Tensor, lora_a_weights: Any, *rest: Any, **named: Any) -> None:
+    """Stands where upstream's `add_shrink` finds its op. Its other callers get the op."""
+    if isinstance(lora_a_weights, Gated):
+        torch.ops.vllm_overlay.lora_start(inputs, lora_a_weights.weights, *rest, lora_a_weights.gate, NAME)
+    else:
+        torch.ops.vllm.lora_shrink(inputs, lora_a_weights, *rest, **named)
+
+
+def overlap_adapters(original: Apply) -> Apply:
+    """A plain function to set on the class in the place of `original`. Plain, because Dynamo drops a wrapt wrapper."""
+
+    @functools.wraps(original)
+    def apply(self: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        pair = getattr(self, PAIR, None)
+        # Towers of multimodal models run without a forward context. A third dimension is the batch of Transformers' models.
+        if pair is None or x.dim() not in (2, 3) or not is_forward_context_available():
+            return original(self, x, bias)
+        wrapper, halves, rows = self.punica_wrapper, Halves(), x.flatten(0, -2)
+        type(wrapper).add_lora_linear(
+            halves, None, rows, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
+        )
+        halves.shrink(wrapper, None if pair.gate is None else getattr(self.base_layer, pair.gate))
+        output = original(pair.base, x, bias)
+        if pair.gate is not None:
+            torch.ops.vllm_overlay.join(halves.buffer, output, rows)
+        elif not torch.compiler.is_compiling():
+            ops.choose(rows, NAME)  # start is what counts elsewhere
+        halves.expand(wrapper, output.view(-1, output.shape[-1]))
+        return output
+
+    return apply
+
+
+def take_over_shrink(wrapper: Any) -> None:
+    """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Raises Refused where that is not so."""
+    known = getattr(type(wrapper).add_shrink, "__globals__", {})
+    found, stock = known.get(SHRINK), getattr(torch.ops.vllm, SHRINK, None)
+    if found is lora_shrink:
+        return
+    if found is None or found is not stock or not hasattr(wrapper, "token_mapping_meta"):
+        raise Refused(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
+    define_start(found)
+    known[SHRINK] = lora_shrink
+
+
+@functools.cache
+def define_start(stock: Any) -> None:
+    """Define ``vllm_overlay::lora_start`` for upstream's op, once per process. Its arguments differ by release."""
+    flag = [argument.name for argument in stock.default._schema.arguments].index("no_lora_flag_cpu")
+    ops.define_start_of(stock, "lora_start", lambda given: NO_ADAPTER if given[flag].item() else None)
+
+
+def without_adapters(layer: Any) -> Any:
+    """A shallow copy of a layer whose adapters add nothing.
+
+    A real instance of its class with the same modules and parameters, so that upstream's helpers and ``super()`` work.
+    """
+    copy = object.__new__(type(layer))
+    copy.__dict__.update(layer.__dict__)
+    copy.__dict__.update({"punica_wrapper": AddsNothing(), PAIR: None})
+    return copy
+
+
+def check_engine(layer: Any) -> None:
+    """Raise Refused where all LoRA layers of an engine stay stock: on one rank as on all others."""
+    config = get_current_vllm_config()
+    if layer.lora_config.fully_sharded_loras:
+        raise Refused(FULLY_SHARDED)
+    refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
+    if layer.lora_a_stacked[0].is_cuda and not lowering.captures(config.compilation_config):
+        raise Refused(NO_CAPTURE)
+
+
+def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
+    """Raise Refused for a class that goes another way than through an intercepted `apply` and upstream's helpers."""
+    classes = layer_class.__mro__
+    linear_class = next(target for target in classes if target.__name__ == BASE[1])
+    helpers = {name for name in linear_class.__dict__ if name.startswith("_") and not name.startswith("__")}
+    first = min(classes.index(target) for target in intercepted if target in classes)
+    for number, owner in enumerate(classes[: classes.index(linear_class)]):
+        own = owner.__dict__.get("apply") if number < first else None
+        if own is not None and not (isinstance(own, FunctionType) and {"super", "apply"} <= set(own.__code__.co_names)):
+            raise Refused(f"{owner.__name__} has an apply of its own")
+        changed = sorted(helpers & set(owner.__dict__))
+        if changed:
+            raise Refused(f"{owner.__name__} has {', '.join(changed)} of its own")
+
+
+def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str, Any]]:
+    """The pair of a layer that has its weights, and what the journal shows. Raises Refused where it must stay stock."""
+    check_class(type(layer), intercepted)
+    base = layer.base_layer
+    if type(base).forward not in [linear.forward for linear in LINEARS]:
+        raise Refused(f"{type(base).__name__} has a forward of its own")
+    check_beside(base)
+    columns = getattr(base, "output_size_per_partition", base.output_size)
+    found = sum(layer.output_slices)
+    if found != columns:
+        raise Refused(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
+    gate: str | None = gate_of(base)
+    if current_platform.is_cuda_alike() or hasattr(layer.punica_wrapper, "token_mapping_meta"):
+        take_over_shrink(layer.punica_wrapper)
+    else:
+        gate = None
+    shown = {"output": found, "slices": len(layer.output_slices), "class": type(layer).__name__}
+    return Pair(without_adapters(layer), gate), shown
+
+
+class Layers:
+    """The layers that have their wrapper, until their model has been loaded."""
+
+    def __init__(
+        self, verdict: Verdict, record: PatchRecord, settings: Settings, intercepted: tuple[type, ...]
+    ) -> None:
+        self._verdict = verdict
+        self._record = record
+        self._settings = settings
+        self._intercepted = intercepted
+        self._waiting: list[tuple[weakref.ref[torch.nn.Module], str, Pair | None]] = []
+        #: What shapes the graph of each layer that has been decided.
+        self._shapes: list[str] = []
+        #: Whether this engine has LoRA layers that could have a pair. The ranks of a model agree in that.
+        self._ranges = False
+
+    def add(self, layer: Any, name: str) -> None:
+        """Take a layer, or leave it stock. Only strict lets an exception out."""
+
+        def make() -> tuple[Pair, dict[str, Any]]:
+            check_engine(layer)
+            self._ranges = True
+            return make_pair(layer, self._intercepted)
+
+        setattr(layer, PAIR, None)
+        pair = adopt(NAME, self._record, name, make, self._settings)
+        self._waiting.append((weakref.ref(layer), name, pair))
+
+    def decide(self, worker: Any) -> None:
+        """Give every waiting layer its pair, before vLLM sizes its KV cache and traces. Only strict lets an exception out."""
+        waiting = [(layer, name, pair) for one, name, pair in self._waiting if (layer := one()) is not None]
+        ranges, self._ranges = self._ranges, False
+        self._waiting.clear()
+        if not waiting:
+            return
+        compilation = worker.vllm_config.compilation_config
+        failed = False
+        try:
+            if ranges:
+                lowering.split_ranges(compilation, self._settings.strict)
+            for layer, _, pair in waiting:
+                if pair is not None and layer.lora_a_stacked[0].is_cuda:
+                    _use_the_lane_once(layer.lora_a_stacked[0].device)
+                    break
+        except Exception as error:
+            failed = True
+            journal.problem(f"{NAME}: {UNDECIDED}, {outcome(self._settings.strict)}: {type(error).__name__}: {error}")
+            if self._settings.strict:
+                raise
+        for layer, name, made in waiting:
+            if failed and made is not None:
+                self._record.patched.pop(name, None)
+                self._record.refuse(name, UNDECIDED)
+            pair = None if failed else made
+            setattr(layer, PAIR, pair)
+            self._shapes.append(f"{name}=" + ("stock" if pair is None else f"by {pair.gate}"))
+        shaping = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
+        compile_cache.add(NAME, (*self._verdict.methods, *sorted(self._shapes), shaping))
+        journal.write()
+
+
+def _use_the_lane_once(device: torch.device) -> None:
+    """A stream's first use allocates memory. It happens now, where vLLM counts it, and not during a capture."""
+    found = lane.prepare(device)
+    if found is not None:
+        result = torch.zeros(1, device=device)
+        found.start(result, DUAL, result.zero_)
+        found.join(result)
+
+
+def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
+    """Intercept the classes of `verdict` in a package that has just been imported. Gives the verdict that holds here."""
+    if verdict.upstream is not None and getattr(envs, SWITCH, False):
+        return replace(verdict, state=LANDED, reason=f"{SWITCH} is set: upstream's own dual stream", methods=())
+    if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
+        device = current_platform.device_type or "none"
+        return replace(
+            verdict, state=INERT, reason=f"dual CUDA streams are only supported on CUDA platforms, this is {device}"
+        )
+    linear_class: Any = class_at(module, ".".join(BASE))
+    ancestor: Any = class_at(module, ".".join(ANCESTOR))
+    targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
+    record = journal.patch(NAME)
+    layers = Layers(verdict, record, settings, targets)
+
+    def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        if not isinstance(layer, linear_class):
+            return
+        name = getattr(layer.base_layer, "prefix", type(layer).__name__)
+        layers.add(layer, name)
+        if record.refused.get(name) == FULLY_SHARDED:
+            journal.problem(f"{NAME}: vLLM runs stock: {FULLY_SHARDED}")
+            if settings.strict:
+                raise ValueError(FULLY_SHARDED)
+
+    ops.define(declares_writes=current_platform.is_cuda_alike())
+    ops.pairs[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
+    loaded.when_loaded(layers.decide)
+    setattr(linear_class, PAIR, None)
+    for target in targets:
+        target.apply = overlap_adapters(target.__dict__["apply"])
+    # Last, because everything before it changes nothing for a layer without a pair.
+    wrapt.wrap_function_wrapper(ancestor, "set_mapping", after_set_mapping)
+    return verdict

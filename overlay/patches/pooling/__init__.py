@@ -1,0 +1,1 @@
+"""Pooling without async scheduling: `patch` tells the story, `verdict` reads the source."""

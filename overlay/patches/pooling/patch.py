@@ -1,0 +1,109 @@
+"""Pooling without async scheduling: the pooler's output is copied on a stream of its own, and an event is waited for.
+
+Symptom: where async scheduling is off (``--no-async-scheduling``, Ray, or an option that excludes it), every pooling step
+ends with a synchronisation of the whole device: the host waits for everything that any stream has been given.
+
+Cause: `GPUModelRunner._pool` gives the asynchronous output, which waits for the event of its own copy, only under
+async scheduling; otherwise it copies on the main stream and synchronises.
+
+Fix: `_pool` reads ``use_async_scheduling`` for that choice and for nothing else (the verdict checks it), so the flag is true
+while it runs, and the copy stream is there. All executors take the asynchronous output also without async scheduling, and
+ask for its result at once. The flag has one reader at that time: the worker's main thread, which is in `_pool`.
+
+The device sync did one more thing: no step began before the last one had left the GPU. So a worker whose output nobody
+asks for stays stock (multiproc takes one rank's): it would run ahead, and without async scheduling nothing else keeps it
+from writing inputs that the GPU has not read.
+
+Upstream: vLLM #39113 (0.20.0) made the asynchronous output the only one on CUDA-like devices.
+
+Remove when: the verdict on your vLLM (in the log, and in the journal) is ``landed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from overlay.report.journal import journal
+from overlay.settings import Settings
+from overlay.side_work.adoption import Refused, adopt
+from overlay.verdict import Verdict
+from overlay.vocabulary import INERT
+
+NAME = "pooling"
+#: vLLM's own executors. Each knows the asynchronous output; somebody's own class may not.
+EXECUTORS = ("uni", "mp", "ray", "external_launcher")
+NOTHING_FINISHED = "no request of the step has finished"
+#: The attribute that says of a runner whether `_pool` is to give the asynchronous output.
+ADOPTED = "_overlay_gives_asynchronous_output"
+
+
+def executor_of(runner: Any) -> str:
+    """The name of the executor that will ask this runner's output for its result at once. Raises Refused if none does.
+
+    Raises AttributeError where the runner lacks what the patch flips or fills.
+    """
+    if {"use_async_scheduling", "async_output_copy_stream"} - set(vars(runner)):
+        raise AttributeError("the runner has no flag or no copy stream of its own")
+    if runner.use_async_scheduling:
+        raise Refused("async scheduling is on: vLLM gives the asynchronous output itself")
+    parallel = runner.parallel_config
+    executor = parallel.distributed_executor_backend
+    if executor not in EXECUTORS:
+        raise Refused(f"executor {executor!r} is not known to take an asynchronous output")
+    ranks_of_a_stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+    first_of_the_last_stage = parallel.world_size - ranks_of_a_stage
+    if parallel.pipeline_parallel_size > 1 and parallel.rank < first_of_the_last_stage:
+        raise Refused("the pooler runs in another pipeline stage")
+    if executor == "mp" and parallel.rank != first_of_the_last_stage:
+        raise Refused("the executor takes another rank's output, and nothing would wait for this one's")
+    return str(executor)
+
+
+def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
+    """Intercept the runner of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
+    if not current_platform.is_cuda_alike():
+        return replace(
+            verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}"
+        )
+    target = getattr(module, verdict.class_name or "")
+    record = journal.patch(NAME)
+    record.runs_in_warm_up = False  # vLLM's warm-up runs the pooler, but not `_pool`
+
+    def after_init(wrapped: Callable[..., None], runner: Any, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        if runner.is_pooling_model:
+            found = adopt(NAME, record, type(runner).__name__, lambda: describe(runner), settings)
+            setattr(runner, ADOPTED, found is not None)
+
+    def describe(runner: Any) -> tuple[str, dict[str, Any]]:
+        executor = executor_of(runner)
+        return executor, {"executor": executor, "rank": runner.parallel_config.rank}
+
+    def pool(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
+        if not getattr(runner, ADOPTED, False):
+            return wrapped(*args, **kwargs)
+        if runner.async_output_copy_stream is None:
+            runner.async_output_copy_stream = torch.cuda.Stream(device=runner.device)
+        before, runner.use_async_scheduling = runner.use_async_scheduling, True
+        try:
+            output = wrapped(*args, **kwargs)
+        finally:
+            runner.use_async_scheduling = before
+        if isinstance(output, AsyncModelRunnerOutput):
+            record.calls.dual_stream += 1
+        else:
+            record.calls.count_serial(NOTHING_FINISHED)
+        return output
+
+    wrapt.wrap_function_wrapper(target, "_pool", pool)
+    # Last, because `_pool` is upstream's own for a runner that has not been adopted.
+    wrapt.wrap_function_wrapper(target, "__init__", after_init)
+    return verdict

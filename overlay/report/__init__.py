@@ -1,0 +1,1 @@
+"""What is said: the journal of a process and its reader, the log, the summary line, the metrics."""

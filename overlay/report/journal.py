@@ -1,0 +1,332 @@
+"""What this process applied, traced, called, refused and why: one JSON file per process.
+
+"Applied" in a log is a claim. The journal holds the proof: how often the op was seen by the compiler (fake), how often
+it ran on two streams, and how often serially and why. Counters are plain integers; the hot path makes no system call.
+Milestones write the file at once. Once layers are patched, or one of vLLM's loops has begun, a daemon thread writes it again
+when it has changed or is gone, so that the file is good even after a kill -9.
+
+The file's name says of which process it is, and the process holds a lock on it (overlay/report/process_identity.py). The folder may
+be shared by containers, and by hosts, and outlive all of them: at its start a process removes what is an hour old and of no
+process that runs. Of a process of another host only the age is known, so a file is written anew every ten minutes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import multiprocessing
+import os
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from overlay import __version__, files
+from overlay.report import own_folder, process_identity
+from overlay.report.log import fields, logger
+from overlay.verdict import Verdict
+from overlay.vocabulary import ABSENT, API_SERVER, LANDED, MAIN, NOT_SEEN, RAY_WORKER, REGISTRY_PROBE
+
+SCHEMA = 1
+_WRITE_INTERVAL_SECONDS = 1.0
+#: After this time a file is written again, changed or not: its age is all that another host knows of this process.
+_REFRESH_SECONDS = 600.0
+_STALE_SECONDS = 3600.0
+_TEMPORARY = ".journal-"
+
+
+@dataclass
+class Calls:
+    """How often a custom op was called, by strategy."""
+
+    fake: int = 0
+    lowered: int = 0  #: places in compiled graphs that got stock's calls back (overlay.side_work.lowering)
+    dual_stream: int = 0
+    fused: int = 0
+    serial: dict[str, int] = field(default_factory=dict)
+
+    def count_serial(self, reason: str) -> None:
+        self.serial[reason] = self.serial.get(reason, 0) + 1
+
+    def total(self) -> int:
+        return self.dual_stream + self.fused + sum(self.serial.values())
+
+
+@dataclass
+class PatchRecord:
+    """One patch in this process."""
+
+    verdict: str = NOT_SEEN
+    reason: str = "this process has not imported the target"
+    module: str | None = None
+    methods: tuple[str, ...] = ()
+    patched: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    calls: Calls = field(default_factory=Calls)
+    #: What was measured, or read from disk, for each shape of this patch's layers (overlay.side_work.pairs).
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    #: Whether vLLM's own warm-up has to have called the op; else the first step has to.
+    runs_in_warm_up: bool = True
+    #: The verdict on the source alone, where the target has not been imported and somebody has asked.
+    _on_source: str | None = None
+    #: Verdict and reason before this engine's proof of effect (overlay.engine.proof) overruled them.
+    _before_overruled: tuple[str, str] | None = None
+
+    @property
+    def state(self) -> str:
+        """The verdict. A patch whose target was not imported is landed or absent if the source says so."""
+        unseen_is_enough = self.verdict == NOT_SEEN and self._on_source in (LANDED, ABSENT)
+        return str(self._on_source) if unseen_is_enough else self.verdict
+
+    @property
+    def is_overruled(self) -> bool:
+        """Whether something else than the verdict holds in this engine."""
+        return self._before_overruled is not None
+
+    def conclude(self, state: str, reason: str) -> None:
+        """What becomes of the patch in this process, and why."""
+        self.verdict, self.reason = state, reason
+
+    def judged(self, found: Verdict) -> None:
+        """What becomes of the patch in this process, by a verdict."""
+        self.conclude(found.state, found.reason)
+        self.module, self.methods = found.module, found.methods
+
+    def note_source(self, found: Verdict) -> None:
+        """The target has not been imported; this is the verdict on its source."""
+        self._on_source = found.state
+        self.reason = f"its target has not been imported; on this vLLM: {found.state}: {found.reason}"
+
+    def begin_engine(self) -> None:
+        """What follows is of another engine of this process."""
+        self.patched, self.refused, self.calls, self.plans = {}, {}, Calls(), []
+        if self._before_overruled is not None:
+            (self.verdict, self.reason), self._before_overruled = self._before_overruled, None
+
+    def overrule(self, verdict: str, reason: str) -> None:
+        """In this engine, that is not what holds."""
+        self._before_overruled = self._before_overruled or (self.verdict, self.reason)
+        self.verdict, self.reason = verdict, reason
+
+    def refuse(self, layer_name: str, reason: str) -> None:
+        """A layer stays stock. The worker's summary counts layers by reason; names are for those who debug."""
+        logger.debug("overlay: layer %s stays stock: %s", layer_name, reason)
+        self.refused[layer_name] = reason
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "module": self.module,
+            "methods": list(self.methods),
+            "layers": {"patched": dict(self.patched), "refused": dict(self.refused)},
+            "plans": list(self.plans),
+            "calls": {
+                "fake": self.calls.fake,
+                "lowered": self.calls.lowered,
+                "dual_stream": self.calls.dual_stream,
+                "fused": self.calls.fused,
+                "serial": dict(self.calls.serial),
+            },
+        }
+
+
+def role() -> str:
+    """What this process is in a running vLLM, from what vLLM calls it."""
+    name = multiprocessing.current_process().name
+    if name != "MainProcess":
+        return name
+    arguments = sys.argv
+    program = os.path.basename(arguments[0]) if arguments else ""
+    if (program == "vllm" and arguments[1:2] == ["serve"]) or "api_server" in (arguments[0] if arguments else ""):
+        return API_SERVER
+    if program == "default_worker.py":
+        return RAY_WORKER
+    if arguments and arguments[0].endswith(os.path.join("models", "registry.py")):
+        return REGISTRY_PROBE
+    return MAIN
+
+
+class Journal:
+    """The record of one process, and its file."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._path: str | None = None
+        self._writer: threading.Thread | None = None
+        self._written: dict[str, Any] | None = None
+        self._written_at = 0.0  #: by the monotonic clock
+        self._held: tuple[int, os.stat_result] | None = None  #: the descriptor that holds the lock, and its file
+        self._started = time.time()
+        self.patches: dict[str, PatchRecord] = {}
+        self.problems: list[str] = []
+        self.vllm_version: str | None = None
+        self.transformers: dict[str, Any] = {"state": "vllm has not been imported"}
+        self.fingerprint: str | None = None
+        #: `world` and `rank` of this process, and the `result` of the comparison; None where there is one rank.
+        self.agreement: dict[str, Any] | None = None
+        #: vLLM's loop that this process is in, with room for its frames (overlay/patches/frame_stack/patch.py).
+        self.loop: str | None = None
+
+    def open(self, folder: str) -> None:
+        """Name the file and clean up after processes that are gone. A folder that cannot be used costs a WARNING."""
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            own_folder.check_own_folder(folder)
+            self._name_file(folder)
+            self.write()
+            if self._path is not None:
+                _remove_stale(folder, os.stat(self._path).st_mtime)
+        except OSError as error:
+            self._path = None
+            logger.warning("overlay: no journal, %s cannot be used: %s", folder, error)
+            return
+        atexit.register(self.write)
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    @property
+    def folder(self) -> str | None:
+        """Where this process's journal is, beside those of the others; None while it has none."""
+        return os.path.dirname(self._path) if self._path is not None else None
+
+    def patch(self, name: str) -> PatchRecord:
+        return self.patches.setdefault(name, PatchRecord())
+
+    def problem(self, text: str) -> None:
+        """Say it once, at WARNING, and keep it."""
+        if text in self.problems:
+            return
+        self.problems.append(text)
+        logger.warning("overlay: %s", text, extra=fields("problem", problem=text))
+        self.write()
+
+    def begin_engine(self) -> None:
+        """A worker begins. A process can have several, one after the other; the journal is about the last one."""
+        for record in self.patches.values():
+            record.begin_engine()
+
+    def note_unseen(self, judge: Callable[[str], Verdict]) -> None:
+        """Ask for the verdict of every patch whose target nobody has imported."""
+        for name, record in self.patches.items():
+            if record.verdict == NOT_SEEN:
+                record.note_source(judge(name))
+
+    def entered(self, loop: str) -> None:
+        """This process begins with a loop of vLLM's."""
+        self.loop = loop
+        self.write()
+        self.keep_current()
+
+    def keep_current(self) -> None:
+        """From now on a thread keeps the file up to date. Called when this process has forked those that it forks."""
+        if self._writer is None and self._path is not None:
+            self._writer = threading.Thread(target=self._follow, name="overlay-journal", daemon=True)
+            self._writer.start()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "pid": os.getpid(),
+            "parent": _parent(),
+            "started": self._started,
+            "role": role(),
+            "overlay": __version__,
+            "vllm": self.vllm_version,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "transformers": self.transformers,
+            "fingerprint": self.fingerprint,
+            "agreement": self.agreement,
+            "loop": self.loop,
+            "problems": list(self.problems),
+            "patches": {name: record.as_dict() for name, record in self.patches.items()},
+        }
+
+    def write(self) -> None:
+        """Write the file if anything has changed, or if somebody has removed it."""
+        path = self._path
+        if path is None:
+            return
+        with self._lock:
+            # Compared before it becomes text: that takes milliseconds of the interpreter's time where layers are many.
+            content, now = self.as_dict(), time.monotonic()
+            fresh = now - self._written_at < _REFRESH_SECONDS
+            if fresh and content == self._written and os.path.exists(path):
+                return
+            try:
+                held = files.replace_and_lock(path, json.dumps(content, indent=1), _TEMPORARY)
+            except OSError as error:
+                self._path = None
+                logger.warning("overlay: the journal stops here, %s cannot be written: %s", path, error)
+                return
+            self._release()
+            self._held, self._written, self._written_at = (held, os.fstat(held)), content, now
+
+    def _name_file(self, folder: str) -> None:
+        self._path = os.path.join(folder, process_identity.file_name(process_identity.own()))
+
+    def _release(self) -> None:
+        """Close the lock's descriptor. A forked child that does this takes nothing from its parent.
+
+        A program that becomes a daemon closes all of its descriptors, and the number may be another file's by now.
+        """
+        held, self._held = self._held, None
+        if held is None:
+            return
+        descriptor, file = held
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), file):
+                os.close(descriptor)
+
+    def _follow(self) -> None:
+        while self._path is not None:
+            time.sleep(_WRITE_INTERVAL_SECONDS)
+            # A counter that gets a new key while it is copied raises RuntimeError; the next round has it.
+            with contextlib.suppress(RuntimeError):
+                self.write()
+
+    def _after_fork(self) -> None:
+        """A forked child is a process of its own: own file, own counters, and threads do not survive a fork."""
+        self._lock = threading.Lock()
+        self._started = time.time()
+        self._release()
+        had_writer, self._writer = self._writer is not None, None
+        for record in self.patches.values():
+            record.calls = Calls()
+        if self._path is not None:
+            self._name_file(os.path.dirname(self._path))
+            if had_writer:
+                self.keep_current()
+
+
+def _parent() -> int:
+    """The number of the process that started this one.
+
+    A process that multiprocessing has started asks multiprocessing: to the kernel the child of a fork server is the
+    server's, and an orphan that of process 1, which may be another vLLM.
+    """
+    started_by = multiprocessing.parent_process()
+    return os.getppid() if started_by is None or started_by.pid is None else started_by.pid
+
+
+def _remove_stale(folder: str, now: float) -> None:
+    """Remove the files of the overlay that are an hour old and of no process that runs; a reader may want the fresh ones.
+
+    `now` is the time by the folder's file system, which is not the clock of every host that writes to it.
+    """
+    here = process_identity.own()
+    for name in os.listdir(folder):
+        if not process_identity.is_name(name) and not name.startswith(_TEMPORARY):
+            continue
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):
+            information = os.lstat(path)
+            is_old = abs(now - information.st_mtime) > _STALE_SECONDS  # abs: a clock may have been set back since
+            if is_old and stat.S_ISREG(information.st_mode) and not process_identity.runs(path, here):
+                os.unlink(path)
+
+
+journal = Journal()

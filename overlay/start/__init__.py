@@ -1,0 +1,1 @@
+"""The first `import vllm` of a process: from there to installed patches."""

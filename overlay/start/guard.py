@@ -1,0 +1,29 @@
+"""Every hook is guarded: an exception in a hook would fail the import of vLLM's module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from overlay.report.journal import journal
+from overlay.settings import Settings, outcome
+
+
+class Drifted(RuntimeError):
+    """Under strict: what runs is not of a shape that is known. Has been said already."""
+
+
+def guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) -> Callable[[ModuleType], None]:
+    """A hook that cannot fail vLLM's import, unless strict asks for that."""
+
+    def call(module: ModuleType) -> None:
+        try:
+            hook(module)
+        except Drifted:
+            raise
+        except Exception as error:
+            journal.problem(f"{what}: {outcome(settings.strict)}: {type(error).__name__}: {error}")
+            if settings.strict:
+                raise
+
+    return call

@@ -1,0 +1,75 @@
+"""One patch: from its target, which has just been executed, to a verdict in the journal."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+from overlay.engine import compile_cache, proof, running_code
+from overlay.patches import registry
+from overlay.report.journal import journal
+from overlay.report.log import logger
+from overlay.settings import Settings, outcome
+from overlay.start.guard import Drifted
+from overlay.verdict import SourceTree, Verdict
+from overlay.vocabulary import APPLY, DRIFTED, REFUSED
+
+
+def install(patch: str, module: ModuleType, settings: Settings) -> None:
+    """A target module has just been executed: judge its source, and install the patch if the verdict is apply."""
+    tree = sources()
+    found = registry.judge(patch, tree)
+    if found.module != module.__name__:
+        return
+    if found.state == APPLY:
+        stranger = running_code.remember(patch, module, found, tree.texts)
+        if stranger is None:
+            found = _install_judged(patch, module, found, settings)
+        else:
+            found = replace(found, state=REFUSED, reason=stranger)
+    conclude(patch, found, settings)
+
+
+def _install_judged(patch: str, module: ModuleType, found: Verdict, settings: Settings) -> Verdict:
+    """The compile cache's key first: a patch without it could be given a graph that was compiled without the patch."""
+    proof.remember(patch, module, found)
+    if found.shapes_graph:
+        compile_cache.add(patch, found.methods)
+    installed = False
+    try:
+        installer = importlib.import_module(f"overlay.patches.{patch}.patch")
+        found = installer.install(module, found, settings)
+        installed = found.state == APPLY
+    finally:
+        if not installed:
+            compile_cache.remove(patch)
+            proof.forget(patch)
+    return found
+
+
+def conclude(patch: str, found: Verdict, settings: Settings) -> None:
+    """A patch's verdict in this process is final: keep it. A shape that is not known is a problem, fatal under strict."""
+    journal.patch(patch).judged(found)
+    if found.state in (DRIFTED, REFUSED):
+        text = f"{patch}: {found.state}, {outcome(settings.strict)}: {found.reason} ({found.where})"
+        journal.problem(text)
+        if settings.strict:
+            raise Drifted(text)
+    else:
+        intercepted = f"; intercepts {', '.join(map('.'.join, found.intercepted()))}" if found.state == APPLY else ""
+        logger.debug("overlay: %s: %s: %s%s", patch, found.state, found.reason, intercepted)
+    journal.write()
+
+
+def judge(patch: str) -> Verdict:
+    """A patch's verdict on the vLLM that is being imported."""
+    return registry.judge(patch, sources())
+
+
+def sources() -> SourceTree:
+    """The sources of the vLLM that is being imported."""
+    package = os.path.abspath(sys.modules["vllm"].__file__ or "")
+    return SourceTree(os.path.dirname(os.path.dirname(package)))

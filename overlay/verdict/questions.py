@@ -1,0 +1,145 @@
+"""Reading a method with `ast`: the few questions that the verdicts ask."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+
+from overlay.verdict.model import Verdict
+from overlay.vocabulary import DRIFTED
+
+#: What may be asked of a tensor between two uses of it without changing it.
+HARMLESS_ATTRIBUTES = frozenset({"shape", "dtype", "device", "size", "dim", "ndim", "numel", "is_cuda", "stride"})
+
+#: What code may consist of that changes no tensor; `disturbs` looks closer at some of it.
+QUIET = (
+    ast.Assign, ast.AnnAssign, ast.Assert, ast.Expr, ast.If, ast.Pass,
+    ast.Attribute, ast.BinOp, ast.BoolOp, ast.Call, ast.Compare, ast.Constant, ast.IfExp, ast.List, ast.Name, ast.Slice,
+    ast.Subscript, ast.Tuple, ast.UnaryOp,
+    ast.boolop, ast.cmpop, ast.expr_context, ast.keyword, ast.operator, ast.unaryop,
+)  # fmt: skip
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Drift(Exception):
+    """The source is not of the known shape. Carries the line and what differs."""
+
+    def __init__(self, node: ast.AST, what: str) -> None:
+        super().__init__(what)
+        self.line = getattr(node, "lineno", 0)
+
+
+def drifted(error: Drift | SyntaxError, path: str, module: str, class_name: str | None = None) -> Verdict:
+    """The verdict on a source that is not of the known shape, or no Python at all. `path` is the file of the error."""
+    if isinstance(error, SyntaxError):
+        reason, line = f"not readable as Python: {error.msg}", error.lineno
+    else:
+        reason, line = str(error), error.line or 1
+    return Verdict(DRIFTED, reason, module, class_name, where=f"{path}:{line}")
+
+
+def check_self(method: Function, excused: Iterable[ast.AST] = ()) -> None:
+    """Raise Drift unless `self` is only read from in a method: a stand-in takes its place. `excused` are nodes that may do more."""
+    fine = {id(node.value) for node in ast.walk(method) if attribute_of_self(node) and isinstance(node.ctx, ast.Load)}  # type: ignore[attr-defined]
+    fine |= set(map(id, excused))
+    for node in ast.walk(method):
+        if isinstance(node, ast.Name) and node.id == "self" and id(node) not in fine:
+            raise Drift(node, f"{method.name} hands out self, or stores to it")
+        if isinstance(node, ast.Name) and node.id in ("super", "__class__"):
+            raise Drift(node, f"{method.name} uses {node.id}")
+
+
+def find_class(tree: ast.Module, name: str) -> ast.ClassDef | None:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node
+    return None
+
+
+def methods_of(class_node: ast.ClassDef) -> dict[str, Function]:
+    return {node.name: node for node in class_node.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+
+
+def attribute_of_self(node: ast.AST, name: str | None = None) -> bool:
+    """Whether `node` is ``self.<name>`` (of any name, where none is given)."""
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+        and (name is None or node.attr == name)
+    )
+
+
+def uses_of(root: ast.AST, attribute: str) -> list[ast.AST]:
+    """Every place in `root` where ``self.<attribute>`` stands."""
+    return [node for node in ast.walk(root) if attribute_of_self(node, attribute)]
+
+
+def paths_to_statements(function: Function) -> Iterator[tuple[list[tuple[ast.stmt, str]], list[ast.stmt]]]:
+    """Every statement list of a function that only ``if`` leads to, with the (if, arm) pairs on the way there."""
+
+    def walk(
+        block: list[ast.stmt], path: list[tuple[ast.stmt, str]]
+    ) -> Iterator[tuple[list[tuple[ast.stmt, str]], list[ast.stmt]]]:
+        yield path, block
+        for statement in block:
+            if isinstance(statement, ast.If):
+                yield from walk(statement.body, [*path, (statement, "body")])
+                yield from walk(statement.orelse, [*path, (statement, "orelse")])
+
+    yield from walk(function.body, [])
+
+
+def disturbs(statement: ast.stmt, name: str) -> ast.AST | None:
+    """The node by which a statement could change the tensor `name`, hand it out, or leave the function.
+
+    An allowlist: the tensor may have another name (a view, a closure), so a call or a write to anything counts.
+    """
+    harmless = {
+        id(node.value)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Attribute) and node.attr in HARMLESS_ATTRIBUTES and isinstance(node.ctx, ast.Load)
+    }
+    for node in ast.walk(statement):
+        if not isinstance(node, QUIET):
+            return node
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+            return node
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) not in HARMLESS_ATTRIBUTES:
+            return node
+        if isinstance(node, ast.Name) and node.id == name and id(node) not in harmless:
+            return node
+    return None
+
+
+def binders(block: list[ast.stmt], name: str) -> list[ast.AST]:
+    """Every node of a module's or a class's own code that binds `name`: a definition, an assignment, an import."""
+    found: list[ast.AST] = []
+    waiting: list[ast.AST] = list(block)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name):
+            if node.id == name and not isinstance(node.ctx, ast.Load):
+                found.append(node)
+        elif name in (getattr(node, "name", None), getattr(node, "asname", None), getattr(node, "rest", None)):
+            found.append(node)
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def written_to_class(tree: ast.Module, class_name: str) -> ast.AST | None:
+    """The place where a module's own code sets an attribute of a class after its definition."""
+    for statement in tree.body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        for node in ast.walk(statement):
+            owner: ast.AST | None = None
+            if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+                owner = node.value
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and node.args:
+                owner = node.args[0]
+            if isinstance(owner, ast.Name) and owner.id == class_name:
+                return node
+    return None

@@ -1,0 +1,191 @@
+"""The fingerprint in vLLM's compile cache key."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("wrapt")
+
+import overlay
+from overlay.engine import compile_cache, proof
+from overlay.report.journal import Journal, PatchRecord
+from overlay.settings import Settings
+from overlay.side_work import adoption
+from overlay.start import install
+from overlay.verdict import Verdict
+from overlay.vocabulary import APPLY, INERT
+
+Entries = dict[str, Callable[[], object]]
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> Entries:
+    """vLLM's table of environment variables, which its cache key is made of."""
+    module = types.ModuleType("vllm.envs")
+    table: Entries = {"VLLM_PORT": lambda: None}
+    module.environment_variables = table  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.envs", module)
+    monkeypatch.setattr(compile_cache, "_applied", {})
+    monkeypatch.setattr(compile_cache, "_stock", {})
+    monkeypatch.setattr(compile_cache, "journal", Journal())
+    return table
+
+
+def test_no_patch_no_entry(entries: Entries) -> None:
+    assert compile_cache.ENTRY not in entries
+
+
+def test_each_set_of_patches_has_an_identity_of_its_own(entries: Entries) -> None:
+    one = compile_cache.add("gdn", ["forward_cuda"])
+    assert entries[compile_cache.ENTRY]() == one
+    two = compile_cache.add("lora_linear", ["apply"])
+    assert entries[compile_cache.ENTRY]() == two
+    assert compile_cache.add("gdn", ["forward_cuda", "forward_hip"]) not in (one, two)
+    assert compile_cache.add("gdn", ["forward_cuda"]) == two
+    assert compile_cache.remove("lora_linear") == one
+
+
+def test_the_journal_has_what_vllm_reads(entries: Entries) -> None:
+    for change in (
+        lambda: compile_cache.add("gdn", ["forward"]),
+        lambda: compile_cache.note_layer("gdn", "layer.0", stock=True),
+        lambda: compile_cache.note_layer("gdn", "layer.0", stock=True),  # which changes nothing
+        lambda: compile_cache.add("lora_linear", ["apply"]),
+        lambda: compile_cache.remove("gdn"),
+    ):
+        change()
+        assert compile_cache.journal.fingerprint == entries[compile_cache.ENTRY]()
+    compile_cache.remove("lora_linear")
+    assert compile_cache.journal.fingerprint is None
+
+
+def test_removing_the_last_one_leaves_stocks_key(entries: Entries) -> None:
+    compile_cache.add("gdn", ["forward"])
+    assert compile_cache.remove("gdn") is None
+    assert list(entries) == ["VLLM_PORT"]
+
+
+def test_which_layers_stay_stock_counts(entries: Entries) -> None:
+    """A start in which a layer could not be patched must not find the graph of one in which it was, and the reverse."""
+    all_patched = compile_cache.add("gdn", ["forward"])
+    assert compile_cache.note_layer("gdn", "layer.0", stock=False) is None
+    one = compile_cache.note_layer("gdn", "layer.0", stock=True)
+    two = compile_cache.note_layer("gdn", "layer.1", stock=True)
+    assert len({all_patched, one, two}) == 3 and entries[compile_cache.ENTRY]() == two
+    assert compile_cache.note_layer("gdn", "layer.1", stock=True) is None
+    other = compile_cache.note_layer("gdn", "layer.0", stock=False)  # the next engine of the process
+    assert other not in (None, all_patched, one, two)
+    assert compile_cache.note_layer("gdn", "layer.1", stock=False) == all_patched
+
+
+@pytest.mark.parametrize("fault", [adoption.Refused("known"), ValueError("unknown"), None], ids=repr)
+def test_the_key_follows_what_becomes_of_a_layer(
+    fault: Exception | None, entries: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adoption, "journal", Journal())
+    monkeypatch.setattr(adoption.ranks, "reason_for_stock", lambda _: None)
+    all_patched = compile_cache.add("lora_linear", ["apply"])
+
+    def make() -> tuple[str, dict[str, object]]:
+        if fault is not None:
+            raise fault
+        return "taken", {}
+
+    taken = adoption.adopt("lora_linear", PatchRecord(), "layer.0", make, Settings())
+    assert (taken == "taken") == (compile_cache.journal.fingerprint == all_patched) == (fault is None)
+    assert compile_cache.journal.fingerprint == entries[compile_cache.ENTRY]()
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_every_layer_stays_stock_where_ranks_may_join_that_nobody_has_compared(elastic: bool) -> None:
+    """Such a rank could lack the overlay, have vLLM's own compile ranges, and run fewer warm-up steps than the others."""
+    config = types.SimpleNamespace(
+        parallel_config=types.SimpleNamespace(use_ubatching=False, enable_elastic_ep=elastic),
+        compilation_config=types.SimpleNamespace(cache_dir=""),
+    )
+    with pytest.raises(adoption.Refused, match="elastic expert parallelism") if elastic else contextlib.nullcontext():
+        adoption.refuse_modes(config, batch_invariant=False)
+
+
+@pytest.mark.parametrize("folder", ["/somewhere/of/my/own", ""])
+def test_every_layer_stays_stock_where_the_user_has_named_the_folder_of_graphs(folder: str) -> None:
+    """No hash is in its name: stock and overlay, two versions, two plans would take each other's graphs."""
+    config = types.SimpleNamespace(
+        parallel_config=types.SimpleNamespace(use_ubatching=False),
+        compilation_config=types.SimpleNamespace(cache_dir=folder),
+    )
+    with pytest.raises(adoption.Refused, match="cache_dir is set") if folder else contextlib.nullcontext():
+        adoption.refuse_modes(config, batch_invariant=False)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["inert", "failed"])
+def test_a_patch_that_is_not_installed_after_all_leaves_stocks_key(
+    fails: bool, entries: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[object] = []
+
+    def refuse(module: types.ModuleType, found: Verdict, settings: Settings) -> Verdict:
+        keys.append(entries[compile_cache.ENTRY]())
+        if fails:
+            raise OSError("damaged")
+        return dataclasses.replace(found, state=INERT)
+
+    installer = types.ModuleType("overlay.patches.gdn.patch")
+    installer.install = refuse  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "overlay.patches.gdn.patch", installer)
+    monkeypatch.setattr(install, "journal", Journal())
+    with pytest.raises(OSError, match="damaged") if fails else contextlib.nullcontext():
+        found = install._install_judged("gdn", types.ModuleType("vllm.any"), Verdict(APPLY, "", "vllm.any"), Settings())
+        assert found.state == INERT
+    assert keys != [] and list(entries) == ["VLLM_PORT"] and compile_cache.journal.fingerprint is None
+    assert "gdn" not in proof._installed
+
+
+def test_layers_of_a_patch_that_no_graph_shows_do_not_count(entries: Entries) -> None:
+    compile_cache.add("gdn", ["forward"])
+    assert compile_cache.note_layer("pooling", "GPUModelRunner", stock=True) is None
+    assert compile_cache.add("gdn", ["forward"]) == entries[compile_cache.ENTRY]()
+
+
+def test_the_overlays_own_source_counts(
+    entries: Entries, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "patches").mkdir()
+    source = tmp_path / "patches" / "gdn.py"
+    source.write_text("1")
+    monkeypatch.setattr(overlay, "__file__", str(tmp_path / "__init__.py"))
+    before = compile_cache.add("gdn", ["forward"])
+    assert compile_cache.add("gdn", ["forward"]) == before
+    source.write_text("2")
+    assert compile_cache.add("gdn", ["forward"]) != before
+
+
+def test_the_source_is_that_of_the_whole_overlay_without_its_command_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = pathlib.Path(overlay.__file__).parent
+    copy = tmp_path / "overlay"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    here = compile_cache.source_hash()
+    monkeypatch.setattr(overlay, "__file__", str(copy / "__init__.py"))
+    assert compile_cache.source_hash() == here
+    sources = sorted(copy.rglob("*.py"))
+    assert len(sources) > 40
+    for path in sources:
+        text = path.read_bytes()
+        path.write_bytes(text + b"#")
+        counts = "cli" not in path.relative_to(copy).parts
+        assert (compile_cache.source_hash() != here) == counts, path
+        path.write_bytes(text)
+
+
+def test_the_name_is_none_that_vllm_takes_for_its_own() -> None:
+    assert not compile_cache.ENTRY.startswith("VLLM_")
