@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from overlay.verdict.shapes import find_class, methods_of
+from overlay.verdict.questions import find_class, methods_of
 from tests.contract import released
 
 pytestmark = pytest.mark.contract
