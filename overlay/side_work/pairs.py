@@ -57,6 +57,11 @@ class Pair:
         object.__setattr__(self, "name", name)  # a field, because Dynamo reads it for each layer
 
     @property
+    def shape(self) -> str:
+        """What of the pair shapes the compiled graph."""
+        return f"{self.name} by {self.gate}"
+
+    @property
     def hidden(self) -> int:
         """Columns of the input."""
         return int(self.main.input_size)

@@ -21,8 +21,7 @@ Remove when: the verdict on your vLLM (in the log, and in the journal) is ``land
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -33,11 +32,11 @@ from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 
-from overlay.engine import compile_cache, loaded
+from overlay.engine import loaded
 from overlay.report.journal import PatchRecord, journal
-from overlay.settings import Settings, outcome
+from overlay.settings import Settings
 from overlay.side_work import lowering, ops, pairs
-from overlay.side_work.adoption import Refused, adopt, refuse_modes
+from overlay.side_work.adoption import Refused, refuse_modes
 from overlay.side_work.gemms import (
     ADAPTERS,
     TORCH_GEMM,
@@ -50,6 +49,7 @@ from overlay.side_work.gemms import (
 )
 from overlay.side_work.pairs import NO_CAPTURE, Pair
 from overlay.side_work.plan import Plan
+from overlay.side_work.waiting import Waiting
 from overlay.verdict import Verdict
 from overlay.vocabulary import INERT
 
@@ -59,7 +59,6 @@ TOKEN_THRESHOLD = 256
 SIDE = "in_proj_ba"
 #: The attribute that holds a layer's `Pair`, or None where the layer stays stock.
 PAIR = "_overlay_in_proj_pair"
-UNDECIDED = "the plan could not be made"
 
 
 class InProjView:
@@ -166,60 +165,20 @@ def make_pair(layer: torch.nn.Module, config: Any, sizes: dict[str, int]) -> Pai
     return Pair(layer.prefix, main, side, sizes["qkvz"], sizes["ba"], main_kind(main), kind, gate_of(main), plain)
 
 
-class Undecided:
-    """The layers that have been made and wait for their weights."""
-
-    def __init__(self, verdict: Verdict, record: PatchRecord, settings: Settings) -> None:
-        self._verdict = verdict
-        self._record = record
-        self._settings = settings
-        self._layers: list[tuple[weakref.ref[torch.nn.Module], dict[str, int]]] = []
-        #: What shapes the graph of each layer that has been decided, by name.
-        self._shapes: dict[str, str] = {}
-
-    def add(self, layer: torch.nn.Module, sizes: dict[str, int]) -> None:
-        self._layers.append((weakref.ref(layer), sizes))
-
-    def decide(self, worker: Any) -> None:
-        """Give every waiting layer its pair, or leave it stock: where deciding fails, too. Only strict lets that out."""
-        waiting = [
-            (layer, sizes) for layer, sizes in ((one(), sizes) for one, sizes in self._layers) if layer is not None
-        ]
-        self._layers.clear()
-        if not waiting:
-            return
-        plans = len(self._record.plans)
-        compilation = worker.vllm_config.compilation_config
-        made: dict[int, Pair] = {}
-        stock: dict[int, str] = {}
+def decide(
+    layers: Sequence[tuple[torch.nn.Module, dict[str, int]]], worker: Any, settings: Settings, record: PatchRecord
+) -> list[Pair | str]:
+    """The pair of each layer of a loaded model, with its plan; or why the layer stays stock."""
+    found: list[Pair | str] = []
+    for layer, sizes in layers:
         try:
-            for number, (layer, sizes) in enumerate(waiting):
-                try:
-                    made[number] = make_pair(layer, worker.vllm_config, sizes)
-                except Refused as refused:
-                    stock[number] = str(refused)
-            # With several ranks always: a rank with other ranges would run other warm-up steps, and the others would wait.
-            if made or getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1:
-                lowering.split_ranges(compilation, self._settings.strict)
-            default = Plan(self._settings.forks, self._settings.tokens_or(TOKEN_THRESHOLD))
-            pairs.settle(list(made.values()), worker, self._settings, self._record, default)
-        except Exception as error:
-            journal.problem(f"{NAME}: {UNDECIDED}, {outcome(self._settings.strict)}: {type(error).__name__}: {error}")
-            if self._settings.strict:
-                raise
-            made, stock = {}, dict.fromkeys(range(len(waiting)), UNDECIDED)
-            del self._record.plans[plans:]
-        for number, (layer, _) in enumerate(waiting):
-            pair = made.get(number)
-            setattr(layer, PAIR, pair)
-            if pair is None:
-                self._record.patched.pop(layer.prefix, None)
-                self._record.refuse(layer.prefix, stock[number])
-            self._shapes[layer.prefix] = "stock" if pair is None else f"{pair.name} by {pair.gate}"
-        shaping = sorted(f"{name}={shape}" for name, shape in self._shapes.items())
-        ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
-        compile_cache.add(NAME, (*self._verdict.methods, *shaping, ranges))
-        journal.write()
+            found.append(make_pair(layer, worker.vllm_config, sizes))
+        except Refused as refused:
+            found.append(str(refused))
+    made = [pair for pair in found if isinstance(pair, Pair)]
+    default = Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD))
+    pairs.settle(made, worker, settings, record, default)
+    return found
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
@@ -232,17 +191,15 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     target = getattr(module, verdict.class_name)
     originals = {name: target.__dict__[name] for name in verdict.methods}
     record = journal.patch(NAME)
-    undecided = Undecided(verdict, record, settings)
+    make = functools.partial(decide, settings=settings, record=record)
+    waiting = Waiting(NAME, verdict, record, settings, PAIR, make)
 
     def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
-        setattr(layer, PAIR, None)
-        sizes = adopt(NAME, record, layer.prefix, lambda: (check_new(layer),) * 2, settings)
-        if sizes is not None:
-            undecided.add(layer, sizes)
+        waiting.adopt(layer, layer.prefix, lambda: (check_new(layer),) * 2)
 
     ops.define(declares_writes=current_platform.is_cuda_alike())
-    loaded.when_loaded(undecided.decide)
+    loaded.when_loaded(waiting.decide)
     for name, original in originals.items():
         setattr(target, name, overlap_in_projections(original))
     # Last, because everything before it changes nothing for a layer without a pair.

@@ -31,8 +31,7 @@ Remove when: upstream's switch covers the layers that you serve, and is set.
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any
@@ -51,15 +50,16 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.platforms import current_platform
 
-from overlay.engine import compile_cache, loaded
+from overlay.engine import loaded
 from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
-from overlay.report.journal import PatchRecord, journal
+from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
 from overlay.side_work import lane, lowering, ops
-from overlay.side_work.adoption import Refused, adopt, refuse_modes
+from overlay.side_work.adoption import Refused, refuse_modes
 from overlay.side_work.gemms import check_beside, gate_of
 from overlay.side_work.pairs import NO_CAPTURE
 from overlay.side_work.plan import Plan
+from overlay.side_work.waiting import Waiting
 from overlay.verdict import Verdict, class_at
 from overlay.vocabulary import DUAL, INERT, LANDED
 
@@ -69,7 +69,6 @@ TOKEN_THRESHOLD = 256
 #: The attribute that holds a layer's `Pair`, or None where the layer stays stock.
 PAIR = "_overlay_lora_pair"
 NO_ADAPTER = "no adapter active in the batch"
-UNDECIDED = "the layers could not be prepared"
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
 #: vLLM's linears. A subclass with a forward of its own may give another shape or type than the adapters are made for.
 LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, ReplicatedLinear)
@@ -124,6 +123,11 @@ class Pair:
 
     base: torch.nn.Module
     gate: str | None
+
+    @property
+    def shape(self) -> str:
+        """What of the pair shapes the compiled graph."""
+        return f"by {self.gate}"
 
 
 def lora_shrink(inputs: torch.Tensor, lora_a_weights: Any, *rest: Any, **named: Any) -> None:
@@ -216,6 +220,7 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
 
 def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str, Any]]:
     """The pair of a layer that has its weights, and what the journal shows. Raises Refused where it must stay stock."""
+    check_engine(layer)
     check_class(type(layer), intercepted)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
@@ -234,65 +239,13 @@ def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str
     return Pair(without_adapters(layer), gate), shown
 
 
-class Layers:
-    """The layers that have their wrapper, until their model has been loaded."""
-
-    def __init__(
-        self, verdict: Verdict, record: PatchRecord, settings: Settings, intercepted: tuple[type, ...]
-    ) -> None:
-        self._verdict = verdict
-        self._record = record
-        self._settings = settings
-        self._intercepted = intercepted
-        self._waiting: list[tuple[weakref.ref[torch.nn.Module], str, Pair | None]] = []
-        #: What shapes the graph of each layer that has been decided.
-        self._shapes: list[str] = []
-        #: Whether this engine has LoRA layers that could have a pair. The ranks of a model agree in that.
-        self._ranges = False
-
-    def add(self, layer: Any, name: str) -> None:
-        """Take a layer, or leave it stock. Only strict lets an exception out."""
-
-        def make() -> tuple[Pair, dict[str, Any]]:
-            check_engine(layer)
-            self._ranges = True
-            return make_pair(layer, self._intercepted)
-
-        setattr(layer, PAIR, None)
-        pair = adopt(NAME, self._record, name, make, self._settings)
-        self._waiting.append((weakref.ref(layer), name, pair))
-
-    def decide(self, worker: Any) -> None:
-        """Give every waiting layer its pair, before vLLM sizes its KV cache and traces. Only strict lets an exception out."""
-        waiting = [(layer, name, pair) for one, name, pair in self._waiting if (layer := one()) is not None]
-        ranges, self._ranges = self._ranges, False
-        self._waiting.clear()
-        if not waiting:
-            return
-        compilation = worker.vllm_config.compilation_config
-        failed = False
-        try:
-            if ranges:
-                lowering.split_ranges(compilation, self._settings.strict)
-            for layer, _, pair in waiting:
-                if pair is not None and layer.lora_a_stacked[0].is_cuda:
-                    _use_the_lane_once(layer.lora_a_stacked[0].device)
-                    break
-        except Exception as error:
-            failed = True
-            journal.problem(f"{NAME}: {UNDECIDED}, {outcome(self._settings.strict)}: {type(error).__name__}: {error}")
-            if self._settings.strict:
-                raise
-        for layer, name, made in waiting:
-            if failed and made is not None:
-                self._record.patched.pop(name, None)
-                self._record.refuse(name, UNDECIDED)
-            pair = None if failed else made
-            setattr(layer, PAIR, pair)
-            self._shapes.append(f"{name}=" + ("stock" if pair is None else f"by {pair.gate}"))
-        shaping = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
-        compile_cache.add(NAME, (*self._verdict.methods, *sorted(self._shapes), shaping))
-        journal.write()
+def decide(layers: Sequence[tuple[Any, Pair]], _worker: Any) -> list[Pair]:
+    """The pairs of a loaded model's layers, once the lane of their device is ready."""
+    for layer, _ in layers:
+        if layer.lora_a_stacked[0].is_cuda:
+            _use_the_lane_once(layer.lora_a_stacked[0].device)
+            break
+    return [pair for _, pair in layers]
 
 
 def _use_the_lane_once(device: torch.device) -> None:
@@ -317,22 +270,22 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     ancestor: Any = class_at(module, ".".join(ANCESTOR))
     targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
     record = journal.patch(NAME)
-    layers = Layers(verdict, record, settings, targets)
+    waiting: Waiting[Pair, Pair] = Waiting(NAME, verdict, record, settings, PAIR, decide)
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
         if not isinstance(layer, linear_class):
             return
         name = getattr(layer.base_layer, "prefix", type(layer).__name__)
-        layers.add(layer, name)
+        waiting.adopt(layer, name, lambda: make_pair(layer, targets))
         if record.refused.get(name) == FULLY_SHARDED:
-            journal.problem(f"{NAME}: vLLM runs stock: {FULLY_SHARDED}")
+            journal.problem(f"{NAME}: {outcome(settings.strict)}: {FULLY_SHARDED}")
             if settings.strict:
                 raise ValueError(FULLY_SHARDED)
 
     ops.define(declares_writes=current_platform.is_cuda_alike())
     ops.pairs[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
-    loaded.when_loaded(layers.decide)
+    loaded.when_loaded(waiting.decide)
     setattr(linear_class, PAIR, None)
     for target in targets:
         target.apply = overlap_adapters(target.__dict__["apply"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,12 @@ from overlay.engine import compile_cache, loaded  # noqa: E402
 from overlay.patches.gdn import patch as gdn  # noqa: E402
 from overlay.report.journal import Journal, PatchRecord  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
-from overlay.side_work import gemms, lowering, ops, pairs  # noqa: E402
+from overlay.side_work import adoption, gemms, lowering, ops, pairs, waiting  # noqa: E402
 from overlay.side_work.adoption import Refused  # noqa: E402
 from overlay.side_work.gemms import ADAPTERS, gemm_of  # noqa: E402
 from overlay.side_work.pairs import NO_CAPTURE, Pair  # noqa: E402
 from overlay.side_work.plan import Plan  # noqa: E402
+from overlay.side_work.waiting import Waiting  # noqa: E402
 from overlay.verdict import Verdict  # noqa: E402
 from overlay.vocabulary import APPLY, INERT  # noqa: E402
 from tests.unit import side_work_ops  # noqa: E402
@@ -551,7 +553,8 @@ class Deciding:
         self.settled: list[list[str]] = []
         self.split: list[int] = []  #: ranges of how many layers' models
         self.fails: Exception | None = None
-        monkeypatch.setattr(gdn, "journal", self.journal)
+        for module in (gdn, waiting, adoption):
+            monkeypatch.setattr(module, "journal", self.journal)
         monkeypatch.setattr(pairs, "settle", self._settle)
         monkeypatch.setattr(lowering, "split_ranges", self._split)
         monkeypatch.setattr(compile_cache, "add", lambda patch, detail: self.identities.append(tuple(detail)))
@@ -568,14 +571,15 @@ class Deciding:
         compilation.compile_ranges_endpoints = [8, 8192]
         return True
 
-    def waiting(self, strict: bool = False) -> gdn.Undecided:
-        return gdn.Undecided(VERDICT, self.record, Settings(strict=strict))
+    def waiting(self, strict: bool = False) -> Waiting[Any, Pair]:
+        settings = Settings(strict=strict)
+        make = functools.partial(gdn.decide, settings=settings, record=self.record)
+        return Waiting(gdn.NAME, VERDICT, self.record, settings, gdn.PAIR, make)
 
-    def add(self, undecided: gdn.Undecided, prefix: str) -> Any:
+    def add(self, undecided: Waiting[Any, Pair], prefix: str) -> Any:
         layer = loaded_layer(prefix)
-        setattr(layer, gdn.PAIR, None)
-        self.record.patched[prefix] = SIZES
-        undecided.add(layer, SIZES)
+        undecided.adopt(layer, prefix, lambda: (SIZES, SIZES))
+        assert getattr(layer, gdn.PAIR) is None and self.record.patched[prefix] == SIZES
         return layer
 
 
@@ -632,6 +636,20 @@ def test_ranges_are_split_for_all_ranks_alike(deciding: Deciding, ranks: int) ->
     assert len(deciding.split) == (0 if ranks == 1 else 1)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_layer_that_fails_on_one_rank_alone_does_not_change_its_ranges(deciding: Deciding, ranks: int) -> None:
+    """An error may be this rank's own, and the others split their ranges."""
+    undecided, layer = deciding.waiting(), loaded_layer("a")
+
+    def broken() -> Any:
+        raise KeyError("heads")
+
+    undecided.adopt(layer, "a", broken)
+    undecided.decide(worker(layer, ranks))
+    assert len(deciding.split) == (0 if ranks == 1 else 1)
+    undecided.decide(namespace())  # nothing is left over for a second engine
+
+
 def test_a_failure_leaves_all_stock_with_a_warning(deciding: Deciding, caplog: pytest.LogCaptureFixture) -> None:
     undecided = deciding.waiting()
     layers = [deciding.add(undecided, name) for name in ("a", "b")]
@@ -639,7 +657,7 @@ def test_a_failure_leaves_all_stock_with_a_warning(deciding: Deciding, caplog: p
     deciding.record.plans.append({"shape": "of another engine"})
     undecided.decide(worker(layers[0]))
     assert [getattr(layer, gdn.PAIR) for layer in layers] == [None, None] and deciding.record.patched == {}
-    assert deciding.record.refused == dict.fromkeys(("a", "b"), gdn.UNDECIDED)
+    assert deciding.record.refused == dict.fromkeys(("a", "b"), waiting.FAILED)
     assert deciding.record.plans == [{"shape": "of another engine"}]
     assert deciding.identities[-1][1:3] == ("a=stock", "b=stock")
     (problem,) = deciding.journal.problems

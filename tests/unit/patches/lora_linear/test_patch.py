@@ -28,6 +28,7 @@ from overlay.side_work import lowering, ops
 from overlay.side_work.adoption import Refused
 from overlay.side_work.pairs import NO_CAPTURE
 from overlay.side_work.plan import Plan
+from overlay.side_work.waiting import FAILED
 from overlay.verdict import Upstream, Verdict
 from tests.unit import side_work_ops
 from tests.unit.side_work import test_order as order
@@ -566,6 +567,7 @@ def package(monkeypatch: pytest.MonkeyPatch, engine: Any) -> Any:
     journal, waiting, entered = Journal(), list[Any](), list[tuple[str, ...]]()
     monkeypatch.setattr(lora_linear, "journal", journal)
     monkeypatch.setattr("overlay.side_work.adoption.journal", journal)
+    monkeypatch.setattr("overlay.side_work.waiting.journal", journal)
     monkeypatch.setattr(loaded, "_waiting", waiting)
     monkeypatch.setattr(lowering, "_watch", lambda strict: None)
     monkeypatch.setattr(compile_cache, "add", lambda patch, detail: entered.append(tuple(detail)))
@@ -619,24 +621,26 @@ def test_install_takes_every_linear_when_its_model_has_been_loaded(package: Any)
 def test_the_key_of_the_compile_cache_says_what_is_patched_and_by_which_gate(package: Any) -> None:
     lora_linear.install(package, FOUND, PASS)
     layers = [a_layer_of(package, prefix=name) for name in ("b", "a", "c")]
-    layers[2].output_slices = (1,)
+    layers[2].output_slices = (1,)  # adopting it has told the key already
     for layer in layers:
         layer.set_mapping(Punica())
     package.load()
     (key,) = package.keys
-    assert key == (*FOUND.methods, "a=by weight", "b=by weight", "c=stock", "ranges=[8, 64]")
+    assert key == (*FOUND.methods, "a=by weight", "b=by weight", "ranges=[8, 64]")
 
 
-def test_the_ranges_are_split_on_every_rank_alike(package: Any) -> None:
-    """Whether one rank's layers have a pair or not, and once for two patches."""
+def test_only_an_engine_with_a_pair_splits_its_ranges(package: Any) -> None:
+    """Once for two patches. What is refused is so on all ranks; a failure of one rank alone is `Waiting`'s business."""
     lora_linear.install(package, FOUND, PASS)
     package.load()
-    assert package.compilation.compile_ranges_endpoints == [64] and package.keys == []  # no LoRA at all
-    layer = a_layer_of(package)
-    layer.output_slices = (1,)
-    layer.set_mapping(Punica())
+    assert package.keys == []  # no LoRA at all
+    refused, taken = a_layer_of(package, prefix="a"), a_layer_of(package, prefix="b")
+    refused.output_slices = (1,)
+    refused.set_mapping(Punica())
     package.load()
-    assert package.compilation.compile_ranges_endpoints == [8, 64]
+    assert package.compilation.compile_ranges_endpoints == [64]
+    taken.set_mapping(Punica())
+    package.load()
     lowering.split_ranges(package.compilation, False)
     assert package.compilation.compile_ranges_endpoints == [8, 64]
 
@@ -660,7 +664,7 @@ def test_each_engine_of_a_process_decides_for_itself(package: Any) -> None:
     package.compilation.compile_ranges_endpoints = [64]
     second.set_mapping(Punica())
     package.load()
-    assert package.keys[-1] == (*FOUND.methods, "a=by weight", "b=stock", "ranges=[64]")
+    assert len(package.keys) == 1 and package.compilation.compile_ranges_endpoints == [64]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -676,7 +680,7 @@ def test_where_deciding_fails_the_layers_are_stock(package: Any, monkeypatch: py
     package.load()
     assert getattr(layer, lora_linear.PAIR) is None
     record = package.journal.patch("lora_linear")
-    assert record.patched == {} and record.refused == {NAME: lora_linear.UNDECIDED}
+    assert record.patched == {} and record.refused == {NAME: FAILED}
     assert package.keys[-1][1:] == (f"{NAME}=stock", "ranges=[64]")
     assert "ZeroDivisionError" in package.journal.problems[0]
 
