@@ -220,7 +220,6 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
 
 def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str, Any]]:
     """The pair of a layer that has its weights, and what the journal shows. Raises Refused where it must stay stock."""
-    check_engine(layer)
     check_class(type(layer), intercepted)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
@@ -277,7 +276,12 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
         if not isinstance(layer, linear_class):
             return
         name = getattr(layer.base_layer, "prefix", type(layer).__name__)
-        waiting.adopt(layer, name, lambda: make_pair(layer, targets))
+
+        def check() -> tuple[Pair, dict[str, Any]]:
+            check_engine(layer)
+            return make_pair(layer, targets)
+
+        waiting.adopt(layer, name, check)
         if record.refused.get(name) == FULLY_SHARDED:
             journal.problem(f"{NAME}: {outcome(settings.strict)}: {FULLY_SHARDED}")
             if settings.strict:
