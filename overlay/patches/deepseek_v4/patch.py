@@ -1,20 +1,4 @@
-"""The input GEMMs of DeepSeek-V4's attention: up to four at once.
-
-Symptom: each layer of vLLM 0.20.0 runs ``fused_wqa_wkv`` (1536 columns in DeepSeek-V4-Flash), the compressor's kv_score
-(2048, or 1024), the indexer's ``weights_proj`` (64) and the kv_score of the indexer's own compressor (512) one after the
-other, for the most part on one stream. At decode sizes none of them fills the GPU.
-
-Cause: all four read the attention's input and nothing else, but upstream calls each where its result is needed.
-
-Fix: all run at the start of ``attention_impl``, inside upstream's custom op: ``fused_wqa_wkv`` on the main stream, the
-others on three auxiliary streams, as far as the layer has them. Not before: the op splits the graph, and no Python runs
-between the pieces of a replayed graph that could carry a result. So the traced forward gets a placeholder of zero rows.
-Then upstream's own attention_impl runs, and where it would compute one of the others it is handed the finished result.
-
-Upstream: vLLM #41061, in 0.20.1 and later, with the same streams, the same threshold, and in eager steps as well.
-
-Remove when: the verdict on your vLLM (in the log, and in the journal) is ``landed``.
-"""
+"""The patch. Its story is the docstring of `overlay.patches.deepseek_v4`."""
 
 from __future__ import annotations
 

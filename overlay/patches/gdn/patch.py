@@ -1,22 +1,4 @@
-"""GDN input projections of Qwen3-Next, Qwen3.5 and every model built on the same layer: two GEMMs at once.
-
-Symptom: each GDN layer runs ``in_proj_qkvz`` (2048 to 12288 columns in Qwen3.5-35B-A3B) and then ``in_proj_ba`` (64
-columns) on one stream. The second fills a few percent of the GPU and costs a launch and a tail of its own.
-
-Cause: nothing orders the two; they read the same input and write different results.
-
-Fix: start launches `in_proj_ba` on an auxiliary stream, `in_proj_qkvz` runs as vLLM runs it, whatever its quantization, and join
-waits (overlay.side_work). Upstream's own forward runs, called with a stand-in for `self` whose two projections do that. No line
-of upstream is repeated here, and a changed signature (0.25 to 0.26) does not matter.
-
-A layer is made with its sizes. When the weights are there, before vLLM traces, it gets its pair; at which sizes that forks is
-measured on the layers as they are.
-
-Upstream: vLLM #36795 did it and #38152 took it back (the op took the layer name as ``str``: every layer became a compile
-artifact of its own); #39748 closed, #42301 open; #41457 would fuse the two GEMMs instead.
-
-Remove when: the verdict on your vLLM (in the log, and in the journal) is ``landed``.
-"""
+"""The patch. Its story is the docstring of `overlay.patches.gdn`."""
 
 from __future__ import annotations
 

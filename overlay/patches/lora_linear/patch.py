@@ -1,32 +1,4 @@
-"""LoRA linears: the first half of what the adapters add runs next to the base layer.
-
-Symptom: each linear with LoRA runs its base layer, then a shrink (a fill, and a GEMM to the adapters' rank) and an expand (a GEMM
-from the rank to the output, which it adds to) on one stream. At decode sizes the LoRA kernels take as long as the base
-layer's GEMM, or longer, and fill a few percent of the GPU.
-
-Cause: nothing orders the shrink and the base layer; both read the layer's input.
-
-Fix: start launches the shrink on an auxiliary stream, the base layer runs as vLLM runs it, join
-waits, and upstream's own expand adds to the base layer's output (overlay.side_work). A base layer that quantizes its input stays
-stock (`gemms.check_beside`). All of it is upstream's code:
-
-* Its `add_lora_linear` runs with a stand-in for the punica wrapper that notes what shrink and expand are to be given.
-* Its `add_shrink` runs on the real wrapper. The op to which it hands its weights, ``lora_shrink``, is a global of its module,
-  and the patch puts a function there. That function calls upstream's op, unless the weights are `Gated`: then it calls start.
-* Its `apply` runs on a copy of the layer whose wrapper adds nothing: that is the base layer.
-* Its `add_expand` runs on the real wrapper.
-
-So every kernel gets the arguments that upstream gives it, and the result cannot differ. In a step above the captured sizes start
-becomes upstream's op again, and join goes.
-
-Upstream: vLLM #35721 in 0.20.0, off by default (``VLLM_LORA_ENABLE_DUAL_STREAM``). Where that is set, this patch steps
-aside. It puts the expand on the auxiliary stream as well, into a buffer of zeros that is added at the end. That hides more
-and costs more: a fill, and an addition that reads the whole output once more (benchmarks/results/ has both). It runs the
-base layer inside its op, leaves out merged layers (gate_up_proj, qkv_proj) up to 0.24.0 and replicated ones in all releases,
-and takes the layer name as ``str``, by which every layer becomes a compile artifact of its own.
-
-Remove when: upstream's switch covers the layers that you serve, and is set.
-"""
+"""The patch. Its story is the docstring of `overlay.patches.lora_linear`."""
 
 from __future__ import annotations
 

@@ -1,23 +1,4 @@
-"""Pooling without async scheduling: the pooler's output is copied on a stream of its own, and an event is waited for.
-
-Symptom: where async scheduling is off (``--no-async-scheduling``, Ray, or an option that excludes it), every pooling step
-ends with a synchronisation of the whole device: the host waits for everything that any stream has been given.
-
-Cause: `GPUModelRunner._pool` gives the asynchronous output, which waits for the event of its own copy, only under
-async scheduling; otherwise it copies on the main stream and synchronises.
-
-Fix: `_pool` reads ``use_async_scheduling`` for that choice and for nothing else (the verdict checks it), so the flag is true
-while it runs, and the copy stream is there. All executors take the asynchronous output also without async scheduling, and
-ask for its result at once. The flag has one reader at that time: the worker's main thread, which is in `_pool`.
-
-The device sync did one more thing: no step began before the last one had left the GPU. So a worker whose output nobody
-asks for stays stock (multiproc takes one rank's): it would run ahead, and without async scheduling nothing else keeps it
-from writing inputs that the GPU has not read.
-
-Upstream: vLLM #39113 (0.20.0) made the asynchronous output the only one on CUDA-like devices.
-
-Remove when: the verdict on your vLLM (in the log, and in the journal) is ``landed``.
-"""
+"""The patch. Its story is the docstring of `overlay.patches.pooling`."""
 
 from __future__ import annotations
 
