@@ -7,7 +7,7 @@ outside a CUDA graph the op is serial.
 Cause: vLLM traces once, and one compiled graph serves every number of tokens.
 
 Fix: vLLM compiles a graph per range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on). The
-largest captured size becomes one. When a range above it is compiled, each op that a patch has registered here is replaced by
+largest captured size becomes one, unless the model's hidden size is above WIDEST_ROW. When a range above it is compiled, each op that a patch has registered here is replaced by
 stock's calls first, on a copy of the graph that Dynamo traced, so that everything behind it (Inductor, vLLM's passes and
 caches) sees what it sees in stock. It costs a second pass through Inductor at a cold start; a warm one finds both ranges in
 vLLM's cache.
@@ -30,6 +30,11 @@ from overlay.settings import outcome
 Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
+#: The largest hidden size whose norms Inductor adds up in one order. Above it has two block sizes for a norm, and times both at the
+#: kernel's first launch (`add_persistent_rblock`, torch 2.13 and 2.14). In stock that is a step of the largest number of tokens.
+#: A graph for the captured sizes alone has its first launch at those, so it can choose otherwise, and then its bits are not stock's
+#: (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
+WIDEST_ROW = 2048
 
 _lowered: dict[str, Lower] = {}
 _watched = False
@@ -50,13 +55,19 @@ def captures(compilation: Any) -> bool:
     return getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE" and largest_captured(compilation) > 0
 
 
-def split_ranges(compilation: Any, strict: bool) -> bool:
-    """Give the steps above the captured sizes a compiled graph of their own, before vLLM traces. False where it has no ranges.
+def split_ranges(config: Any, strict: bool) -> bool:
+    """Give the steps above the captured sizes a compiled graph of their own, before vLLM traces. `config` is a VllmConfig.
+
+    False where vLLM has no ranges, and where another range would have other bits (WIDEST_ROW).
 
     The same on all ranks of a pipeline stage, whatever their layers do: a rank with another range would run another warm-up
     step, and the others would wait for it. Stages may differ: a warm-up step sends nothing to another stage. Under `strict`
     a graph that cannot be lowered stops vLLM.
     """
+    compilation = config.compilation_config
+    hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
+    if hidden is None or hidden > WIDEST_ROW:
+        return False
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
     limit = largest_captured(compilation) if captures(compilation) else 0
     if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:

@@ -92,10 +92,10 @@ class Waiting(Generic[Given, Pair]):
             # of them; an error may be one rank's own.
             several = getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1
             if several:
-                lowering.split_ranges(compilation, self._settings.strict)
+                lowering.split_ranges(worker.vllm_config, self._settings.strict)
             found = self._make([(layer, given) for layer, _, given in waiting], worker)
             if not several and not all(isinstance(pair, str) for pair in found):
-                lowering.split_ranges(compilation, self._settings.strict)
+                lowering.split_ranges(worker.vllm_config, self._settings.strict)
         except Exception as error:
             said = outcome(self._settings.strict)
             journal.problem(f"{self._patch}: {FAILED}, {said}: {type(error).__name__}: {error}")

@@ -106,11 +106,18 @@ def configuration(endpoints: list[int] | None = None, **changes: Any) -> VllmCon
     return config
 
 
-def split(compilation: Any, strict: bool, mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> bool:
+def split(
+    compilation: Any,
+    strict: bool,
+    mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
+    hidden: int | None = HIDDEN,
+) -> bool:
     """With CUDA graphs for as long as it takes: a CPU has none to compile for."""
     before, compilation.cudagraph_mode = compilation.cudagraph_mode, mode
+    text = types.SimpleNamespace() if hidden is None else types.SimpleNamespace(hidden_size=hidden)
+    model = types.SimpleNamespace(hf_text_config=text)
     try:
-        return lowering.split_ranges(compilation, strict)
+        return lowering.split_ranges(types.SimpleNamespace(compilation_config=compilation, model_config=model), strict)
     finally:
         compilation.cudagraph_mode = before
 
@@ -272,6 +279,16 @@ def test_where_vllm_has_no_ranges_nothing_is_changed(changes: dict[str, Any], en
     assert config.compilation_config.compile_ranges_endpoints == endpoints
 
 
+@pytest.mark.parametrize(
+    ("hidden", "splits"), [(1024, True), (2048, True), (2049, False), (5120, False), (None, False)]
+)
+def test_a_model_whose_norms_have_two_orders_keeps_its_one_range(hidden: int | None, splits: bool) -> None:
+    """A range of its own would be timed at other sizes than stock's, and could add up in another order."""
+    compilation = configuration().compilation_config
+    assert split(compilation, strict=False, hidden=hidden) == splits
+    assert compilation.compile_ranges_endpoints == ([CAPTURED, LARGEST] if splits else [LARGEST])
+
+
 def test_where_no_graph_is_captured_nothing_is_changed() -> None:
     compilation = configuration().compilation_config
     assert not split(compilation, strict=False, mode=CUDAGraphMode.NONE)
@@ -297,7 +314,7 @@ def test_no_range_of_one_size_comes_about(captured: list[int], endpoints: list[i
     before = config.get_compile_ranges()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowering, "_watch", lambda strict: None)
-        assert lowering.split_ranges(config, strict=False)
+        assert split(config, strict=False, mode=CUDAGraphMode.FULL)
     after = config.get_compile_ranges()
     assert [one for one in after if one.is_single_size()] == [one for one in before if one.is_single_size()]
     largest = max(captured)

@@ -566,9 +566,9 @@ class Deciding:
             record.plans.append({"shape": "of layers that run stock"})
             raise self.fails
 
-    def _split(self, compilation: Any, strict: bool) -> bool:
+    def _split(self, config: Any, strict: bool) -> bool:
         self.split.append(1)
-        compilation.compile_ranges_endpoints = [8, 8192]
+        config.compilation_config.compile_ranges_endpoints = [8, 8192]
         return True
 
     def waiting(self, strict: bool = False) -> Waiting[Any, Pair]:
