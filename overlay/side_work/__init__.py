@@ -13,7 +13,7 @@ so it comes after main.
 Memory contract:
 
 * Join takes the input of start. Inductor keeps the input's memory until join, so nothing overwrites it while the
-  auxiliary stream reads it.
+  auxiliary stream reads it. With main first the lane keeps the work, and so its tensors, until join launches it.
 * An auxiliary stream does nothing outside a fork. Every fork begins with a wait for an event that was recorded on the stream that
   runs main, after everything that main's stream has done so far.
 * The result of a plain GEMM is allocated on main's stream, before the fork, and read there after the join. No block of memory

@@ -93,6 +93,10 @@ def conclusions(data: dict[str, Any]) -> list[str]:
     ]
 
 
+#: Environment variables by which Inductor's kernels add up in the same order in every process (torch 2.13 and 2.14).
+FIXED_KERNELS = ("TORCHINDUCTOR_DYNAMIC_SCALE_RBLOCK=0", "TORCHINDUCTOR_FORCE_FILTER_REDUCTION_CONFIGS=1")
+
+
 def notes(data: dict[str, Any]) -> list[Text]:
     """What went wrong or was left out, the worst last: there it is seen."""
     hosts = {} if data.get("cpu") else data.get("host_speed", {})
@@ -100,7 +104,17 @@ def notes(data: dict[str, Any]) -> list[Text]:
     shown += [Text(text, style="yellow") for text in different_control(data.get("tokens") or [])]
     shown += [Text(f"not done: {text}", style="yellow") for text in data.get("unfinished", [])]
     shown += [Text(f"PROBLEM {text[:800]}", style="bold red") for text in data.get("problems", [])]
-    shown += [Text(f"TOKENS DIFFER: {text}", style="bold red") for text in different(data)]
+    found = different(data)
+    shown += [Text(f"TOKENS DIFFER: {text}", style="bold red") for text in found]
+    timed = [f"--env {one}" for one in FIXED_KERNELS if one not in data.get("command", [])]
+    if found and timed and not data.get("cpu"):
+        shown.append(
+            Text(
+                "Inductor times block sizes in each process, so two starts of stock can differ as well. Before you call it the "
+                f"overlay's doing, run again with {' '.join(timed)}",
+                style="yellow",
+            )
+        )
     return shown
 
 

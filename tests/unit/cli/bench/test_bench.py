@@ -636,6 +636,19 @@ def test_every_table_is_shown_and_kept(data: dict[str, Any], tmp_path: Path) -> 
     assert "TOKENS DIFFER: overlay, N=2: 1 of 2 requests" in shown
 
 
+@pytest.mark.parametrize("fixed", [(), report.FIXED_KERNELS[:1], report.FIXED_KERNELS])
+def test_other_tokens_come_with_what_to_try_before_blaming_the_overlay(
+    data: dict[str, Any], fixed: tuple[str, ...]
+) -> None:
+    data["command"] = ["bench", *(word for one in fixed for word in ("--env", one))]
+    said = [text.plain for text in report.notes(data) if "Inductor times block sizes" in text.plain]
+    missing = [one for one in report.FIXED_KERNELS if one not in fixed]
+    assert bool(said) == bool(missing)
+    assert all(f"--env {one}" in said[0] for one in missing) and all(one not in "".join(said) for one in fixed)
+    data["tokens"] = []
+    assert not any("Inductor times" in text.plain for text in report.notes(data))
+
+
 def test_a_cpu_says_nothing_about_speed(data: dict[str, Any], tmp_path: Path) -> None:
     data |= {"cpu": True, "host_speed": {"Python": engines.paired_row({"stock": [1.0], "overlay": [1.5]})}}
     report.show(data, Console(width=120, file=(tmp_path / "terminal").open("w")), tmp_path / "report.txt")
