@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import re
 import stat
@@ -114,12 +115,14 @@ class SourceTree:
         Raises OSError or ValueError, with the path, where it has one that cannot be read.
         """
         for path in () if module in self.texts else self._paths(module):
-            try:
-                with open(path, "rb") as file:
-                    self.texts[module] = Source(decoded(file.read(), path), path)
-                break
-            except (FileNotFoundError, NotADirectoryError):
+            kind = kind_of(path)
+            if not kind:
                 continue
+            if not stat.S_ISREG(kind):  # a pipe would never end
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            with open(path, "rb") as file:
+                self.texts[module] = Source(decoded(file.read(), path), path)
+            break
         return self.texts.get(module)
 
 

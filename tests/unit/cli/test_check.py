@@ -189,6 +189,15 @@ def test_a_source_that_is_no_text(stub: Callable[..., pathlib.Path], content: by
     assert result.exit_code == 2 and "cannot be read" in result.stderr
 
 
+@pytest.mark.timeout(30)
+def test_a_source_that_is_a_pipe_is_not_waited_for(stub: Callable[..., pathlib.Path]) -> None:
+    source = stub({}) / "vllm" / stub_vllm.GDN_MODULE
+    source.unlink()
+    os.mkfifo(source)
+    result = invoke("--vllm", str(source.parents[len(pathlib.Path(stub_vllm.GDN_MODULE).parts)]))
+    assert result.exit_code == 2 and "not a regular file" in result.stderr and str(source) in result.stderr
+
+
 def test_no_vllm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "no vLLM is installed in this Python" in refused()
