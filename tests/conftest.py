@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,13 @@ import sys
 import pytest
 
 from overlay.report import process_identity
+
+with contextlib.suppress(ImportError):  # the GPU host has no hypothesis, and its tests need none
+    from hypothesis import settings
+
+    # A time limit for one example says how busy the machine is, and nothing about the code.
+    settings.register_profile("any machine", deadline=None)
+    settings.load_profile("any machine")
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 

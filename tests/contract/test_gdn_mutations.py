@@ -201,7 +201,7 @@ def harmlessly_changed(draw: st.DrawFn) -> tuple[Method, str]:
     return method, text
 
 
-many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 @many

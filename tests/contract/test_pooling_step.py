@@ -188,7 +188,7 @@ def batches(draw: st.DrawFn) -> list[Request]:
     return found
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batches=st.lists(batches(), min_size=1, max_size=3), kind=st.sampled_from(["last", "token"]))
 def test_any_batches(batches: list[list[Request]], kind: str) -> None:
     stock, stock_logs, _ = run("0.19.1", False, kind, batches)

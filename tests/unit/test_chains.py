@@ -283,7 +283,7 @@ def test_every_way_to_run_the_next_one(tmp_path: Path, way: str) -> None:
             assert stock.log[-1].startswith("tool0|ends")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chain=chains(), last=st.sampled_from(list(LASTS)), place=st.integers(0, 3), off=st.booleans())
 @example(chain=[Tool("load_module", "not here"), Tool("load_module")], last="a module", place=0, off=False)
 @example(chain=[Tool(OWN), Tool(OWN)], last="a module", place=1, off=False)

@@ -541,7 +541,7 @@ LETS_THE_NEXT_ONE_RUN = {"namespace", "empty", "missing", "chains"}
 numbers = itertools.count()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kinds=st.lists(st.sampled_from(KINDS), max_size=5),
     place=st.integers(0, 5),

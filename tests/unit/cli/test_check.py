@@ -238,7 +238,7 @@ def test_a_damaged_source_in_a_wheel(whole_wheel: bytes, tmp_path: pathlib.Path)
     assert "fetch it again" in refused("--vllm", str(wheel))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
 def test_no_damage_is_a_traceback_or_another_verdict(
     whole_wheel: bytes, tmp_path: pathlib.Path, place: float, bits: int

@@ -146,7 +146,7 @@ def test_two_ranks_that_decide_at_once_take_the_same(monkeypatch: pytest.MonkeyP
     assert [ranks.agree(store, 2, 0, "{}", 0.0)] == late == [ranks.ALIKE]
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
     st.lists(st.one_of(st.none(), st.integers(0, 12).map(lambda steps: steps / 100)), min_size=2, max_size=4).filter(
         lambda delays: any(delay is not None for delay in delays)

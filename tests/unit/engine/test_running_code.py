@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("wrapt")
@@ -556,7 +556,6 @@ class Changed(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-@settings(deadline=None)
 @given(program=programs(), data=st.data())
 def test_any_function_whose_code_differs_is_found_and_no_other(
     program: tuple[str, list[str]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

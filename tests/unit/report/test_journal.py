@@ -391,7 +391,7 @@ NAMES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(NAMES, st.floats(-1e9, 1e9), max_size=6), st.floats(-1e9, 1e9))
 def test_neither_names_nor_clocks_keep_a_process_from_its_journal(ages: dict[str, float], clock: float) -> None:
     """Whatever lies in the folder and whatever is the time: nothing is said, the process has its journal and keeps it."""

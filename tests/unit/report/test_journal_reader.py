@@ -110,7 +110,7 @@ def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -
     assert writer.SCHEMA == journal_reader.SCHEMA
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(GARBLED)
 def test_nothing_in_a_file_makes_the_reader_fail(raw: dict[str, Any]) -> None:
     journal = journal_reader.parse(raw)
@@ -143,7 +143,7 @@ DAMAGED = st.tuples(
 ).map(lambda cut: WHOLE[: cut[0]] + cut[2] + WHOLE[cut[0] + cut[1] :])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.binary(max_size=200) | DAMAGED | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_file_makes_the_reader_fail(content: bytes) -> None:
     """What it gives out is of the types that it promises, whatever the bytes are; else the file is named."""

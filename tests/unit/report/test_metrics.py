@@ -265,7 +265,7 @@ JOURNALS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(JOURNALS)
 def test_whatever_a_journal_holds_the_page_can_be_parsed(raws: list[dict[str, Any]]) -> None:
     """No sample twice, nothing that cannot be encoded, no label without an end."""

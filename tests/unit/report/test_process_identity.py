@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay import files
@@ -28,7 +28,6 @@ IDENTITIES = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(IDENTITIES, IDENTITIES)
 def test_a_name_is_of_one_process(one: Identity, other: Identity) -> None:
     name = process_identity.file_name(one)
@@ -36,7 +35,6 @@ def test_a_name_is_of_one_process(one: Identity, other: Identity) -> None:
     assert (name == process_identity.file_name(other)) == (one == other)
 
 
-@settings(deadline=None)
 @given(
     st.text(max_size=80)
     | st.from_regex(r"\A[0-9²٣]{1,400}(-[0-9a-f²]{1,40}){0,4}(\.json)?\n?\Z")

@@ -47,7 +47,7 @@ def folder(tmp_path: pathlib.Path) -> str:
     return str(tmp_path / "cache" / "auxstream_overlay")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows(), json_keys)
 def test_what_was_written_is_read_again(written: list[Row], key: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as parent:
@@ -248,7 +248,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("plans"))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.binary(max_size=60) | DAMAGED | VALUES.map(lambda rows: json.dumps(good(rows=rows)).encode()))
 def test_whatever_is_in_a_file_it_is_a_plan_or_unusable(shared: str, content: bytes) -> None:
     os.chmod(shared, 0o700)

@@ -116,7 +116,7 @@ def test_two_shards_halve_what_is_split() -> None:
     assert two.total < one.total
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(free=st.integers(0, 400 * GIB), arms=st.integers(2, 4), name=st.sampled_from(sorted(shapes.SHAPES)))
 def test_the_layers_that_would_fit_do_and_more_do_not(free: int, arms: int, name: str) -> None:
     model = shapes.find(name, None)
