@@ -68,6 +68,10 @@ DRIFTING: dict[str, str] = {
     "pair in match": under("match self.tp_size:", under("case _:", QKVZ, BA)),
     "both in one statement": "($qkvz, _), ($ba, _) = self.in_proj_qkvz($input), self.in_proj_ba($input)",
     # ------------------------------------------------------------------ what they are given
+    # ------------------------------------------------------------------ a side that has been started and not joined
+    "ba first and changed before qkvz": code(BA, "$ba = $ba + 1", QKVZ),
+    "ba first and read before qkvz": code(BA, "more = $ba * 2", QKVZ),
+    "ba first and read in a nested function before qkvz": code(BA, under("def more():", "return $ba * 2"), QKVZ),
     "ba given the output of qkvz": code(QKVZ, "$ba, _ = self.in_proj_ba($qkvz)"),
     "ba given another tensor": code("other = $input.float()", QKVZ, "$ba, _ = self.in_proj_ba(other)"),
     "ba given a clone": code(QKVZ, "$ba, _ = self.in_proj_ba($input.clone())"),

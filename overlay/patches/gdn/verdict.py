@@ -150,10 +150,15 @@ def _check_method(method: Function) -> None:
     _unpacked_names(block[last])
     if name_of_input in _unpacked_names(block[first]):
         raise Drift(block[first], f"{name} puts a projection's result in the place of {name_of_input}")
+    # A side that is asked for first has only been started: nobody may touch its result before main, which joins it.
+    unfinished = _unpacked_names(block[first]) if first == _index_of(block, other) else set()
     for statement in block[first + 1 : last]:
         disturbing = disturbs(statement, name_of_input)
         if disturbing is not None:
             raise Drift(disturbing, f"{name} may change {name_of_input} or leave between the projections")
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id in unfinished:
+                raise Drift(node, f"{name} uses {node.id}, a result of {BA}, before {QKVZ}")
 
 
 def _asks_for_another(call: ast.Call) -> bool:
