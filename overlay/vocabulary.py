@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 #: The patches, in the order in which they are named.
-PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling")
+PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling", "frame_stack")
+#: Those that mend Python and not vLLM: no vLLM will ever do it itself.
+OF_PYTHON = frozenset({"frame_stack"})
 
 # The state of a patch. These five are a verdict's, read from vLLM's source:
 APPLY = "apply"  #: the shape is known and there is something to gain
@@ -34,7 +36,22 @@ RAY_WORKER = "RayWorker"
 REGISTRY_PROBE = "ModelRegistryProbe"
 
 
-def is_removable(states: Iterable[str]) -> bool:
-    """Whether the overlay has nothing to do, where its patches have these states. A patch that is off does not count."""
-    judged = set(states) - {OFF}
-    return bool(judged) and judged <= {LANDED, ABSENT}
+#: What is said of removal where a patch of Python's still applies.
+WITH_IT_GOES = "with it goes frame_stack, which some Pythons need"
+
+
+def is_removable(states: Mapping[str, str]) -> bool:
+    """Whether the overlay has nothing to do in this vLLM, where its patches, by name, have these states.
+
+    A patch that is off does not count. A patch of Python's does not have to land: it would keep the overlay for ever. But
+    one of which nobody can tell what it would do is no reason to say so.
+    """
+    judged = {name: state for name, state in states.items() if state != OFF}
+    of_vllm = {state for name, state in judged.items() if name not in OF_PYTHON}
+    of_python = {state for name, state in judged.items() if name in OF_PYTHON}
+    return bool(of_vllm) and of_vllm <= {LANDED, ABSENT} and of_python <= {LANDED, ABSENT, APPLY, INERT, NOT_SEEN}
+
+
+def loses_by_removal(states: Mapping[str, str]) -> bool:
+    """Whether a patch of Python's applies: what can be removed is not quite without use."""
+    return any(states.get(name) == APPLY for name in OF_PYTHON)

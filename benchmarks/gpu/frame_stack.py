@@ -5,7 +5,7 @@
 
 Stock and overlay alive at once, as in `python -m overlay bench`; in each the time to first token above 0 to 110 further
 frames (they move the ends of the chunks across a step's calls), as it comes and under `with_room`, in turn. What differs
-within one process is the same graph, the same kernels and the same code. See overlay/patches/frame_stack/patch.py.
+within one process is the same graph, the same kernels and the same code. See docs/frame-stack.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ JSON (schema 1)::
                          "upstream": {"pull_request": "#41061", "on_by_default": true, "setting": "…"} | null}},
      "drifted": false, "removable": false}
 
-`removable` is true where every patch is landed or absent: then the overlay has nothing to do in this vLLM.
+`removable` is true where every patch is landed or absent: then the overlay has nothing to do in this vLLM. frame_stack, which
+mends Python and lands in no vLLM, may be apply.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from overlay.cli import vllms
 from overlay.cli.vllms import Vllm
 from overlay.patches import registry
 from overlay.verdict import Upstream, Verdict
-from overlay.vocabulary import DRIFTED
+from overlay.vocabulary import DRIFTED, WITH_IT_GOES, loses_by_removal
 from overlay.vocabulary import is_removable as nothing_to_do
 
 if TYPE_CHECKING:
@@ -60,7 +61,11 @@ def is_drifted(verdicts: dict[str, Verdict]) -> bool:
 
 def is_removable(verdicts: dict[str, Verdict]) -> bool:
     """Whether the overlay has nothing to do in this vLLM."""
-    return nothing_to_do(found.state for found in verdicts.values())
+    return nothing_to_do(_states(verdicts))
+
+
+def _states(verdicts: dict[str, Verdict]) -> dict[str, str]:
+    return {patch: found.state for patch, found in verdicts.items()}
 
 
 def as_dict(vllm: Vllm, verdicts: dict[str, Verdict]) -> dict[str, Any]:
@@ -122,4 +127,4 @@ def show(vllm: Vllm, verdicts: dict[str, Verdict], console: Console) -> None:
         table.add_row(patch, verdict_text(found.state), "\n".join(visible(line) for line in lines))
     console.print(table)
     if is_removable(verdicts):
-        console.print(REMOVABLE)
+        console.print(REMOVABLE + (f" ({WITH_IT_GOES})" if loses_by_removal(_states(verdicts)) else ""), soft_wrap=True)

@@ -39,7 +39,7 @@ from overlay.cli.failure import CommandError
 from overlay.cli.options import parse_words
 from overlay.report import journal_reader
 from overlay.report.journal_reader import Journal, Patch, Skipped
-from overlay.vocabulary import APPLY, DRIFTED, INEFFECTIVE, NOT_SEEN, OFF, PATCH_NAMES, REFUSED
+from overlay.vocabulary import APPLY, DRIFTED, INEFFECTIVE, NOT_SEEN, OF_PYTHON, OFF, PATCH_NAMES, REFUSED
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -96,8 +96,12 @@ class Look:
 def _instead(patches: list[Patch]) -> str:
     """What a patch is in the processes where it is not in effect. A worker's word counts more than that of a process which
     has not even imported the target."""
-    said = {f"{patch.verdict}{', and its op has not run' if patch.verdict == APPLY else ''}" for patch in patches}
+    said = {f"{patch.verdict}{_not_run(patch) if patch.verdict == APPLY else ''}" for patch in patches}
     return ", ".join(sorted(said - {NOT_SEEN} or said)) or NOBODY
+
+
+def _not_run(patch: Patch) -> str:
+    return ", and no loop has begun" if patch.name in OF_PYTHON else ", and its op has not run"
 
 
 def run(given: Path | None, *, gone: bool, as_json: bool, watch: bool, required: str | None = None) -> int:

@@ -88,7 +88,7 @@ def _after_warm_up(worker: Any, settings: Settings, judge: Callable[[str], Verdi
     problems = [text for patch, record in journal.patches.items() for text in _replaced(patch, record)]
     later = {}
     for patch, record in journal.patches.items():
-        if record.verdict != APPLY or record.calls.total():
+        if record.verdict != APPLY or record.calls.total() or record.without_layers:
             continue
         if not record.patched:
             if not record.refused and not record.is_overruled:

@@ -71,6 +71,8 @@ class PatchRecord:
     plans: list[dict[str, Any]] = field(default_factory=list)
     #: Whether vLLM's own warm-up has to have called the op; else the first step has to.
     runs_in_warm_up: bool = True
+    #: Whether the patch has neither layers nor an op (`Verdict.without_layers`): its reason says what it does.
+    without_layers: bool = False
     #: The verdict on the source alone, where the target has not been imported and somebody has asked.
     _on_source: str | None = None
     #: Verdict and reason before this engine's proof of effect (overlay.engine.proof) overruled them.
@@ -94,7 +96,7 @@ class PatchRecord:
     def judged(self, found: Verdict) -> None:
         """What becomes of the patch in this process, by a verdict."""
         self.conclude(found.state, found.reason)
-        self.module, self.methods = found.module, found.methods
+        self.module, self.methods, self.without_layers = found.module, found.methods, found.without_layers
 
     def note_source(self, found: Verdict) -> None:
         """The target has not been imported; this is the verdict on its source."""
@@ -169,7 +171,7 @@ class Journal:
         self.fingerprint: str | None = None
         #: `world` and `rank` of this process, and the `result` of the comparison; None where there is one rank.
         self.agreement: dict[str, Any] | None = None
-        #: vLLM's loop that this process is in, with room for its frames (overlay/patches/frame_stack/patch.py).
+        #: vLLM's loop that this process is in (overlay/engine/loops.py).
         self.loop: str | None = None
 
     def open(self, folder: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from overlay.report import process_identity
 from overlay.report.process_identity import Identity
-from overlay.vocabulary import APPLY
+from overlay.vocabulary import APPLY, OF_PYTHON
 
 SCHEMA = 1
 LARGEST_BYTES = 4 * 2**20
@@ -54,6 +54,8 @@ class Patch:
     lowered: int = 0
     serial_calls: dict[str, int] = field(default_factory=dict)
     plans: tuple[PlanOfShape, ...] = ()
+    #: The loop of vLLM's that the process is in, for a patch that is about loops.
+    loop: str | None = None
 
     @property
     def calls(self) -> int:
@@ -62,7 +64,7 @@ class Patch:
 
     def is_in_effect(self) -> bool:
         """Whether it was installed, and what it installed has run."""
-        return self.verdict == APPLY and self.calls > 0
+        return self.verdict == APPLY and (self.calls > 0 or self.loop is not None)
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,13 @@ def _read_file(path: Path) -> Journal:
 def parse(raw: dict[str, Any]) -> Journal:
     """One journal file's content."""
     transformers = _table(raw, "transformers")
-    problems = raw.get("problems")
+    problems, loop = raw.get("problems"), _text(raw.get("loop"))
     return Journal(
         process_id=_count(raw.get("pid")),
         parent=_count(raw.get("parent")),
         role=_text(raw.get("role")) or "unknown",
         started=_seconds(raw.get("started")) or 0.0,
-        patches=tuple(_parse_patch(name, patch) for name, patch in _table(raw, "patches").items()),
+        patches=tuple(_parse_patch(name, patch, loop) for name, patch in _table(raw, "patches").items()),
         problems=tuple(str(problem) for problem in problems) if isinstance(problems, list) else (),
         transformers=_text(transformers.get("state")) or "unknown",
         transformers_seconds=_seconds(transformers.get("seconds")),
@@ -177,7 +179,7 @@ def parse(raw: dict[str, Any]) -> Journal:
     )
 
 
-def _parse_patch(name: str, raw: Any) -> Patch:
+def _parse_patch(name: str, raw: Any, loop: str | None) -> Patch:
     raw = raw if isinstance(raw, dict) else {}
     layers, calls, methods = _table(raw, "layers"), _table(raw, "calls"), raw.get("methods")
     return Patch(
@@ -194,6 +196,7 @@ def _parse_patch(name: str, raw: Any) -> Patch:
         lowered=_count(calls.get("lowered")),
         serial_calls={reason: _count(count) for reason, count in _table(calls, "serial").items()},
         plans=tuple(_parse_plan(plan) for plan in _list(raw, "plans")),
+        loop=loop if name in OF_PYTHON else None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from overlay import __version__
 from overlay.report import log
 from overlay.report.journal import Journal, PatchRecord, role
-from overlay.vocabulary import API_SERVER, APPLY, INERT, NOT_SEEN, is_removable
+from overlay.vocabulary import API_SERVER, APPLY, INERT, NOT_SEEN, WITH_IT_GOES, is_removable, loses_by_removal
 
 REMOVABLE = "nothing to do in this vLLM, it can be removed"
 #: How many reasons for which layers stay stock the line names, and how much of each; the journal has all of them.
@@ -35,10 +35,11 @@ def say_armed(vllm_version: str | None) -> None:
 def say(journal: Journal, *, removable_is_said_here: bool) -> None:
     """What every patch of this process did."""
     patches = [_Patch(name, record.state, record) for name, record in journal.patches.items()]
-    removable = is_removable(patch.state for patch in patches)
+    states = {patch.name: patch.state for patch in patches}
+    removable = is_removable(states)
     clauses = [str(patch) for patch in patches]
     if removable and removable_is_said_here:
-        clauses.append(REMOVABLE)
+        clauses.append(REMOVABLE + (f" ({WITH_IT_GOES})" if loses_by_removal(states) else ""))
     log.logger.info(
         "overlay %s on vLLM %s: %s",
         __version__,
@@ -79,7 +80,7 @@ class _Patch:
         parts = [f"{self.name}: {self.state}"]
         if self.state == NOT_SEEN:
             parts.append("its target was not imported")
-        elif self.state == INERT:
+        elif self.state == INERT or (self.state == APPLY and self.record.without_layers):
             parts.append(_short(self.record.reason))
         elif self.state == APPLY and not self.record.patched and not self.record.refused:
             parts.append("no such layer in this model")

@@ -15,9 +15,8 @@ from types import ModuleType
 
 import overlay
 from overlay import settings as settings_module
-from overlay.engine import loaded, proof, ranks
+from overlay.engine import loaded, loops, proof, ranks
 from overlay.patches import registry
-from overlay.patches.frame_stack import patch as frame_stack
 from overlay.report import log, summary
 from overlay.report.journal import journal
 from overlay.settings import Settings
@@ -93,10 +92,8 @@ def _set_hooks(settings: Settings, watch: Watch) -> None:
         hook = guarded("proof of effect", lambda module: proof.prove_after_warm_up(module, settings, judge), settings)
         register_post_import_hook(hook, module_name)
         register_post_import_hook(guarded("loaded models", loaded.decide_after_load, settings), module_name)
-    for module_name in frame_stack.LOOPS if settings.patches else ():
-        register_post_import_hook(
-            guarded("frame stack", lambda module: frame_stack.give_room(module, journal.entered), settings), module_name
-        )
+    for module_name in loops.LOOPS if settings.patches else ():
+        register_post_import_hook(guarded("loops", loops.note_begin, settings), module_name)
 
 
 def _fall_back_on_our_wrapt() -> None:

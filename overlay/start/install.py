@@ -22,9 +22,11 @@ def install(patch: str, module: ModuleType, settings: Settings) -> None:
     """A target module has just been executed: judge its source, and install the patch if the verdict is apply."""
     tree = sources()
     found = registry.judge(patch, tree)
-    if found.module != module.__name__:
-        return
-    if found.state == APPLY:
+    if found.module != module.__name__ and not (found.module and module.__name__.startswith(f"{found.module}.")):
+        return  # it is about another of the patch's modules
+    if found.state == APPLY and found.without_layers:
+        found = _install_judged(patch, module, found, settings)
+    elif found.state == APPLY:
         stranger = running_code.remember(patch, module, found, tree.texts)
         if stranger is None:
             found = _install_judged(patch, module, found, settings)
@@ -35,7 +37,8 @@ def install(patch: str, module: ModuleType, settings: Settings) -> None:
 
 def _install_judged(patch: str, module: ModuleType, found: Verdict, settings: Settings) -> Verdict:
     """The compile cache's key first: a patch without it could be given a graph that was compiled without the patch."""
-    proof.remember(patch, module, found)
+    if not found.without_layers:
+        proof.remember(patch, module, found)
     if found.shapes_graph:
         compile_cache.add(patch, found.methods)
     installed = False
@@ -45,7 +48,8 @@ def _install_judged(patch: str, module: ModuleType, found: Verdict, settings: Se
         installed = found.state == APPLY
     finally:
         if not installed:
-            compile_cache.remove(patch)
+            if found.shapes_graph:
+                compile_cache.remove(patch)
             proof.forget(patch)
     return found
 

@@ -31,6 +31,8 @@ class Verdict:
     package that does not have the class itself; empty unless `state` is "apply" (or "inert").
     `upstream` is there where this vLLM has a way of its own, also one that is off, or that leaves something out.
     `shapes_graph` is false for a patch that no compiled graph can show: it must not split vLLM's compile cache.
+    `without_layers` is true for a patch that runs what it intercepts as it is, whoever has written that: it has neither layers
+    nor an op whose calls are counted, and what runs need not be what was read.
     """
 
     state: str
@@ -41,6 +43,7 @@ class Verdict:
     where: str | None = None
     upstream: Upstream | None = None
     shapes_graph: bool = True
+    without_layers: bool = False
 
     def intercepted(self) -> tuple[tuple[str, str], ...]:
         """The (class, method) pairs of `methods`."""

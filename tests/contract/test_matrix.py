@@ -54,13 +54,13 @@ class Without(SourceTree):
 
     def __init__(self, version: str, missing: tuple[str, ...], halves: tuple[str, ...] = ()) -> None:
         super().__init__(judged(version).vllm.tree.folder)
-        self._missing, self._halves = missing, halves
+        self._missing, self._halves = tuple(f"{module}." for module in missing), halves
 
     def has(self, module: str) -> bool:
-        return not module.startswith(self._missing) and super().has(module)
+        return not f"{module}.".startswith(self._missing) and super().has(module)
 
     def read(self, module: str) -> Source | None:
-        source = None if module.startswith(self._missing) else super().read(module)
+        source = None if f"{module}.".startswith(self._missing) else super().read(module)
         if source is not None and module in self._halves:
             return Source(source.text[: len(source.text) // 2], source.path)
         return source

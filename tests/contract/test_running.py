@@ -128,10 +128,16 @@ class Running:
 EXPECTED = json.loads((REPOSITORY / "docs" / "expected-verdicts.json").read_text("utf-8"))
 CASES = [
     (version, patch)
-    for patch in TARGET_MODULES
+    for patch in RELIED_ON
     for version in (*released.releases.OLDER, *released.SUPPORTED)
     if EXPECTED[version][patch]["verdict"] == APPLY
 ]
+
+
+def test_all_patches_rely_on_what_they_have_read_but_one_that_says_so() -> None:
+    tree = SourceTree(released.tree(released.SUPPORTED[-1]).folder)
+    without = [patch for patch in TARGET_MODULES if judge(patch, tree).without_layers]
+    assert without == ["frame_stack"] and set(RELIED_ON) == set(TARGET_MODULES) - set(without)
 
 
 @pytest.mark.parametrize(("version", "patch"), CASES)

@@ -12,6 +12,7 @@ import pytest
 
 from devtools import tiny_models
 from overlay import __version__
+from overlay.patches.frame_stack.room import is_needed as room_is_needed
 from tests.engine.conftest import Run
 
 pytestmark = pytest.mark.engine
@@ -55,6 +56,9 @@ def test_sizes_are_per_shard_with_two_real_shards(engine: Engine, name: str) -> 
         assert list(sizes.values()) == [SHARD_SIZES[2]] * tiny_models.gdn_layers(name)
         assert journal.calls > 0
         assert journal.raw["loop"] == "WorkerProc.worker_busy_loop"
+        frame_stack = journal.raw["patches"]["frame_stack"]
+        said = ("apply", "WorkerProc.worker_busy_loop runs above one large frame")
+        assert ((frame_stack["verdict"], frame_stack["reason"]) == said) == room_is_needed()
 
 
 def test_every_process_of_the_engine_has_a_journal(engine: Engine) -> None:

@@ -51,6 +51,12 @@ FILES = {
         def init_worker_distributed_environment(vllm_config):
             pass
         """,
+    "v1/engine/core_client.py": """
+        class EngineCoreClient:
+            pass
+        class DPLBAsyncMPClient(EngineCoreClient):
+            pass
+        """,
     "model_executor/__init__.py": "",
     "model_executor/layers/__init__.py": "",
     "model_executor/layers/mamba/__init__.py": "",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from overlay.patches.frame_stack.room import is_needed as frame_stack_is_needed
 from tests.conftest import REPOSITORY, overlay_environment, run_python
 from tests.unit import stub_vllm
 
@@ -409,11 +410,21 @@ def test_patches_none_reads_no_source(world: World) -> None:
 
 WORKERS_LOOP = {
     "v1/__init__.py": "",
+    "v1/engine/__init__.py": "",
+    "v1/engine/core.py": """
+        class EngineCoreProc:
+            def run_busy_loop(self):
+                while True: pass
+        class DPEngineCoreProc(EngineCoreProc):
+            def run_busy_loop(self):
+                while True: pass
+        """,
     "v1/executor/__init__.py": "",
     "v1/executor/multiproc_executor.py": """
         class WorkerProc:
             def worker_busy_loop(self):
-                return "looped"
+                while True:
+                    return "looped"
         """,
 }
 RUN_LOOP = """
@@ -422,20 +433,36 @@ assert WorkerProc().worker_busy_loop() == "looped"
 """
 
 
-@pytest.mark.parametrize(("patches", "loop"), [("all", "WorkerProc.worker_busy_loop"), ("none", None)])
-def test_vllms_loops_get_room_for_frames_where_anything_may_be_patched(
-    world: World, patches: str, loop: str | None
+NEEDED = frame_stack_is_needed()
+ROOM = ("apply", "WorkerProc.worker_busy_loop runs above one large frame") if NEEDED else ("inert", None)
+
+
+@pytest.mark.parametrize(
+    ("patches", "loop", "frame_stack"),
+    [
+        ("all", "WorkerProc.worker_busy_loop", ROOM),
+        ("frame_stack", "WorkerProc.worker_busy_loop", ROOM),
+        ("gdn", "WorkerProc.worker_busy_loop", ("off", "switched off")),
+        ("none", None, ("off", "switched off")),
+    ],
+)
+def test_vllms_loops_get_room_by_a_patch_of_its_own_and_are_noted_with_any(
+    world: World, patches: str, loop: str | None, frame_stack: tuple[str, str | None]
 ) -> None:
     world.build(WORKERS_LOOP)
-    succeeded(world.run(RUN_LOOP, VLLMOVERLAY_PATCHES=patches))
-    assert world.journals()[0]["loop"] == loop
+    assert overlay_lines(succeeded(world.run(RUN_LOOP, VLLMOVERLAY_PATCHES=patches))) == []
+    (journal,) = world.journals()
+    record = journal["patches"]["frame_stack"]
+    assert (journal["loop"], record["verdict"]) == (loop, frame_stack[0])
+    assert frame_stack[1] in (record["reason"], None)
+    assert journal["fingerprint"] is None
 
 
 def test_a_vllm_without_the_loop_runs_stock_there_and_one_warning_says_so(world: World) -> None:
     world.build({**WORKERS_LOOP, "v1/executor/multiproc_executor.py": "class WorkerProc: pass\n"})
     code = "import vllm.v1.executor.multiproc_executor"
     (line,) = overlay_lines(succeeded(world.run(code)))
-    assert "frame stack" in line and "worker_busy_loop" in line
+    assert "frame_stack: drifted" in line and "worker_busy_loop" in line
     assert world.run(code, VLLMOVERLAY_STRICT="1").returncode != 0
 
 

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from overlay.cli import check, vllms
 from overlay.cli.app import app
 from overlay.cli.failure import CommandError
+from overlay.vocabulary import WITH_IT_GOES
 
 #: As the build writes it.
 BUILT = {
@@ -118,6 +119,16 @@ def test_drift_is_status_1_with_file_and_line(stub: Callable[..., pathlib.Path])
 def test_nothing_to_do_is_said(stub: Callable[..., pathlib.Path]) -> None:
     folder = stub(stub_vllm.NOTHING)
     assert check.REMOVABLE in invoke("--vllm", str(folder)).stdout
+    assert json.loads(invoke("--vllm", str(folder), "--json").stdout)["removable"] is True
+
+
+def test_what_goes_with_the_overlay_is_said_with_the_rest(stub: Callable[..., pathlib.Path]) -> None:
+    loop = "    def {}(self):\n        while True: pass\n"
+    core = "".join(f"class {name}:\n{loop.format('run_busy_loop')}" for name in ("EngineCoreProc", "DPEngineCoreProc"))
+    worker = "class WorkerProc:\n" + loop.format("worker_busy_loop")
+    changes = {"v1/engine/core.py": core, "v1/executor/multiproc_executor.py": worker}
+    folder = stub({**stub_vllm.NOTHING, **changes})
+    assert f"{check.REMOVABLE} ({WITH_IT_GOES})" in invoke("--vllm", str(folder)).stdout
     assert json.loads(invoke("--vllm", str(folder), "--json").stdout)["removable"] is True
 
 

@@ -177,6 +177,23 @@ def test_a_required_patch_has_to_be_in_effect_in_some_process(
         assert (answer["ok"], "; ".join(answer["missing"])) == (not said, said or "")
 
 
+@pytest.mark.parametrize(
+    ("state", "loop", "said"),
+    [
+        ("apply", "EngineCoreProc.run_busy_loop", []),
+        ("apply", None, ["frame_stack: apply, and no loop has begun"]),
+        ("off", "EngineCoreProc.run_busy_loop", ["frame_stack: off"]),
+    ],
+)
+def test_a_patch_that_is_about_loops_is_in_effect_in_a_process_that_is_in_one(
+    state: str, loop: str | None, said: list[str], journal_folder: pathlib.Path
+) -> None:
+    put(journal_folder, loop=loop, patches={"gdn": UNSEEN, "frame_stack": {"verdict": state}})
+    answer = json.loads(invoke(journal_folder, "--require", "frame_stack", "--json").stdout)
+    assert answer["missing"] == said
+    assert invoke(journal_folder, "--require", "gdn").exit_code == 1
+
+
 @pytest.mark.parametrize("required", ["", ",", "gnd", "gdn,all"])
 def test_a_patch_that_is_none_cannot_be_required(journal_folder: pathlib.Path, required: str) -> None:
     put(journal_folder)

@@ -128,6 +128,12 @@ def test_a_model_whose_layers_were_all_refused_is_no_problem(journal: Journal, m
     assert record.verdict == APPLY and "no such layer" not in record.reason
 
 
+def test_a_patch_without_layers_keeps_its_own_reason(journal: Journal, make_worker: Any) -> None:
+    record = applied(journal, without_layers=True)
+    make_worker(strict=True).compile_or_warm_up_model()
+    assert (record.verdict, record.reason, record.is_overruled) == (APPLY, "one after the other", False)
+
+
 @pytest.mark.parametrize("why", ["no CUDA, where warm-up may be skipped", "pooling, which warm-up does not run"])
 def test_what_warm_up_does_not_run_is_looked_at_after_the_first_step(
     why: str, journal: Journal, make_worker: Any

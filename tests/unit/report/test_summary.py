@@ -13,8 +13,11 @@ from overlay.patches import registry
 from overlay.report import summary
 from overlay.report.journal import Calls, Journal, PatchRecord
 from overlay.verdict import SourceTree, Verdict
-from overlay.vocabulary import APPLY
+from overlay.vocabulary import APPLY, WITH_IT_GOES, is_removable
 from tests.unit import stub_vllm
+
+#: Over the stub's files: a target of frame_stack's that nobody has imported.
+WITH_LOOPS: dict[str, str | None] = {"v1/engine/core.py": "class EngineCoreProc:\n    pass\n"}
 
 
 def said(
@@ -94,6 +97,19 @@ def test_what_can_be_removed_is_said_by_the_first_rank_and_known_to_all(
     assert record.overlay["removable"] is True  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("state", ["apply", "inert", "not seen", "off"])
+def test_a_patch_of_pythons_does_not_keep_the_overlay_and_is_named_where_it_applies(
+    state: str, caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path
+) -> None:
+    frame_stack = PatchRecord(state, "a loop runs above one large frame", without_layers=True)
+    stub_vllm.write(tmp_path, WITH_LOOPS)
+    record = said(journal_of(gdn=PatchRecord("landed"), frame_stack=frame_stack), caplog, tmp_path)
+    assert record.overlay["removable"] is True  # type: ignore[attr-defined]
+    lost = f" ({WITH_IT_GOES})" if state == "apply" else ""
+    assert record.getMessage().endswith(f"; {summary.REMOVABLE}{lost}")
+    assert ("frame_stack: apply, a loop runs above one large frame; " in record.getMessage()) == (state == "apply")
+
+
 def test_a_target_that_was_not_imported_is_absent_where_the_source_says_so(
     caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path
 ) -> None:
@@ -133,3 +149,21 @@ def test_an_op_that_was_only_traced_says_that(caplog: pytest.LogCaptureFixture, 
 def test_inert_says_why(caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path) -> None:
     journal = journal_of(gdn=PatchRecord("inert", "no CUDA-like device"))
     assert said(journal, caplog, tmp_path).getMessage().endswith("gdn: inert, no CUDA-like device")
+
+
+@pytest.mark.parametrize(
+    ("states", "removable"),
+    [
+        ({"gdn": "landed", "pooling": "absent", "frame_stack": "apply"}, True),
+        ({"gdn": "landed", "frame_stack": "drifted"}, False),
+        ({"gdn": "landed", "frame_stack": "ineffective"}, False),
+        ({"gdn": "apply", "frame_stack": "inert"}, False),
+        ({"gdn": "off", "frame_stack": "apply"}, False),  # somebody has asked for this one alone
+        ({"gdn": "off", "frame_stack": "absent"}, False),
+        ({}, False),
+    ],
+)
+def test_what_the_patches_of_vllm_say_decides_and_a_patch_of_pythons_that_is_not_known_forbids(
+    states: dict[str, str], removable: bool
+) -> None:
+    assert is_removable(states) == removable

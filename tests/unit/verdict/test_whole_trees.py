@@ -33,6 +33,7 @@ NAMES = {
     stub_vllm.REGISTRY: '_MORE = {"DeepseekV4ForCausalLM": "deepseek_v4", "Qwen3_5ForCausalLM": "qwen3_5"}\n',
     "engine/arg_utils.py": "enable_lora: bool = False\n",
     "v1/worker/gpu_worker.py": "from vllm.v1.worker.gpu_model_runner import GPUModelRunner\n",
+    "v1/engine/core_client.py": "from vllm.v1.engine.core import EngineCoreProc\n",
 }
 
 
@@ -92,6 +93,7 @@ def test_half_a_vllm_that_has_nothing_is_removable_only_where_every_witness_says
         stub_vllm.REGISTRY: "\nModelRegistry =",
         "engine/arg_utils.py": "\nclass AsyncEngineArgs(",
         "v1/worker/gpu_worker.py": "\ndef init_worker_distributed_environment(",
+        "v1/engine/core_client.py": "\nclass DPLBAsyncMPClient",
     }
     assert removable(half) == all(end in half.get(name, "") for name, end in ends.items())
 
@@ -106,7 +108,9 @@ def test_a_target_that_is_named_and_not_there_is_drifted_with_the_line_that_name
     assert found.state == DRIFTED and found.where is not None
     path, _, line = found.where.partition(":")
     named = WITH_EVERYTHING[path.removeprefix("vllm/")].splitlines()[int(line) - 1]
-    assert any(word in named for word in ("deepseek_v4", "qwen3_5", "enable_lora", "gpu_model_runner"))
+    assert any(
+        word in named for word in ("deepseek_v4", "qwen3_5", "enable_lora", "gpu_model_runner", "v1.engine.core")
+    )
 
 
 # ---------------------------------------------------------------- through the command, on a disk

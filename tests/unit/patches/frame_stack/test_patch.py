@@ -1,89 +1,100 @@
-"""Room for frames: no call crosses the end of a chunk, and vLLM's loops are given that room."""
+"""vLLM's loops get room for their frames, and the record says which one has it."""
 
 from __future__ import annotations
 
-import resource
+import platform
 import sys
 import types
 
 import pytest
 
+from overlay.engine import compile_cache, proof, running_code
 from overlay.patches.frame_stack import patch as frame_stack
-from overlay.patches.frame_stack.patch import with_room
+from overlay.patches.frame_stack import room
+from overlay.report.journal import PatchRecord, journal
+from overlay.settings import Settings
+from overlay.start import install
+from overlay.verdict import Verdict
+from overlay.vocabulary import APPLY, INERT
 
-CALLS = 200
-#: More frames than fit into three chunks of 16 KiB.
-DEPTHS = range(400)
-
-
-def leaf() -> None:
-    """What is called again and again at one depth. Its frame is larger than a step in depth, so that some depth has room
-    for the step and not for this."""
-
-
-leaf.__code__ = leaf.__code__.replace(co_stacksize=100)
+MODULE = "vllm.v1.engine.core"
+VERDICT = Verdict(APPLY, "can have room", "vllm.v1", shapes_graph=False, without_layers=True)
 
 
-def faults_per_call(depth: int) -> float:
-    """Pages that a call at this depth maps anew, over many calls."""
-    if depth:
-        return faults_per_call(depth - 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(CALLS):
-        leaf()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / CALLS
+@pytest.fixture(autouse=True)
+def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
+    monkeypatch.setattr(journal, "patches", {})
+    monkeypatch.setattr(room, "is_needed", lambda: True)
+    return journal.patch("frame_stack")
 
 
-def crossing() -> int:
-    """The depths at which (almost) every call maps a chunk."""
-    return sum(faults_per_call(depth) > 0.9 for depth in DEPTHS)
+def depth_of_room() -> int:
+    """The large frames that this call is above."""
+    frame, found = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame = frame.f_back
+        found += frame.f_code is room.with_room.__code__
+    return found
 
 
-def test_with_room_no_call_crosses_the_end_of_a_chunk() -> None:
-    assert with_room(crossing) == 0
-
-
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="this Python may keep a chunk for the next call (gh-145789)")
-def test_without_room_some_depth_does() -> None:
-    assert crossing() > 0
-
-
-def test_it_is_a_call_like_any_other() -> None:
-    assert with_room(lambda *args, **kwargs: (args, kwargs), 1, 2, three=3) == ((1, 2), {"three": 3})
-    with pytest.raises(ZeroDivisionError):
-        with_room(lambda: 1 // 0)
-
-
-def module_of(name: str, **classes: type) -> types.ModuleType:
-    module = types.ModuleType(name)
-    for class_name, made in classes.items():
-        setattr(module, class_name, made)
-    return module
-
-
-def test_both_kinds_of_engine_get_room_and_say_so() -> None:
+def engine_core() -> types.ModuleType:
     class EngineCoreProc:
         def run_busy_loop(self, answer: int = 1) -> tuple[int, int]:
-            return answer, crossing()
+            return answer, depth_of_room()
 
     class DPEngineCoreProc(EngineCoreProc):
         def run_busy_loop(self, answer: int = 2) -> tuple[int, int]:
-            return answer, crossing()
+            return answer, depth_of_room()
 
-    said: list[str] = []
-    module = module_of("vllm.v1.engine.core", EngineCoreProc=EngineCoreProc, DPEngineCoreProc=DPEngineCoreProc)
-    frame_stack.give_room(module, said.append)
-    assert EngineCoreProc().run_busy_loop() == (1, 0)
-    assert DPEngineCoreProc().run_busy_loop(answer=5) == (5, 0)
-    assert said == ["EngineCoreProc.run_busy_loop", "DPEngineCoreProc.run_busy_loop"]
+    module = types.ModuleType(MODULE)
+    vars(module).update(EngineCoreProc=EngineCoreProc, DPEngineCoreProc=DPEngineCoreProc)
+    return module
 
 
-def test_a_vllm_without_one_of_the_loops_is_left_as_it_is() -> None:
-    class EngineCoreProc:
-        def run_busy_loop(self) -> None:
-            pass
+def test_each_loop_runs_above_the_frame_and_the_record_says_which(record: PatchRecord) -> None:
+    module = engine_core()
+    record.judged(found := frame_stack.install(module, VERDICT, Settings()))
+    assert found == VERDICT and (record.verdict, record.reason) == (APPLY, "can have room")
+    assert module.EngineCoreProc().run_busy_loop() == (1, 1)
+    assert (record.verdict, record.reason) == (APPLY, "EngineCoreProc.run_busy_loop runs above one large frame")
+    assert module.DPEngineCoreProc().run_busy_loop(answer=5) == (5, 1)
+    assert record.reason.startswith("DPEngineCoreProc.run_busy_loop runs")
 
-    loop = EngineCoreProc.run_busy_loop
+
+def test_a_python_that_does_not_need_it_leaves_the_loops_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "is_needed", lambda: False)
+    module = engine_core()
+    found = frame_stack.install(module, VERDICT, Settings())
+    assert found.state == INERT and f"{platform.python_version()} maps no memory" in found.reason
+    assert module.EngineCoreProc().run_busy_loop() == (1, 0)
+
+
+def test_a_module_without_one_of_the_loops_is_left_as_it_is() -> None:
+    module = engine_core()
+    loop = module.EngineCoreProc.run_busy_loop
+    del module.DPEngineCoreProc
     with pytest.raises(AttributeError, match="DPEngineCoreProc"):
-        frame_stack.give_room(module_of("vllm.v1.engine.core", EngineCoreProc=EngineCoreProc), lambda _: None)
-    assert EngineCoreProc.run_busy_loop is loop
+        frame_stack.install(module, VERDICT, Settings())
+    assert module.EngineCoreProc.run_busy_loop is loop
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_it_enters_no_fingerprint_and_asks_nobody_who_has_written_the_loop(
+    needed: bool, record: PatchRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for module, name in (
+        (compile_cache, "add"),
+        (compile_cache, "remove"),
+        (running_code, "remember"),
+        (proof, "remember"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, name=name: asked.append(name))
+    monkeypatch.setattr(install, "sources", lambda: types.SimpleNamespace(texts={}))
+    monkeypatch.setattr(install.registry, "judge", lambda *_: VERDICT)
+    monkeypatch.setattr(room, "is_needed", lambda: needed)
+    loaded = engine_core()
+    loaded.EngineCoreProc.run_busy_loop = lambda _: ("somebody's", depth_of_room())
+    install.install("frame_stack", loaded, Settings(strict=True))
+    assert record.verdict == (APPLY if needed else INERT) and asked == []
+    assert loaded.EngineCoreProc().run_busy_loop() == ("somebody's", int(needed))

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-#: overlay.patches.frame_stack.patch's, run by its path: a stock process must not find the overlay's package.
-with_room: Callable[..., Any] = runpy.run_path(str(Path(__file__).parents[4] / "patches" / "frame_stack" / "patch.py"))[
+#: overlay.patches.frame_stack.room's, run by its path: a stock process must not find the overlay's package.
+with_room: Callable[..., Any] = runpy.run_path(str(Path(__file__).parents[4] / "patches" / "frame_stack" / "room.py"))[
     "with_room"
 ]
 #: About 5 ms each: long enough to tell a slow CPU, short enough to ask in every round.

@@ -1,0 +1,64 @@
+"""The verdict for frame_stack: are vLLM's loops where they can be wrapped, and do they stay in one call?"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from overlay.engine.loops import LOOPS
+from overlay.verdict.cut import block
+from overlay.verdict.model import Source, SourceTree, Verdict, Witness, without_target
+from overlay.verdict.questions import Drift, drifted
+from overlay.vocabulary import APPLY
+
+#: The package of all loops.
+PACKAGE = "vllm.v1"
+MODULES = tuple(LOOPS)
+#: Who starts the engine cores.
+WITNESS = Witness("vllm.v1.engine.core_client", "class DPLBAsyncMPClient", r"vllm\.v1\.engine\.core import")
+
+
+def judge(tree: SourceTree) -> Verdict:
+    """The verdict for one vLLM, read from its sources without importing it. It cannot know which Python will run that."""
+    if not any(map(tree.has, MODULES)):
+        lost = f"this vLLM has engine cores, but they are not in {MODULES[0]}"
+        return without_target(tree, WITNESS, absent="this vLLM has no processes of its own with a loop", lost=lost)
+    places = []
+    for module, names in LOOPS.items():
+        source = tree.read(module)
+        if source is None:
+            base = module.replace(".", "/")
+            return drifted(Drift(ast.Pass(), f"this vLLM has no {module}"), f"{tree.folder}/{base}.py", PACKAGE)
+        try:
+            places += [f"{source.path}:{_line_of_loop(source, name)}" for name in names]
+        except (Drift, SyntaxError) as error:
+            return drifted(error, source.path, PACKAGE)
+    methods = tuple(f"{module[len(PACKAGE) + 1 :]}.{name}" for module, names in LOOPS.items() for name in names)
+    reason = "the loops of engine cores and workers can run above one large frame"
+    return Verdict(APPLY, reason, PACKAGE, None, methods, where=places[0], shapes_graph=False, without_layers=True)
+
+
+def _line_of_loop(source: Source, name: str) -> int:
+    """The line of a method that holds a loop. Raises Drift unless it is there once, is not asynchronous, and loops.
+
+    An asynchronous one would return at once, before its frames are there. The method alone is parsed.
+    """
+    class_name, _, method = name.partition(".")
+    class_header = _only(source, rf"^class {class_name}\b", class_name, 0, len(source.text))
+    after = re.compile(r"^(?:class|def|async def|@)", re.MULTILINE).search(source.text, class_header + 1)
+    end = after.start() if after else len(source.text)
+    header = _only(source, rf"^    (?:async )?def {method}\(", name, class_header, end)
+    found = block(source, header, header, indentation=4)
+    if not isinstance(found, ast.FunctionDef):
+        raise Drift(found, f"{name} is asynchronous")
+    if not any(isinstance(node, ast.While) for node in ast.walk(found)):
+        raise Drift(found, f"{name} has no loop")
+    return found.lineno
+
+
+def _only(source: Source, pattern: str, name: str, start: int, end: int) -> int:
+    found = [one.start() for one in re.compile(pattern, re.MULTILINE).finditer(source.text, start, end)]
+    if len(found) != 1:
+        line = source.text.count("\n", 0, found[1] if found else start) + 1
+        raise Drift(ast.Pass(lineno=line, col_offset=0), f"{name} is defined {len(found)} times")
+    return found[0]
