@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 @dataclass(frozen=True)
 class Embedded:
     answers: dict[str, list[list[float]]]
-    journal_reader: list[journal_reader.Journal]
+    journals: list[journal_reader.Journal]
     log: str
 
 
