@@ -1,7 +1,7 @@
 """The command line: what can be said of a vLLM before it runs (check, matrix) and while it runs (status).
 
-It reads sources and journals and imports neither vllm nor torch. Of what is here a server imports journals.py alone
-(overlay/report/metrics.py). It needs the libraries of the extra ``cli``; vLLM's own image has those that `check` and `status` need.
+It reads sources and journals and imports neither vllm nor torch. A server imports nothing of it. It needs the libraries of the
+extra ``cli``. vLLM's own image has those that `check` and `status` need.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _installed: dict[str, tuple[ModuleType, dict[str, Any]]] = {}
 
 
 class Ineffective(RuntimeError):
-    """Under strict: a patch was applied and has no effect. Has been said already."""
+    """Strict mode only: a patch was applied and has no effect. Already logged."""
 
 
 def remember(patch: str, module: ModuleType, found: Verdict) -> None:

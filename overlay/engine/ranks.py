@@ -60,7 +60,7 @@ _worker_is_loaded = False
 
 
 class NotAlike(RuntimeError):
-    """Under strict: the ranks differ, or cannot tell. Has been said already."""
+    """Strict mode only: the ranks differ, or cannot be compared. Already logged."""
 
 
 def compare_when_joined(module: ModuleType, settings: Settings) -> None:

@@ -40,7 +40,7 @@ _judged: dict[str, _Judged] = {}
 
 
 class Replaced(RuntimeError):
-    """Under strict: something else runs than what was judged. Has been said already."""
+    """Strict mode only: something else runs than what was judged. Already logged."""
 
 
 def remember(patch: str, module: ModuleType, found: Verdict, texts: Mapping[str, Source]) -> str | None:

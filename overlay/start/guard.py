@@ -10,7 +10,7 @@ from overlay.settings import Settings, outcome
 
 
 class Drifted(RuntimeError):
-    """Under strict: what runs is not of a shape that is known. Has been said already."""
+    """Strict mode only: the source is not recognised. Already logged."""
 
 
 def guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) -> Callable[[ModuleType], None]:

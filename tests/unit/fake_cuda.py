@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from overlay.side_work import lane, streams
 from overlay.side_work.streams import ParallelRegion
+from tests.conftest import REPOSITORY
 
 Log = list[tuple[Any, ...]]
 
@@ -88,3 +91,18 @@ def fake_cuda() -> Iterator[FakeCuda]:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
         yield cuda
+
+
+def check_makes_nothing(code: str) -> None:
+    """Run code in a Python where a stream, an event and a CUDA context cannot be made.
+
+    At import they would initialise CUDA before vLLM forks its workers.
+    """
+    refuse = (
+        "import torch\n"
+        "def refuse(*args, **kwargs): raise AssertionError('made at import')\n"
+        "torch.cuda.Stream.__new__ = torch.cuda.Event.__new__ = torch.cuda.init = torch.cuda._lazy_init = refuse\n"
+    )
+    command = [sys.executable, "-c", refuse + code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -226,7 +226,7 @@ class Installed:
         patch.setattr(loaded, "_waiting", self.waiting)
         patch.setattr(ops, "pairs", {})
         patch.setattr(journal, "patches", {})
-        patch.setitem(registry._JUDGES, NAME, example("verdict").judge)
+        patch.setitem(registry._VERDICTS, NAME, example("verdict"))
         install.install(NAME, module, Settings(serial_pass_through=True, strict=True))
         self.record = journal.patch(NAME)
 

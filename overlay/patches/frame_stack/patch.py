@@ -1,4 +1,4 @@
-"""Room for Python's frames: see this package's own text for the story."""
+"""The patch. Its story is the docstring of `overlay.patches.frame_stack`."""
 
 from __future__ import annotations
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import re
 
 from overlay.engine.loops import LOOPS
-from overlay.verdict.cut import block
+from overlay.verdict.cut import cut
 from overlay.verdict.model import Source, SourceTree, Verdict, Witness, without_target
-from overlay.verdict.questions import Drift, drifted
+from overlay.verdict.questions import Drift, binders, drifted
 from overlay.vocabulary import APPLY
 
 #: The package of all loops.
@@ -41,24 +40,16 @@ def judge(tree: SourceTree) -> Verdict:
 def _line_of_loop(source: Source, name: str) -> int:
     """The line of a method that holds a loop. Raises Drift unless it is there once, is not asynchronous, and loops.
 
-    An asynchronous one would return at once, before its frames are there. The method alone is parsed.
+    An asynchronous one would return at once, before its frames are there. The class alone is parsed.
     """
     class_name, _, method = name.partition(".")
-    class_header = _only(source, rf"^class {class_name}\b", class_name, 0, len(source.text))
-    after = re.compile(r"^(?:class|def|async def|@)", re.MULTILINE).search(source.text, class_header + 1)
-    end = after.start() if after else len(source.text)
-    header = _only(source, rf"^    (?:async )?def {method}\(", name, class_header, end)
-    found = block(source, header, header, indentation=4)
+    class_node = cut(source, class_name)
+    defined = binders(getattr(class_node, "body", []), method)
+    if len(defined) != 1:
+        raise Drift(defined[0] if defined else class_node, f"{name} is defined {len(defined)} times")
+    (found,) = defined
     if not isinstance(found, ast.FunctionDef):
         raise Drift(found, f"{name} is asynchronous")
     if not any(isinstance(node, ast.While) for node in ast.walk(found)):
         raise Drift(found, f"{name} has no loop")
     return found.lineno
-
-
-def _only(source: Source, pattern: str, name: str, start: int, end: int) -> int:
-    found = [one.start() for one in re.compile(pattern, re.MULTILINE).finditer(source.text, start, end)]
-    if len(found) != 1:
-        line = source.text.count("\n", 0, found[1] if found else start) + 1
-        raise Drift(ast.Pass(lineno=line, col_offset=0), f"{name} is defined {len(found)} times")
-    return found[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,8 +12,7 @@ from hypothesis import strategies as st
 
 from overlay.side_work import streams
 from overlay.side_work.streams import ParallelRegion
-from tests.conftest import REPOSITORY
-from tests.unit.fake_cuda import FakeCuda, FakeStream, Log, fake_cuda
+from tests.unit.fake_cuda import FakeCuda, FakeStream, Log, check_makes_nothing, fake_cuda
 
 
 def test_two_way_order() -> None:
@@ -218,13 +215,4 @@ def test_preparing_during_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_importing_the_module_makes_nothing() -> None:
-    """A stream that is made at import would initialise CUDA before vLLM forks its workers."""
-    code = (
-        "import torch\n"
-        "def refuse(*args, **kwargs): raise AssertionError('made at import')\n"
-        "torch.cuda.Stream.__new__ = torch.cuda.Event.__new__ = torch.cuda._lazy_init = refuse\n"
-        "import overlay.side_work.streams\n"
-        "overlay.side_work.streams.ParallelRegion(slots=3)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    check_makes_nothing("import overlay.side_work.streams\noverlay.side_work.streams.ParallelRegion(slots=3)")
