@@ -17,7 +17,7 @@ Memory contract:
 * An auxiliary stream does nothing outside a fork. Every fork begins with a wait for an event that was recorded on the stream that
   runs main, after everything that main's stream has done so far.
 * The result of a plain GEMM is allocated on main's stream, before the fork, and read there after the join. No block of memory
-  changes streams.
+  changes streams. `start_into` needs one more block for a moment; the lane keeps it until the join.
 * The result of a layer (`start_layer`) is allocated on the auxiliary stream and read on main's stream after the join. When it
   is freed, the allocator gives its memory to later work on the auxiliary stream only. That work waits for the next fork's
   event, which main's stream records after the last read. So `Tensor.record_stream` is not needed.

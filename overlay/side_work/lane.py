@@ -53,23 +53,23 @@ class Lane:
         self.stream = stream
         self._start = torch.cuda.Event(enable_timing=False)
         self._done = torch.cuda.Event(enable_timing=False)
-        #: The forks that are open, by the address of their results; each with the work that is still to be given.
-        self._open: dict[int, Callable[[], Any] | None] = {}
+        #: The forks that are open, by the address of their results: the work, and whether it has been given to the stream. The
+        #: work stays here until the join, and with it every tensor that it uses.
+        self._open: dict[int, tuple[Callable[[], Any], bool]] = {}
 
     def start(self, result: torch.Tensor, strategy: str, work: Callable[[], Any]) -> None:
         """Fork. With "dual" the auxiliary stream gets its work now, with "dual_main_first" at the join."""
         self._start.record(torch.cuda.current_stream())
-        if strategy == DUAL_MAIN_FIRST:
-            self._open[result.data_ptr()] = work
-        else:
+        given = strategy != DUAL_MAIN_FIRST
+        if given:
             self._run(work)
-            self._open[result.data_ptr()] = None
+        self._open[result.data_ptr()] = work, given
 
     def start_and_give(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Fork, and give the result that `work` makes on the auxiliary stream."""
         self._start.record(torch.cuda.current_stream())
         result = self._run(work)
-        self._open[result.data_ptr()] = None
+        self._open[result.data_ptr()] = work, True
         return result
 
     def forget(self, result: torch.Tensor) -> None:
@@ -81,8 +81,8 @@ class Lane:
         """Have the current stream wait for the fork of `result`; nothing where it was not forked."""
         if result.data_ptr() not in self._open:
             return
-        work = self._open.pop(result.data_ptr())
-        if work is not None:
+        work, given = self._open.pop(result.data_ptr())
+        if not given:
             self._run(work)
         torch.cuda.current_stream().wait_event(self._done)
 

@@ -1,4 +1,7 @@
-"""Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for.
+"""Graphs are edited before they are compiled, by the range of tokens that they serve.
+
+Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for. In the other
+graphs an op may take over what follows from it (`overlay.side_work.followers`). The rest of this text is about the first.
 
 Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece, and where the host is
 the limit an op that is written in Python makes the first token wait for it, layer by layer. There is nothing to gain there:
@@ -26,8 +29,8 @@ import wrapt
 from overlay.report.journal import journal
 from overlay.settings import outcome
 
-#: Puts stock's calls into a graph in the place of a node.
-Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
+#: Changes a graph in place at one node.
+Edit = Callable[[torch.fx.Graph, torch.fx.Node], None]
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
 #: The largest hidden size whose norms Inductor adds up in one order. Above it has two block sizes for a norm, and times both at the
@@ -36,13 +39,17 @@ VLLM_COMPILE = 3
 #: (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
 WIDEST_ROW = 2048
 
-_lowered: dict[str, Lower] = {}
+#: By op. Above the captured sizes an edit puts stock's calls in the place of the node.
+_above: dict[str, Edit] = {}
+_captured: dict[str, Edit] = {}
 _watched = False
 
 
-def register(op: Any, lower: Lower) -> None:
-    """Have an op (``torch.ops.<library>.<name>``) lowered by `lower`."""
-    _lowered[str(op)] = lower
+def register(op: Any, *, above: Edit | None = None, captured: Edit | None = None) -> None:
+    """Have the nodes of an op (``torch.ops.<library>.<name>``) edited, in the graphs above the captured sizes or in the others."""
+    for table, edit in ((_above, above), (_captured, captured)):
+        if edit is not None:
+            table[str(op)] = edit
 
 
 def largest_captured(compilation: Any) -> int:
@@ -65,12 +72,13 @@ def split_ranges(config: Any, strict: bool) -> bool:
     a graph that cannot be lowered stops vLLM.
     """
     compilation = config.compilation_config
-    hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
-    if hidden is None or hidden > WIDEST_ROW:
-        return False
-    endpoints = getattr(compilation, "compile_ranges_endpoints", None)
     limit = largest_captured(compilation) if captures(compilation) else 0
-    if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
+    if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not limit:
+        return False
+    _watch(strict)
+    hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
+    endpoints = getattr(compilation, "compile_ranges_endpoints", None)
+    if hidden is None or hidden > WIDEST_ROW or not endpoints:
         return False
     # An encoder is compiled by the same ranges, and vLLM allows shapes that are static in one range only.
     if getattr(compilation, "compile_mm_encoder", False):
@@ -79,7 +87,6 @@ def split_ranges(config: Any, strict: bool) -> bool:
     one_size = {limit - 1, limit + 1} & {0, *endpoints}
     if limit < max(endpoints) and not one_size:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
-    _watch(strict)
     return True
 
 
@@ -91,10 +98,10 @@ def _watch(strict: bool) -> None:
 
     def compile_range(wrapped: Callable[..., Any], _: object, args: Any, kwargs: Any) -> Any:
         try:
-            args, kwargs = _with_stocks_calls(wrapped, args, kwargs)
+            args, kwargs = _with_edited_graph(wrapped, args, kwargs)
         except Exception as error:  # the graph stays as it was traced, which is right and only slower
             reason = f"{type(error).__name__}: {error}"
-            said = outcome(strict, "graphs above the captured sizes keep their ops")
+            said = outcome(strict, "graphs keep their ops as they were traced")
             journal.problem(f"lowering: {said}: {reason}")
             if strict:
                 raise
@@ -104,28 +111,27 @@ def _watch(strict: bool) -> None:
     _watched = True
 
 
-def _with_stocks_calls(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a compilation, with the graph lowered if its range is above the captured sizes."""
+def _with_edited_graph(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a compilation, with the graph edited as its range asks."""
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    limit = largest_captured(call.arguments["compilation_config"])
-    if call.arguments["compile_range"].start > limit:
-        call.arguments["graph"] = lower(call.arguments["graph"])
+    above = call.arguments["compile_range"].start > largest_captured(call.arguments["compilation_config"])
+    call.arguments["graph"] = edited(call.arguments["graph"], _above if above else _captured)
     return call.args, call.kwargs
 
 
-def lower(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A graph with stock's calls in the place of every registered op; the same object where there is nothing to lower."""
-    if not any(_op_of(node) in _lowered for node in module.graph.nodes):
+def edited(module: torch.fx.GraphModule, edits: dict[str, Edit]) -> torch.fx.GraphModule:
+    """A copy of a graph with every edit made; the same object where there is nothing to edit."""
+    if not any(_op_of(node) in edits for node in module.graph.nodes):
         return module
     graph = copy.deepcopy(module.graph)
     for node in list(graph.nodes):
         op = _op_of(node)
-        if op in _lowered:
-            _lowered[op](graph, node)
+        if op in edits:
+            edits[op](graph, node)
     graph.lint()
-    lowered = torch.fx.GraphModule(module, graph)
-    lowered.meta = dict(module.meta)
-    return lowered
+    changed = torch.fx.GraphModule(module, graph)
+    changed.meta = dict(module.meta)
+    return changed
 
 
 def _op_of(node: torch.fx.Node) -> str | None:

@@ -1,5 +1,7 @@
 """The custom ops of side work: start, start_layer and join. `overlay.side_work` says what they promise each other.
 
+`start_into` and `join_into` take the place of start and join in graphs that are captured (`overlay.side_work.followers`).
+
 No op takes the name of a layer unless it has to call one. A name as ``str`` makes every layer a compile artifact of its own
 (vLLM #38152 took the first dual-stream op back for that), so `start_layer` takes it as vLLM's own opaque type.
 
@@ -19,7 +21,7 @@ from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from overlay.report.journal import PatchRecord
-from overlay.side_work import lane, lowering
+from overlay.side_work import followers, lane, lowering
 from overlay.side_work.plan import PASS_THROUGH, Plan
 from overlay.vocabulary import SERIAL
 
@@ -125,10 +127,36 @@ def _start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-u
     return found.start_and_give(work)
 
 
+def _start_into(x, weight, results, gate, parts, name):  # type: ignore[no-untyped-def]
+    strategy, found = choose(x, name)
+    # Made on main's stream. Until the join the lane keeps it, as a part of the work.
+    whole = results[0] if parts == 1 else x.new_empty((x.shape[0], weight.shape[0]))
+
+    def work() -> None:
+        for zeros in results[parts:]:
+            zeros.zero_()
+        gemm(x, weight, whole)
+        if parts > 1:
+            # Of one token the parts can have the strides of the buffers: then one kernel copies all of them.
+            halves = whole.view(parts, 1, -1).unbind() if x.shape[0] == 1 else whole.chunk(parts, 1)
+            torch._foreach_copy_(results[:parts], halves)
+
+    if strategy != SERIAL and found is not None:
+        found.start(results[0], strategy, work)
+        return
+    work()
+    if found is not None:
+        found.forget(results[0])
+
+
 def _join(result, main, x):  # type: ignore[no-untyped-def]
     found = lane.lane_of(x.device) if x.is_cuda else None
     if found is not None:
         found.join(result)
+
+
+def _join_into(results, main, x):  # type: ignore[no-untyped-def]
+    _join(results[0], main, x)  # type: ignore[no-untyped-call]
 
 
 def define(declares_writes: bool) -> None:
@@ -164,16 +192,32 @@ def define(declares_writes: bool) -> None:
         "name": str,
         "return": tensor,
     }
-    lowering.register(
-        register("start", _start, fake_start, schema, ["gate"] if declares_writes else [], tags), _lower_start
-    )
+    start = register("start", _start, fake_start, schema, ["gate"] if declares_writes else [], tags)
+    lowering.register(start, above=_lower_start)
     schema = {"x": tensor, "gate": tensor, "columns": int, "side": str, "name": str}
     schema |= {"layer_name": LayerNameType, "return": tensor}
     register("start_layer", _start_layer, fake_start_layer, schema, ["gate"] if declares_writes else [], tags)
     schema = {"result": tensor, "main": tensor, "x": tensor, "return": None}
-    lowering.register(
-        register("join", _join, fake_join, schema, ["result"] if declares_writes else [], tags), _lower_join
-    )
+    join = register("join", _join, fake_join, schema, ["result"] if declares_writes else [], tags)
+    lowering.register(join, above=_lower_join)
+    if not declares_writes:
+        return
+
+    def fake_start_into(x, weight, results, gate, parts, name):  # type: ignore[no-untyped-def]
+        _count_fake(name)
+
+    schema = {"x": tensor, "weight": tensor, "results": list[tensor], "gate": tensor, "parts": int, "name": str}  # type: ignore[valid-type]
+    schema["return"] = None
+    start_into = register("start_into", _start_into, fake_start_into, schema, ["results", "gate"], tags)
+    schema = {"results": list[tensor], "main": tensor, "x": tensor, "return": None}  # type: ignore[valid-type]
+    join_into = register("join_into", _join_into, fake_join, schema, ["results"], tags)
+
+    def take_followers(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+        found = followers.find(node, start, join)
+        if found is not None:
+            followers.take(graph, node, found, start_into, join_into)
+
+    lowering.register(start, captured=take_followers)
 
 
 def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str | None]) -> None:
@@ -212,7 +256,7 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
     library.impl(name, start, dispatch_key=current_platform.dispatch_key)
     library._register_fake(name, lambda *given: _count_fake(given[-1]))
     _libraries.append(library)
-    lowering.register(getattr(getattr(torch.ops, LIBRARY), name), lower)
+    lowering.register(getattr(getattr(torch.ops, LIBRARY), name), above=lower)
 
 
 def _count_fake(name: str) -> None:

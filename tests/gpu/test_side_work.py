@@ -31,11 +31,11 @@ NAME = "a pair"
 
 
 class Model:
-    """Some layers of start, main and join; each feeds the next one."""
+    """Some layers of start, main and join; each feeds the next one. `op` is the start that they use."""
 
-    def __init__(self, layers: int = 4, seed: int = 0, side_makes_result: bool = False) -> None:
+    def __init__(self, layers: int = 4, seed: int = 0, op: str = "start") -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
-        self.side_makes_result = side_makes_result
+        self.op = op
 
         def weight(rows: int, columns: int) -> torch.Tensor:
             values = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16, generator=generator)
@@ -45,18 +45,26 @@ class Model:
 
     def __call__(self, x: torch.Tensor, fails: bool = False) -> torch.Tensor:
         for main_weight, side_weight, out in self.layers:
-            side = self._start(x, side_weight, main_weight)
+            results = self._start(x, side_weight, main_weight)
             if fails:
                 raise RuntimeError("the real error")
             main = torch.mm(x, main_weight.t())
-            torch.ops.vllm_overlay.join(side, main, x)
-            x = torch.mm(main * side.sum(-1, keepdim=True).sigmoid(), out.t())
+            if self.op == "start_into":
+                torch.ops.vllm_overlay.join_into(results, main, x)
+            else:
+                torch.ops.vllm_overlay.join(results[0], main, x)
+            parts = results if self.op == "start_into" else [*results[0].chunk(2, -1), torch.zeros_like(main)]
+            x = torch.mm(main * (parts[0] * 2 + parts[1]).sum(-1, keepdim=True).sigmoid() + parts[2], out.t())
         return x
 
-    def _start(self, x: torch.Tensor, side_weight: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    def _start(self, x: torch.Tensor, side_weight: torch.Tensor, gate: torch.Tensor) -> list[torch.Tensor]:
+        if self.op == "start_into":
+            results = [x.new_empty((x.shape[0], columns)) for columns in (SIDE // 2, SIDE // 2, MAIN)]
+            torch.ops.vllm_overlay.start_into(x, side_weight, results, gate, 2, NAME)
+            return results
         found = lane.lane_of(x.device)
-        if not self.side_makes_result or found is None or ops.choose(x, NAME)[0] == SERIAL:
-            return torch.ops.vllm_overlay.start(x, side_weight, gate, SIDE, NAME)
+        if self.op == "start" or found is None or ops.choose(x, NAME)[0] == SERIAL:
+            return [torch.ops.vllm_overlay.start(x, side_weight, gate, SIDE, NAME)]
 
         def work() -> torch.Tensor:
             """As `start_layer` has it: what is in between and the result are allocated on the auxiliary stream."""
@@ -64,7 +72,7 @@ class Model:
             ops.gemm(x.contiguous(), side_weight, result)
             return result
 
-        return found.start_and_give(work)
+        return [found.start_and_give(work)]
 
 
 @pytest.fixture
@@ -87,11 +95,16 @@ def captured(
     return graph, result
 
 
+@pytest.mark.parametrize("op", ["start", "start_into"])
+@pytest.mark.parametrize("tokens", [1, TOKENS])
 @pytest.mark.parametrize("strategy", [DUAL, DUAL_MAIN_FIRST])
-def test_replays_with_changing_inputs_have_serials_bits(record: PatchRecord, strategy: str) -> None:
-    model, x = Model(), torch.zeros(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16)
+def test_replays_with_changing_inputs_have_serials_bits(
+    record: PatchRecord, strategy: str, tokens: int, op: str
+) -> None:
+    """Stock's own order is `start`'s with the plan `serial`: the GEMM, then copies and zeros of their own."""
+    x = torch.zeros(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
     graphs = {}
-    for plan in (SERIAL, strategy):
+    for plan, model in ((SERIAL, Model()), (strategy, Model(op=op))):
         ops.pairs[NAME] = ops.PlannedPair(Plan(plan, 256), record)
         graphs[plan] = captured(model, x)
     assert record.calls.dual_stream == len(model.layers)
@@ -104,17 +117,17 @@ def test_replays_with_changing_inputs_have_serials_bits(record: PatchRecord, str
     assert int(different) == 0 and graphs[SERIAL][1].isfinite().all() and graphs[SERIAL][1].any()
 
 
-@pytest.mark.parametrize("side_makes_result", [False, True])
+@pytest.mark.parametrize("op", ["start", "start_layer", "start_into"])
 @pytest.mark.parametrize("shared_pool", [False, True])
 def test_two_models_take_turns(
-    record: PatchRecord, monkeypatch: pytest.MonkeyPatch, side_makes_result: bool, shared_pool: bool
+    record: PatchRecord, monkeypatch: pytest.MonkeyPatch, op: str, shared_pool: bool
 ) -> None:
     """Two runners (each with a main stream and a pool), or target and drafter (one stream, one pool): they share one lane.
 
     Every side is late, and blocks are freed and taken between the replays: what is read too early, or written by the
     other model, has other bits.
     """
-    models = [Model(4, 1, side_makes_result), Model(2, 2, side_makes_result)]
+    models = [Model(4, 1, op), Model(2, 2, op)]
     inputs = [torch.zeros(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in models]
     ops.pairs[NAME] = ops.PlannedPair(Plan(SERIAL, 256), record)
     expected = [captured(model, x) for model, x in zip(models, inputs, strict=True)]

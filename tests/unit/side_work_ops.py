@@ -18,7 +18,8 @@ def define() -> None:
     for library in ops._libraries:
         library._destroy()
     ops._libraries.clear()
-    lowering._lowered.clear()
+    lowering._above.clear()
+    lowering._captured.clear()
     ops.define(declares_writes=True)
 
 

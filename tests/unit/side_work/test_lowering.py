@@ -59,6 +59,18 @@ class Layer(torch.nn.Module):
         return qkvz[:, :HIDDEN] * torch.sigmoid(ba.sum(-1, keepdim=True)) + qkvz[:, MAIN - HIDDEN :]
 
 
+class FollowedLayer(Layer):
+    """A layer that copies the halves of its side's result, as Qwen's do."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.rms_norm(inputs, (HIDDEN,))
+        qkvz, _ = self.in_proj_qkvz(hidden)
+        ba, _ = self.in_proj_ba(hidden)
+        b, a = ba.chunk(2, dim=-1)
+        out = torch.zeros((hidden.shape[0], HIDDEN), dtype=hidden.dtype, device=hidden.device)
+        return out + qkvz[:, :HIDDEN] * b.contiguous()[:, :1] + a.contiguous()[:, :1]
+
+
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     """Where the ops count. One pair of a plain side, and one whose side is more than a GEMM."""
@@ -125,7 +137,9 @@ def split(
 class Compiled:
     """A model of some layers, compiled by vLLM, and what it was compiled from and to."""
 
-    def __init__(self, config: VllmConfig, record: PatchRecord | None, plain: bool = True):
+    def __init__(
+        self, config: VllmConfig, record: PatchRecord | None, plain: bool = True, layer_class: type[Layer] = Layer
+    ):
         self.config, self.record = config, record
         self.graphs: dict[int, torch.fx.GraphModule] = {}  #: by the first number of tokens of their range
         self.code: list[str] = []
@@ -135,7 +149,7 @@ class Compiled:
             def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
                 super().__init__()
                 torch.manual_seed(0)
-                self.layers = torch.nn.ModuleList(Layer(f"layers.{index}") for index in range(LAYERS))
+                self.layers = torch.nn.ModuleList(layer_class(f"layers.{index}") for index in range(LAYERS))
 
             def forward(self, inputs: torch.Tensor) -> torch.Tensor:
                 for layer in self.layers:
@@ -148,7 +162,7 @@ class Compiled:
             config.compilation_config.static_forward_context[layer.prefix] = layer
             if record is not None:
                 setattr(layer, gdn.PAIR, pair_of(layer, plain))
-                layer.forward = types.MethodType(gdn.overlap_in_projections(Layer.forward), layer)
+                layer.forward = types.MethodType(gdn.overlap_in_projections(layer_class.forward), layer)
 
     def __call__(self, tokens: int) -> torch.Tensor:
         inputs = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
@@ -230,6 +244,26 @@ def test_a_side_that_is_more_than_its_weight_keeps_the_op(record: PatchRecord, s
     assert [sum(f"vllm_overlay.{op}" in call for call in above) for op in ("start_layer", "join")] == [LAYERS, 0]
 
 
+def test_start_takes_what_follows_in_the_graphs_that_are_captured(
+    record: PatchRecord, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    torch._dynamo.reset()
+    stock = Compiled(configuration(), None, layer_class=FollowedLayer)
+    expected = {tokens: stock(tokens) for tokens in (LARGEST, 1)}
+    for hidden, above in ((HIDDEN, 0), (lowering.WIDEST_ROW + 1, LAYERS)):  # with two ranges, and with one
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / str(hidden)))
+        config = configuration()
+        split(config.compilation_config, strict=True, hidden=hidden)
+        torch._dynamo.reset()
+        overlay = Compiled(config, record, layer_class=FollowedLayer)
+        for tokens, result in expected.items():
+            assert torch.equal(overlay(tokens), result), tokens
+        for tokens, count in ((1, LAYERS), (max(overlay.graphs), above)):
+            for op in ("start_into", "join_into"):
+                assert sum(f"vllm_overlay.{op}" in call for call in overlay.calls(tokens)) == count
+
+
 def refuse(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     raise KeyError("no such thing")
 
@@ -238,7 +272,7 @@ def refuse(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
 def test_a_graph_that_cannot_be_lowered_keeps_its_ops(
     strict: bool, record: PatchRecord, journal: Journal, stock: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lowering, "_lowered", {"vllm_overlay.start": refuse})
+    monkeypatch.setattr(lowering, "_above", {"vllm_overlay.start": refuse})
     config = configuration()
     split(config.compilation_config, strict)
     torch._dynamo.reset()
@@ -250,7 +284,7 @@ def test_a_graph_that_cannot_be_lowered_keeps_its_ops(
         before = record.calls.total()
         assert torch.equal(overlay(LARGEST), stock(LARGEST))
         assert record.calls.total() == before + LAYERS
-    said = "vLLM stops here, as strict asks" if strict else "graphs above the captured sizes keep their ops"
+    said = "vLLM stops here, as strict asks" if strict else "graphs keep their ops as they were traced"
     assert journal.problems == [f"lowering: {said}: KeyError: 'no such thing'"]
 
 
@@ -331,15 +365,16 @@ def test_a_range_that_contains_a_captured_size_keeps_its_ops(start: int, more: i
     of_vllm = types.SimpleNamespace(cudagraph_capture_sizes=captured)
     compiled = types.SimpleNamespace(start=start, end=start + more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "lower", lambda graph: "lowered")
-        args, kwargs = lowering._with_stocks_calls(compile_graph, (kept, of_vllm), {"compile_range": compiled})
-    assert args == ("lowered" if start > max(captured, default=0) else kept, of_vllm)
+        patch.setattr(lowering, "edited", lambda graph, edits: edits)
+        args, kwargs = lowering._with_edited_graph(compile_graph, (kept, of_vllm), {"compile_range": compiled})
+    assert args[0] is (lowering._above if start > max(captured, default=0) else lowering._captured)
+    assert args[1] is of_vllm
     assert kwargs == {"compile_range": compiled}
 
 
 def test_a_graph_without_an_op_is_left_as_it_is(record: PatchRecord) -> None:
     module = torch.fx.symbolic_trace(lambda inputs: inputs + 1)
-    assert lowering.lower(module) is module
+    assert lowering.edited(module, lowering._above) is module
 
 
 def test_what_was_traced_is_not_changed(record: PatchRecord) -> None:
@@ -352,7 +387,7 @@ def test_what_was_traced_is_not_changed(record: PatchRecord) -> None:
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
     module.meta["of vLLM"] = 1
     before = str(module.graph)
-    lowered = lowering.lower(module)
+    lowered = lowering.edited(module, lowering._above)
     assert "vllm_overlay" not in lowered.code and str(module.graph) == before
     assert lowered.meta == {"of vLLM": 1}
     values = torch.randn(3, HIDDEN), torch.randn(8, HIDDEN)

@@ -408,7 +408,7 @@ def test_inductor_may_lay_out_the_ops_inputs() -> None:
         assert torch.Tag.flexible_layout in tags
         assert not {torch.Tag.needs_fixed_stride_order, torch.Tag.needs_exact_strides} & {*tags}
     # Other patches' ops may be there as well. A side that is called has no stock call in the graph to give back.
-    lowered = {*lowering._lowered} & {f"vllm_overlay.{op}" for op in ("start", "start_layer", "join")}
+    lowered = {*lowering._above} & {f"vllm_overlay.{op}" for op in ("start", "start_layer", "join")}
     assert lowered == {"vllm_overlay.start", "vllm_overlay.join"}
 
 

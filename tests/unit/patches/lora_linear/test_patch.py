@@ -536,7 +536,7 @@ def test_above_the_captured_sizes_it_is_upstreams_graph(
     assert [str(target) for target, *_ in ops_of(module)] == [
         "vllm_overlay.lora_start", "vllm_overlay.join", "vllm.lora_expand",
     ] * 2  # fmt: skip
-    lowered = lowering.lower(module)
+    lowered = lowering.edited(module, lowering._above)
     with monkeypatch.context() as patch:
         patch.setattr(BaseLinearLayerWithLoRA, "apply", STOCK)
         patch.setitem(globals(), "lora_shrink", torch.ops.vllm.lora_shrink)
