@@ -65,7 +65,7 @@ def _copies(readers: Sequence[Node], columns: Any) -> tuple[Node, ...]:
 
 
 def _is_method(node: Node, name: str) -> bool:
-    return node.op == "call_method" and node.target == name
+    return bool(node.op == "call_method" and node.target == name)
 
 
 def _zeros(start: Node, start_op: Any, join: Node, result: torch.Tensor) -> Node | None:
