@@ -6,9 +6,10 @@ zeros.
 
 Cause: the compiled graph has them after main, though neither reads main's result.
 
-Fix: before a graph is compiled, its `start` becomes `start_into`, which fills buffers: one for each part of the side's result,
-and one with zeros. Upstream's nodes that copied and filled go. Copies and zeros have the same bits whoever makes them. Where
-something else reads the side's result, it stays in one part.
+Fix: before a graph is compiled, its `start` becomes `start_into`, which fills two buffers: the side's result, part after part,
+and the zeros. Upstream's nodes that copied and filled go. Copies and zeros have the same bits whoever makes them. Where
+something else reads the side's result, it stays in one part. Outside a CUDA graph the op costs the host more than the
+compiled kernels, so a graph that also serves prompts keeps its `start`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+
+
+#: Bytes. Kernels are compiled apart for pointers that are multiples of it, as every tensor's of its own memory is.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -42,19 +47,24 @@ def find(start: Node, start_op: Any, join_op: Any) -> Followers | None:
     result = start.meta.get("example_value")
     if len(joins) != 1 or result is None or result.dim() != 2:
         return None
-    copies = _copies([node for node in start.users if node is not joins[0]], columns=start.args[3])
+    copies = _copies([node for node in start.users if node is not joins[0]], start.args[3], result.element_size())
     zeros = _zeros(start, start_op, joins[0], result)
     return Followers(joins[0], copies, zeros) if copies or zeros is not None else None
 
 
-def _copies(readers: Sequence[Node], columns: Any) -> tuple[Node, ...]:
-    """The nodes ``result.chunk(n, dim=-1)[i].contiguous()`` for every i, where nothing else reads the result."""
+def _copies(readers: Sequence[Node], columns: Any, element: int) -> tuple[Node, ...]:
+    """The nodes ``result.chunk(n, dim=-1)[i].contiguous()`` for every i, where nothing else reads the result.
+
+    `element` is the size of an element in bytes.
+    """
     if len(readers) != 1 or not _is_method(readers[0], "chunk"):
         return ()
     (chunk,) = readers
     given = dict(zip(("self", "chunks", "dim"), chunk.args, strict=False)) | chunk.kwargs
     count = given.get("chunks")
     if given.get("dim", 0) not in (-1, 1) or not isinstance(count, int) or columns % count:
+        return ()
+    if columns // count * element % ALIGNMENT:
         return ()
     parts = {node.args[1]: node for node in chunk.users if node.target is operator.getitem}
     if len(chunk.users) != count or parts.keys() != set(range(count)):
@@ -86,20 +96,24 @@ def take(graph: Graph, start: Node, found: Followers, start_into: Any, join_into
     """Replace `start`, its join and what follows by `start_into` and `join_into`, in place."""
     x, weight, gate, columns, name = start.args
     parts = found.copies or (start,)
-    filled = (found.zeros,) if found.zeros is not None else ()
     with graph.inserting_before(start):
-        part = (graph.call_method("size", (x, 0)), columns // len(parts))
-        sizes = [part] * len(parts) + [node.args[0] for node in filled]
-        results = [graph.call_method("new_empty", (x, size)) for size in sizes]
-        graph.call_function(start_into, (x, weight, results, gate, len(parts), name))
+        rows = graph.call_method("size", (x, 0))
+        size = (len(parts), rows, columns // len(parts))
+        results = [graph.call_method("new_empty", (x, size))]
+        if found.zeros is not None:
+            results.append(graph.call_method("new_empty", (x, found.zeros.args[0])))
+        graph.call_function(start_into, (x, weight, results, gate, name))
     with graph.inserting_before(found.join):
         graph.call_function(join_into, (results, *found.join.args[1:]))
+        made = [graph.call_function(operator.getitem, (results[0], index)) for index in range(len(parts))]
     graph.erase_node(found.join)
-    for node, result in zip((*parts, *filled), results, strict=True):
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-    for node in (*found.copies, *filled):
-        graph.erase_node(node)
+    for node, result in zip((*parts, found.zeros), (*made, results[-1]), strict=True):
+        if node is not None:
+            result.meta = dict(node.meta)
+            node.replace_all_uses_with(result)
+    for node in (*found.copies, found.zeros):
+        if node is not None:
+            graph.erase_node(node)
     for chunk in list(start.users):
         for part_of_it in list(chunk.users):
             graph.erase_node(part_of_it)

@@ -1,7 +1,8 @@
 """Graphs are edited before they are compiled, by the range of tokens that they serve.
 
 Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for. In the other
-graphs an op may take over what follows from it (`overlay.side_work.followers`). The rest of this text is about the first.
+graphs of captured sizes alone an op may take over what follows from it (`overlay.side_work.followers`). The rest of this text is
+about the first.
 
 Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece, and where the host is
 the limit an op that is written in Python makes the first token wait for it, layer by layer. There is nothing to gain there:
@@ -73,12 +74,11 @@ def split_ranges(config: Any, strict: bool) -> bool:
     """
     compilation = config.compilation_config
     limit = largest_captured(compilation) if captures(compilation) else 0
-    if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not limit:
-        return False
-    _watch(strict)
     hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
-    if hidden is None or hidden > WIDEST_ROW or not endpoints:
+    if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
+        return False
+    if hidden is None or hidden > WIDEST_ROW:
         return False
     # An encoder is compiled by the same ranges, and vLLM allows shapes that are static in one range only.
     if getattr(compilation, "compile_mm_encoder", False):
@@ -87,6 +87,7 @@ def split_ranges(config: Any, strict: bool) -> bool:
     one_size = {limit - 1, limit + 1} & {0, *endpoints}
     if limit < max(endpoints) and not one_size:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
+    _watch(strict)
     return True
 
 
@@ -112,10 +113,13 @@ def _watch(strict: bool) -> None:
 
 
 def _with_edited_graph(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a compilation, with the graph edited as its range asks."""
+    """The arguments of a compilation, with the graph edited as its range asks. One graph for all sizes stays as it is."""
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    above = call.arguments["compile_range"].start > largest_captured(call.arguments["compilation_config"])
-    call.arguments["graph"] = edited(call.arguments["graph"], _above if above else _captured)
+    tokens, limit = call.arguments["compile_range"], largest_captured(call.arguments["compilation_config"])
+    if tokens.start > limit:
+        call.arguments["graph"] = edited(call.arguments["graph"], _above)
+    elif tokens.end <= limit:
+        call.arguments["graph"] = edited(call.arguments["graph"], _captured)
     return call.args, call.kwargs
 
 

@@ -127,26 +127,27 @@ def _start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-u
     return found.start_and_give(work)
 
 
-def _start_into(x, weight, results, gate, parts, name):  # type: ignore[no-untyped-def]
+def _start_into(x, weight, results, gate, name):  # type: ignore[no-untyped-def]
     strategy, found = choose(x, name)
+    parts = results[0]  # (parts, tokens, columns of a part)
+    in_place = 1 in parts.shape[:2]  # the GEMM's result, a row per token, then lies in memory as the parts do
     # Made on main's stream. Until the join the lane keeps it, as a part of the work.
-    whole = results[0] if parts == 1 else x.new_empty((x.shape[0], weight.shape[0]))
+    rows = parts.view(x.shape[0], -1) if in_place else x.new_empty((x.shape[0], weight.shape[0]))
 
     def work() -> None:
-        for zeros in results[parts:]:
+        # The GEMM first: it can begin before main's fills the GPU. The rest is short.
+        gemm(x, weight, rows)
+        if not in_place:
+            parts.copy_(rows.view(x.shape[0], parts.shape[0], -1).transpose(0, 1))
+        for zeros in results[1:]:
             zeros.zero_()
-        gemm(x, weight, whole)
-        if parts > 1:
-            # Of one token the parts can have the strides of the buffers: then one kernel copies all of them.
-            halves = whole.view(parts, 1, -1).unbind() if x.shape[0] == 1 else whole.chunk(parts, 1)
-            torch._foreach_copy_(results[:parts], halves)
 
     if strategy != SERIAL and found is not None:
-        found.start(results[0], strategy, work)
+        found.start(parts, strategy, work)
         return
     work()
     if found is not None:
-        found.forget(results[0])
+        found.forget(parts)
 
 
 def _join(result, main, x):  # type: ignore[no-untyped-def]
@@ -203,10 +204,10 @@ def define(declares_writes: bool) -> None:
     if not declares_writes:
         return
 
-    def fake_start_into(x, weight, results, gate, parts, name):  # type: ignore[no-untyped-def]
+    def fake_start_into(x, weight, results, gate, name):  # type: ignore[no-untyped-def]
         _count_fake(name)
 
-    schema = {"x": tensor, "weight": tensor, "results": list[tensor], "gate": tensor, "parts": int, "name": str}  # type: ignore[valid-type]
+    schema = {"x": tensor, "weight": tensor, "results": list[tensor], "gate": tensor, "name": str}  # type: ignore[valid-type]
     schema["return"] = None
     start_into = register("start_into", _start_into, fake_start_into, schema, ["results", "gate"], tags)
     schema = {"results": list[tensor], "main": tensor, "x": tensor, "return": None}  # type: ignore[valid-type]

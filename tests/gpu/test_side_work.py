@@ -53,14 +53,19 @@ class Model:
                 torch.ops.vllm_overlay.join_into(results, main, x)
             else:
                 torch.ops.vllm_overlay.join(results[0], main, x)
-            parts = results if self.op == "start_into" else [*results[0].chunk(2, -1), torch.zeros_like(main)]
+            parts = [*results[0], results[1]] if self.op == "start_into" else self._apart(results[0], main)
             x = torch.mm(main * (parts[0] * 2 + parts[1]).sum(-1, keepdim=True).sigmoid() + parts[2], out.t())
         return x
 
+    @staticmethod
+    def _apart(side: torch.Tensor, main: torch.Tensor) -> list[torch.Tensor]:
+        """What stock does after both: the halves of the side's result, each in memory of its own, and zeros."""
+        return [*(half.contiguous() for half in side.chunk(2, -1)), torch.zeros_like(main)]
+
     def _start(self, x: torch.Tensor, side_weight: torch.Tensor, gate: torch.Tensor) -> list[torch.Tensor]:
         if self.op == "start_into":
-            results = [x.new_empty((x.shape[0], columns)) for columns in (SIDE // 2, SIDE // 2, MAIN)]
-            torch.ops.vllm_overlay.start_into(x, side_weight, results, gate, 2, NAME)
+            results = [x.new_empty((2, x.shape[0], SIDE // 2)), x.new_empty((x.shape[0], MAIN))]
+            torch.ops.vllm_overlay.start_into(x, side_weight, results, gate, NAME)
             return results
         found = lane.lane_of(x.device)
         if self.op == "start" or found is None or ops.choose(x, NAME)[0] == SERIAL:

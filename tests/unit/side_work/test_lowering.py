@@ -247,21 +247,20 @@ def test_a_side_that_is_more_than_its_weight_keeps_the_op(record: PatchRecord, s
 def test_start_takes_what_follows_in_the_graphs_that_are_captured(
     record: PatchRecord, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    torch._dynamo.reset()
-    stock = Compiled(configuration(), None, layer_class=FollowedLayer)
-    expected = {tokens: stock(tokens) for tokens in (LARGEST, 1)}
-    for hidden, above in ((HIDDEN, 0), (lowering.WIDEST_ROW + 1, LAYERS)):  # with two ranges, and with one
-        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / str(hidden)))
+    runs = []
+    for made in (None, record):
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / str(made is None)))
         config = configuration()
-        split(config.compilation_config, strict=True, hidden=hidden)
+        split(config.compilation_config, strict=True)
         torch._dynamo.reset()
-        overlay = Compiled(config, record, layer_class=FollowedLayer)
-        for tokens, result in expected.items():
-            assert torch.equal(overlay(tokens), result), tokens
-        for tokens, count in ((1, LAYERS), (max(overlay.graphs), above)):
-            for op in ("start_into", "join_into"):
-                assert sum(f"vllm_overlay.{op}" in call for call in overlay.calls(tokens)) == count
+        runs.append(Compiled(config, made, layer_class=FollowedLayer))
+    stock, overlay = runs
+    for tokens in (LARGEST, CAPTURED, 1):
+        assert torch.equal(overlay(tokens), stock(tokens)), tokens
+    for tokens, count in ((1, LAYERS), (CAPTURED + 1, 0)):
+        for op in ("start_into", "join_into"):
+            assert sum(f"vllm_overlay.{op}" in call for call in overlay.calls(tokens)) == count
+    assert not any("zeros" in call for call in overlay.calls(1))
 
 
 def refuse(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
@@ -356,8 +355,8 @@ def test_no_range_of_one_size_comes_about(captured: list[int], endpoints: list[i
 
 
 @given(st.integers(1, 64), st.integers(0, 64), st.lists(st.integers(1, 64), max_size=4))
-def test_a_range_that_contains_a_captured_size_keeps_its_ops(start: int, more: int, captured: list[int]) -> None:
-    """Where vLLM compiles one graph for all sizes, or for one of them, it is the graph that is captured."""
+def test_a_graph_is_edited_for_its_range(start: int, more: int, captured: list[int]) -> None:
+    """A graph that serves captured sizes and larger ones stays as it was traced."""
     kept: Any = object()
 
     def compile_graph(graph: Any, compilation_config: Any, *, compile_range: Any) -> None: ...
@@ -367,7 +366,9 @@ def test_a_range_that_contains_a_captured_size_keeps_its_ops(start: int, more: i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowering, "edited", lambda graph, edits: edits)
         args, kwargs = lowering._with_edited_graph(compile_graph, (kept, of_vllm), {"compile_range": compiled})
-    assert args[0] is (lowering._above if start > max(captured, default=0) else lowering._captured)
+    limit = max(captured, default=0)
+    expected = lowering._above if start > limit else lowering._captured if start + more <= limit else kept
+    assert args[0] is expected
     assert args[1] is of_vllm
     assert kwargs == {"compile_range": compiled}
 
