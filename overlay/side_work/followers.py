@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-
 #: Bytes. Kernels are compiled apart for pointers that are multiples of it, as every tensor's of its own memory is.
 ALIGNMENT = 16
 
