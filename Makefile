@@ -38,8 +38,8 @@ gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
 matrix: environment ## Judge every release of vLLM and write docs/COMPATIBILITY.md
 	$(VENV_PYTHON) -m overlay matrix --write --cache .cache/releases
 
-bundle: environment ## The folder for PYTHONPATH and a .tar.gz of it, in dist/
-	$(VENV_PYTHON) -m devtools.bundle $(BUNDLE_OPTIONS)
+bundle: ## The folder for PYTHONPATH and a .tar.gz of it, in dist/; any Python from 3.10 on does
+	@$(PYTHON) -m devtools.bundle $(BUNDLE_OPTIONS)
 
 lint: environment ## Style
 	$(VENV_PYTHON) -m ruff check .
