@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,8 @@ def _draw(panels: list[tuple[dict[str, Points], str, str]], data: dict[str, Any]
         every = sorted({place for points in series.values() for place, _ in points})
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(every, [f"{place:g}" for place in every], rotation=45 if len(every) > 8 else 0)
+        slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if _crowded(every) else {}
+        axis.set_xticks(every, [f"{place:g}" for place in every], **slanted)
         axis.minorticks_off()
         axis.set(title=title, xlabel=label, ylabel="ratio to stock (below 1: faster)")
         axis.legend()
@@ -84,6 +87,12 @@ def _draw(panels: list[tuple[dict[str, Points], str, str]], data: dict[str, Any]
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _crowded(places: list[float]) -> bool:
+    """Whether two labels side by side on a logarithmic axis would meet. A label of four digits takes a sixteenth of the axis."""
+    steps = [math.log2(after / before) for before, after in itertools.pairwise(places)]
+    return bool(steps) and min(steps) < sum(steps) / 12
 
 
 def _title(data: dict[str, Any]) -> str:

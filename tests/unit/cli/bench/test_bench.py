@@ -692,6 +692,20 @@ def test_plots_are_written(data: dict[str, Any], tmp_path: Path) -> None:
     assert plots.write({"problems": []}, tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("places", "slanted"),
+    [
+        ([1, 2, 4, 8, 32, 64, 128, 256], False),
+        ([8, 128, 600, 1000, 1500, 2048, 8192], True),
+        ([8, 128], False),
+        ([8], False),
+        ([], False),
+    ],
+)
+def test_labels_of_an_axis_do_not_meet(places: list[float], slanted: bool) -> None:
+    assert plots._crowded(places) == slanted
+
+
 def test_results_are_on_disk_after_every_step(tmp_path: Path) -> None:
     said: list[str] = []
     results = Results(tmp_path / "results.json", said.append)
