@@ -6,7 +6,8 @@ Nothing is fetched from an image registry. The base image is a Debian of this ma
 the Python and the packages of .venv in it: a CPU build of vLLM, and no wrapt, as in an image that lacks it. It takes about
 six minutes and 12 GB of disk, both mostly for that image. `--keep` leaves it there for the next run.
 
-Each way starts a server, compares its completion with stock's, and asks `status` and `doctor` inside the container.
+Each way starts a server, compares its completion with stock's, asks `status` and `doctor` inside the container, and looks
+on /metrics for what deploy/monitoring asks for.
 
 Exit status: 0 everything held, or skipped with the reason on stdout; 1 something did not hold; 2 an error.
 """
@@ -288,6 +289,19 @@ def complete(port: int) -> str:
         return str(json.load(answer)["choices"][0]["text"])
 
 
+def scraped(port: int) -> set[str]:
+    """The metrics of a real scrape."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.split()[2] for line in lines if line.startswith("# TYPE ")}
+
+
+def watched() -> set[str]:
+    """The metrics that the alerts and the dashboard ask for."""
+    texts = [path.read_text() for path in (ROOT / "deploy" / "monitoring").iterdir()]
+    return {name for text in texts for name in re.findall(r"\bvllm(?:_overlay_|:)[a-z_]+", text)}
+
+
 def check(podman: tuple[str, ...], way: Way, model: Path, expected: str | None) -> str:
     """Start the way, ask it everything, and give its completion. Raises Failed with what does not hold."""
     started = time.monotonic()
@@ -302,6 +316,12 @@ def check(podman: tuple[str, ...], way: Way, model: Path, expected: str | None) 
         time.sleep(servers.JOURNAL_DELAY_SECONDS)
         inside = [*podman, "exec", name, "python3", "-m", "overlay"]
         found = json.loads(call([*inside, "status", "--json", "--require", PATCH]))
+        doctor = json.loads(call([*inside, "doctor", "--json"]))
+        if doctor["folder"] != MOUNT or not any(one["found"].startswith("armed by") for one in doctor["findings"]):
+            raise Failed(f"{way.name}: doctor says {json.dumps(doctor, indent=1)}")
+        missing = sorted(watched() - scraped(port))
+        if missing:
+            raise Failed(f"{way.name}: deploy/monitoring asks for {missing}, which /metrics does not have")
         layers = sum(len(one["patches"][PATCH]["layers"]["patched"]) for one in found["processes"])
         if not found["ok"] or layers != tiny_models.gdn_layers(MODEL):
             raise Failed(f"{way.name}: status says {json.dumps(found, indent=1)}")
@@ -310,7 +330,9 @@ def check(podman: tuple[str, ...], way: Way, model: Path, expected: str | None) 
         )
         if way.options and writable.returncode == 0:
             raise Failed(f"{way.name}: {MOUNT} can be written")
-        say(f"{way.name}: ready after {ready:.0f} s; stock's completion; status: {layers} layers patched")
+        say(
+            f"{way.name}: ready after {ready:.0f} s; stock's completion; status: {layers} layers patched; doctor: nothing to do"
+        )
         return text
 
 
