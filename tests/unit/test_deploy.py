@@ -146,7 +146,7 @@ def test_the_two_services_differ_in_the_overlay_and_in_where_they_are() -> None:
         (device,) = service.pop("deploy")["resources"]["reservations"]["devices"]
         assert device == {"driver": "nvidia", "device_ids": [gpu], "capabilities": ["gpu"]}
     assert stock.pop("profiles") == ["stock", "both"] and overlay.pop("profiles") == ["overlay", "both"]
-    assert stock == overlay and stock["command"][0] == "--model"
+    assert stock == overlay and stock["command"] == ["${MODEL:-Qwen/Qwen3.5-35B-A3B}"] and stock["ipc"] == "host"
 
 
 # ---------------------------------------------------------------- Kubernetes
