@@ -31,13 +31,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from devtools import bundle, servers, tiny_models
+from devtools import bundle, environment, servers, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "qwen3_5_text"
 PATCH = "gdn"
 PROMPT = "Once upon a time there was a model"
-BASE, IMAGE, CARRIER = (f"localhost/vllm-overlay-test-{name}" for name in ("base", "image", "carrier"))
+#: A base image that was kept is of use as long as .venv is made from the same files.
+TAG = environment.fingerprint()[:12]
+BASE, IMAGE, CARRIER = (f"localhost/vllm-overlay-test-{name}:{TAG}" for name in ("base", "image", "carrier"))
 MOUNT = "/opt/overlay"
 #: A user that no image knows, in root's group, as OpenShift gives one. It has no home and no name of its own.
 ANY_USER = ("--user", "123456:0", "--env", "HOME=/tmp", "--env", "USER=vllm")
@@ -207,7 +209,8 @@ def build() -> None:
         call(
             [
                 *("unshare", "--net", "podman", "build", "--isolation", "chroot", "--network", "host"),
-                *("--pull=never", "--quiet"),
+                # No image of each step stays behind.
+                *("--layers=false", "--pull=never", "--quiet"),
                 *("--build-arg", f"BASE={BASE}", "--build-arg", f"CARRIER_BASE={BASE}"),
                 *(("--target", target) if target else ()),
                 *("--tag", image, "--file", str(ROOT / "Dockerfile"), str(ROOT)),
