@@ -23,6 +23,8 @@ pytest.importorskip("typer", reason="the command line's libraries are not instal
 
 from overlay.cli import doctor
 
+#: What `--json` does, without the import of the command line's libraries, which takes as long as all the rest.
+ASK = "import sys; from overlay.cli import doctor; sys.exit(doctor.run(as_json=True))"
 #: Handed on to whoever is next, as well-behaved tools do: by importing it.
 CHAINS = "import sys; sys.path.remove({folder!r}); del sys.modules['sitecustomize']; import sitecustomize\n"
 
@@ -39,26 +41,27 @@ class Container:
             (folder / name).mkdir(exist_ok=True)
             (folder / name).chmod(0o755)
 
-    def run(
-        self, *arguments: str, places: tuple[pathlib.Path, ...], **settings: str
-    ) -> subprocess.CompletedProcess[str]:
-        """The command, in the folder's own directory: so it is found there, wherever PYTHONPATH leads."""
+    def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Python in the folder's own directory: so the command is found, wherever PYTHONPATH leads."""
         given = {"VLLMOVERLAY_JOURNAL_DIR": str(self.folder / "journals"), "VLLMOVERLAY_SERIAL_PASS_THROUGH": "1"}
-        environment = overlay_environment(**{**given, **settings})
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, [*places, self.folder / "site"]))
-        command = [sys.executable, "-m", "overlay", "doctor", *arguments]
-        return subprocess.run(command, env=environment, cwd=self.overlay, capture_output=True, text=True, check=False)
+        environment = overlay_environment(**{"PYTHONPATH": self.path(self.overlay), **given, **settings})
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, cwd=self.overlay, capture_output=True, text=True, check=False
+        )
 
-    def find(self, *places: pathlib.Path, **settings: str) -> dict[str, Any]:
+    def path(self, *places: pathlib.Path) -> str:
+        return os.pathsep.join(map(str, [*places, self.folder / "site"]))
+
+    def find(self, *places: pathlib.Path, options: tuple[str, ...] = (), **settings: str) -> dict[str, Any]:
         """What doctor says, by what it is about: state, finding and what to do, in the order in which it is said."""
-        result = self.run("--json", places=places or (self.overlay,), **settings)
+        result = self.run(*options, "-c", ASK, PYTHONPATH=self.path(*(places or (self.overlay,))), **settings)
         assert result.stdout, result.stderr
         said: dict[str, Any] = json.loads(result.stdout)
         found: dict[str, Any] = {}
         for one in said["findings"]:
             found.setdefault(one["about"], []).append((one["state"], one["found"], one["do"]))
-        assert result.returncode == int(not said["ok"])
         assert said["ok"] == all(state != "do" for one in found.values() for state, _, _ in one)
+        assert result.returncode == int(not said["ok"])
         return found
 
 
@@ -88,6 +91,10 @@ def test_it_is_not_on_the_path(container: Container) -> None:
         needs(found)["sitecustomize"]
         == f"export PYTHONPATH={container.overlay}:{container.folder}/other:{container.folder}/site"
     )
+
+
+def test_python_was_told_not_to_look_there(container: Container) -> None:
+    assert needs(container.find(options=("-E",)))["sitecustomize"] == "start it without -E"
 
 
 @pytest.mark.parametrize("hands_on", [False, True])
@@ -245,11 +252,11 @@ def test_gpu(
 
 
 def test_one_line_each_and_the_exit_status(container: Container) -> None:
-    well = container.run(places=(container.overlay,))
+    well = container.run("-m", "overlay", "doctor")
     assert (well.returncode, well.stderr) == (0, "")
     states = [line.split()[0] for line in well.stdout.splitlines()]
     assert len(states) == len(doctor.ABOUT) and set(states) == {"ok", "note"}
-    off = container.run(places=(container.overlay,), VLLMOVERLAY="0")
+    off = container.run("-m", "overlay", "doctor", VLLMOVERLAY="0")
     assert off.returncode == 1
     assert "\ndo   settings      VLLMOVERLAY switches the overlay off -> unset VLLMOVERLAY\n" in off.stdout
 

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from devtools import environment, release
+from devtools import environment, plugin_metadata, release
 from tests.conftest import REPOSITORY
 
 pytest.importorskip("setuptools", minversion="77")
@@ -52,9 +52,12 @@ def test_the_checksums_are_those_of_the_files(made: pathlib.Path) -> None:
 
 
 def test_the_wheel_holds_the_package_and_not_the_door(made: pathlib.Path) -> None:
-    names = {name for name in release.contents(made / release.WHEEL) if name.startswith("overlay/")}
     own = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "overlay").rglob("*.py")}
-    assert names == own and "sitecustomize.py" not in release.contents(made / release.WHEEL)
+    wheel = release.contents(made / release.WHEEL)
+    assert {name for name in wheel if name.startswith("overlay/")} == own and "sitecustomize.py" not in wheel
+    for name, content in plugin_metadata.files(REPOSITORY).items():  # what the mounted folder says
+        said = {line for line in content.decode().splitlines() if not line.startswith("Metadata-Version")}
+        assert said <= set(wheel[name].decode().splitlines())
 
 
 def test_each_is_tried_in_a_fresh_environment(made: pathlib.Path) -> None:
