@@ -300,6 +300,13 @@ def test_read_only_in_a_python_without_wrapt(place: Place, bare_python: Callable
         assert not list(place.overlay.rglob("__pycache__"))
 
 
+def test_the_images_own_wrapt_is_in_front(place: Place, bare_python: Callable[[str], str]) -> None:
+    shutil.copytree(place.overlay / "fallback" / "wrapt", place.site / "wrapt")
+    result = place.run(bare_python("3.11"), place.overlay)
+    assert result.returncode == 0 and "overlay" not in result.stderr, result.stderr
+    assert pathlib.Path(json.loads(result.stdout)[0]) == place.site / "wrapt" / "__init__.py"
+
+
 def test_as_another_user(place: Place) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
