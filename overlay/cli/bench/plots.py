@@ -69,8 +69,13 @@ def _serving_series(rows: list[dict[str, Any]], metric: str) -> dict[str, Points
 def _draw(panels: list[tuple[dict[str, Points], str, str]], data: dict[str, Any], path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.2), squeeze=False)
-    for axis, (series, title, label) in zip(axes[0], panels, strict=True):
+    # Two in a row: a page shows a wider picture so small that nobody can read it.
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(6.5 * columns, 4.0 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (series, title, label) in zip(axes.flat, panels, strict=False):
         for arm, points in series.items():
             places = [place for place, _ in points]
             ratios = [found["ratio"] for _, found in points]
