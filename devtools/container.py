@@ -218,6 +218,29 @@ def build() -> None:
         )
 
 
+def compare(podman: tuple[str, ...]) -> None:
+    """Both images hold the bundle, and byte code."""
+    made = ROOT / "dist" / bundle.NAME
+    same = f"diff -r --exclude=__pycache__ /bundle {MOUNT} && ls {MOUNT}/overlay/__pycache__/*.pyc"
+    for image in (IMAGE, CARRIER):
+        call(
+            [
+                *podman,
+                "run",
+                "--rm",
+                "--volume",
+                f"{made}:/bundle:ro",
+                "--network",
+                "host",
+                "--entrypoint",
+                "sh",
+                image,
+                "-c",
+                same,
+            ]
+        )
+
+
 def carry(podman: tuple[str, ...], volume: Path) -> Path:
     """The init container of deploy/kubernetes, with its own command and user, on a volume as an emptyDir is. Gives the folder."""
     import yaml
@@ -353,6 +376,7 @@ def run(keep: bool) -> None:
             podman = podman_that_runs(folder)
             say("podman build")
             build()
+            compare(podman)
             carried = carry(podman, folder / "volume")
             mounted = (*("--env", f"PYTHONPATH={MOUNT}"), "--volume")
             made = ROOT / "dist" / bundle.NAME
