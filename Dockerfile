@@ -1,31 +1,32 @@
-# syntax=docker/dockerfile:1
-# The overlay in an image, for those who cannot mount a folder.
-#   docker build -t vllm-overlay:v0.33.0 --build-arg VLLM_VERSION=v0.33.0 .
+# The overlay in an image, for those who cannot mount a folder. `make bundle` comes first: the build copies what it made, and
+# needs no network beyond the base images.
+#   make bundle && docker build -t vllm-overlay:v0.33.0 .
 #       vLLM's own image and one layer on top: entry point, user and health check are as they were.
-#   docker build -t vllm-overlay-carrier:v0.33.0 --build-arg VLLM_VERSION=v0.33.0 --target carrier .
+#   make bundle && docker build -t vllm-overlay-carrier:v0.33.0 --target carrier .
 #       the folder alone, for an init container that copies it into a pod (deploy/kubernetes/).
+# Another vLLM: --build-arg VLLM_VERSION=v0.32.0. Another image of it: --build-arg BASE=registry.example.org/vllm:tag.
 ARG VLLM_VERSION=v0.33.0
+ARG BASE=vllm/vllm-openai:${VLLM_VERSION}
+ARG CARRIER_BASE=busybox:1.37
 
-FROM vllm/vllm-openai:${VLLM_VERSION} AS folder
+FROM ${BASE} AS folder
+ARG BUNDLE=dist/vllm-overlay-0.1.0
 # hadolint ignore=DL3002
 USER 0:0
-COPY sitecustomize.py LICENSE /opt/overlay/
-COPY overlay /opt/overlay/overlay
-# wrapt is the one package that vLLM does not bring. Byte code is made here, because the folder is read-only for whoever
-# runs it, and is used unchecked, because copying the folder changes the times. Others may read everything and write nothing:
-# the overlay does not arm from a folder that others can write.
-RUN python3 -m pip install --no-cache-dir --no-deps --no-compile --target /opt/overlay "wrapt==2.5.2" \
-    && find /opt/overlay -name __pycache__ -prune -exec rm -rf {} + \
-    && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/overlay \
+COPY ${BUNDLE} /opt/overlay
+# Byte code is made here, because the folder is read-only for whoever runs it, and is used unchecked, because copying the
+# folder changes the times. Others may read everything and write nothing: the overlay does not arm from a folder that others
+# can write, and a checkout on a file system without modes has every mode.
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash /opt/overlay \
     && chmod -R u=rwX,go=rX /opt/overlay
 
-FROM busybox:1.37 AS carrier
+FROM ${CARRIER_BASE} AS carrier
 LABEL org.opencontainers.image.title="The auxiliary-stream overlay for vLLM, as a folder to copy" \
       org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause"
 COPY --from=folder /opt/overlay /opt/overlay
 USER 65534:65534
 
-FROM vllm/vllm-openai:${VLLM_VERSION}
+FROM ${BASE}
 LABEL org.opencontainers.image.title="vLLM with the auxiliary-stream overlay" \
       org.opencontainers.image.licenses="Apache-2.0 AND BSD-2-Clause"
 COPY --from=folder /opt/overlay /opt/overlay

@@ -9,7 +9,7 @@ IN_PARALLEL := -n 2
 FILES_IN_PARALLEL := $(IN_PARALLEL) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo soak test unit contract engine gpu matrix bundle lint types format lock environment clean
+.PHONY: help demo soak test unit contract engine gpu matrix bundle release container lint types format lock environment clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,8 +38,14 @@ gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
 matrix: environment ## Judge every release of vLLM and write docs/COMPATIBILITY.md
 	$(VENV_PYTHON) -m overlay matrix --write --cache .cache/releases
 
-bundle: environment ## The folder for PYTHONPATH and a .tar.gz of it, in dist/
-	$(VENV_PYTHON) -m devtools.bundle $(BUNDLE_OPTIONS)
+bundle: ## The folder for PYTHONPATH and a .tar.gz of it, in dist/; any Python from 3.10 on does
+	@$(PYTHON) -m devtools.bundle $(BUNDLE_OPTIONS)
+
+release: environment ## Wheel, sdist, bundle and checksums in dist/, each tried in a fresh environment; wants the tag v<version>
+	@$(VENV_PYTHON) -m devtools.release $(RELEASE_OPTIONS)
+
+container: environment ## The Dockerfile built and run for real with podman, as root, on the CPU (six minutes, 12 GB of disk)
+	@$(VENV_PYTHON) -m devtools.container $(CONTAINER_OPTIONS)
 
 lint: environment ## Style
 	$(VENV_PYTHON) -m ruff check .

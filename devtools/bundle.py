@@ -1,10 +1,13 @@
 """`make bundle`: the one folder that goes on PYTHONPATH, and a .tar.gz of it with its SHA-256.
 
-    python -m devtools.bundle [--into FOLDER]
+    python3 -m devtools.bundle [--into FOLDER]
 
-The folder holds ``sitecustomize.py``, ``overlay/``, ``fallback/wrapt/`` (its Python files only, which run on any CPython
-that the overlay supports), the metadata by which vLLM finds the overlay as a plugin, both licences, and nothing else: no tests, no documents, no byte code, which would fit one version of
-Python and belong to whoever compiled it.
+Any Python from 3.10 on runs this: it needs the standard library alone, no network and no .venv. wrapt comes from the
+wheel in devtools/wheels/, unchanged from PyPI.
+
+The folder holds ``sitecustomize.py``, ``overlay/``, ``fallback/wrapt/`` (Python files only, which run on any CPython that
+the overlay supports), the metadata by which vLLM finds the overlay as a plugin, and both licences. It holds no tests and no
+documents. It holds no byte code, which would fit one version of Python.
 
 The same sources give the same bytes, wherever, whenever and by whomever they are bundled: names are sorted, owner, mode
 and time are fixed. The time is SOURCE_DATE_EPOCH, else that of the commit. Only zlib is left to the machine: another
@@ -14,18 +17,16 @@ implementation of it (zlib-ng) may compress the same .tar into another .tar.gz.
 from __future__ import annotations
 
 import argparse
-import base64
-import csv
 import gzip
 import hashlib
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -34,6 +35,9 @@ from overlay import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = f"vllm-overlay-{__version__}"
+#: wrapt for environments that have none, and its SHA-256, which PyPI shows as well.
+WRAPT = "wrapt-2.5.2-py3-none-any.whl"
+WRAPT_SHA256 = "61eb54e9540ea522c2c4752a57549a83d3c67e6704ed708403d28e067aaf90f0"
 #: Where overlay.start.import_hooks looks for wrapt in an environment that has none.
 FALLBACK = "fallback"
 FILE_MODE = 0o644
@@ -46,49 +50,32 @@ class BundleError(Exception):
     """What keeps the bundle from being made; the message says what to do."""
 
 
-def contents(root: Path, site_packages: Path) -> dict[str, bytes]:
-    """Every file of the bundle by its path in it, sorted. Raises BundleError where something is missing or not pinned."""
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of the bundle by its path in it, sorted. Raises BundleError where wrapt is not the one that is meant."""
     modules = (path for path in (root / "overlay").rglob("*.py") if path.is_file())  # an editor's lock leads nowhere
     sources = [root / "sitecustomize.py", root / "LICENSE", *modules]
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in sources}
     files.update(plugin_metadata.files(root))
-    files.update(wrapt_files(site_packages, pinned_version(root / "requirements.lock")))
+    files.update(wrapt_files(root / "devtools" / "wheels" / WRAPT))
     return dict(sorted(files.items()))
 
 
-def pinned_version(lock: Path) -> str:
-    """The version of wrapt in the lock file."""
-    found = re.search(r"^wrapt==([^\s;]+)", lock.read_text(), re.MULTILINE)
-    if found is None:
-        raise BundleError(f"{lock} does not pin wrapt")
-    return found[1]
-
-
-def wrapt_files(site_packages: Path, version: str) -> dict[str, bytes]:
-    """wrapt's Python files and its licence, each checked against the hash that its wheel came with."""
-    information = site_packages / f"wrapt-{version}.dist-info"
-    record = information / "RECORD"
-    if not record.is_file():
+def wrapt_files(wheel: Path) -> dict[str, bytes]:
+    """wrapt's Python files and its licence, by their paths in the bundle."""
+    packed = wheel.read_bytes()
+    found = hashlib.sha256(packed).hexdigest()
+    if found != WRAPT_SHA256:
         raise BundleError(
-            f"{site_packages} has no wrapt {version}, which requirements.lock pins; `make unit` puts it there"
+            f"{wheel} has the SHA-256 {found} and not {WRAPT_SHA256}; take the file from the commit again"
         )
-    files = {}
-    for name, recorded, _ in csv.reader(record.read_text().splitlines()):
-        path = PurePosixPath(name)
-        if path.parts[0] == "wrapt" and path.suffix == ".py":
-            target = f"{FALLBACK}/{name}"
-        elif path.parts[0] == information.name and path.name == "LICENSE":
-            target = f"{FALLBACK}/wrapt/LICENSE"
-        else:
-            continue
-        content = (site_packages / name).read_bytes()
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        if recorded != f"sha256={digest}":
-            raise BundleError(f"{site_packages / name} is not the file that wrapt {version} came with")
-        files[target] = content
-    if not {f"{FALLBACK}/wrapt/__init__.py", f"{FALLBACK}/wrapt/LICENSE"} <= files.keys():
-        raise BundleError(f"{record} lists no wrapt/__init__.py or no LICENSE")
-    return files
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        files = {
+            f"{FALLBACK}/{name}": archive.read(name)
+            for name in archive.namelist()
+            if name.startswith("wrapt/") and name.endswith(".py")
+        }
+        (licence,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))
+        return {**files, f"{FALLBACK}/wrapt/LICENSE": archive.read(licence)}
 
 
 def time_of(root: Path, environ: Mapping[str, str]) -> int:
@@ -149,9 +136,9 @@ def archive(files: Mapping[str, bytes], name: str, seconds: int) -> bytes:
     return packed.getvalue()
 
 
-def make(into: Path, root: Path = ROOT, site_packages: Path | None = None) -> tuple[Path, Path, str]:
+def make(into: Path, root: Path = ROOT) -> tuple[Path, Path, str]:
     """Write folder, .tar.gz and .sha256 into `into`. Gives folder, archive, and the archive's SHA-256."""
-    files = contents(root, site_packages or own_site_packages(root))
+    files = contents(root)
     seconds = time_of(root, os.environ)
     folder, packed = into / NAME, into / f"{NAME}.tar.gz"
     write_folder(files, folder, seconds)
@@ -160,14 +147,6 @@ def make(into: Path, root: Path = ROOT, site_packages: Path | None = None) -> tu
     packed.write_bytes(data)
     packed.with_name(f"{packed.name}.sha256").write_text(f"{digest}  {packed.name}\n")
     return folder, packed, digest
-
-
-def own_site_packages(root: Path) -> Path:
-    """Where .venv keeps its packages."""
-    found = sorted((root / ".venv" / "lib").glob("python3*/site-packages"))
-    if len(found) != 1:
-        raise BundleError(f"{root / '.venv'} is not there or not whole; `make unit` makes it")
-    return found[0]
 
 
 def main() -> int:

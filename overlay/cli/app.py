@@ -141,6 +141,17 @@ def status(
 
 
 @app.command()
+def doctor(json: Json = False) -> None:
+    """Whether a vLLM that is started here has the overlay, and what to do where it has not. Run it where vLLM runs.
+
+    Exit status: 0 nothing needs doing, 1 something does, 2 bad input.
+    """
+    from overlay.cli import doctor
+
+    raise typer.Exit(doctor.run(json))
+
+
+@app.command()
 def bench(
     model: Annotated[
         str | None,

@@ -63,4 +63,4 @@ def _missing_library(error: ModuleNotFoundError) -> Exception:
     name = (error.name or "").partition(".")[0]
     if name in ("", "overlay"):
         return error
-    return CommandError(f"this command needs {name}: pip install 'vllm-auxstream-overlay[cli]'")
+    return CommandError(f"this command needs {name}: pip install {name.replace('_', '-')}")

@@ -236,7 +236,7 @@ def rendered(found: Look) -> Iterator[RenderableType]:
     if found.processes:
         yield _table(found)
     else:
-        yield f"{NOBODY} (journals: {visible(str(found.folder))})"
+        yield f"{NOBODY} (journals: {visible(str(found.folder))}); doctor says whether one would have it"
     who_says: dict[str, list[str]] = {}
     for process in found.processes:
         for note in _notes(process.journal):

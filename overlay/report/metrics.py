@@ -3,8 +3,8 @@
 - ``vllm_overlay_info{version,vllm,fingerprint}``: 1
 - ``vllm_overlay_patch_state{process,patch,state}``: 1 for the state that the patch has in the process
 - ``vllm_overlay_layers{process,patch,state="patched"|"refused"}``: a number of layers
-- ``vllm_overlay_calls_total{process,patch,strategy}``: calls of the op; strategy is ``dual_stream``, ``fused`` or
-  ``serial: <why>``
+- ``vllm_overlay_calls_total{process,patch,kind,strategy}``: calls of the op; `kind` is ``dual_stream``, ``fused`` or
+  ``serial``, to add up by; `strategy` is the same with the reason, ``serial: <why>``
 - ``vllm_overlay_tuning_seconds{process,patch,source="measured"|"read"}``: what the plans took at start
 
 `process` is what vLLM calls the process (``VllmWorker-0``, ``EngineCore_DP0``), not its number: a restart makes no new
@@ -28,7 +28,7 @@ from overlay import __version__
 from overlay.report import journal_reader as reader
 from overlay.report import process_identity
 from overlay.report.journal import journal
-from overlay.vocabulary import API_SERVER, MAIN
+from overlay.vocabulary import API_SERVER, MAIN, SERIAL
 
 #: The function that decides which registry the route shows, in import_hooks.METRICS_MODULE (vLLM 0.17.1 to 0.33.0).
 _GIVES_REGISTRY = "get_prometheus_registry"
@@ -153,7 +153,7 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
         "vllm_overlay_layers", "Layers that are patched, or left stock.", labels=["process", "patch", "state"]
     )
     calls = CounterMetricFamily(
-        "vllm_overlay_calls", "Calls of a patch's op by strategy.", labels=["process", "patch", "strategy"]
+        "vllm_overlay_calls", "Calls of a patch's op by strategy.", labels=["process", "patch", "kind", "strategy"]
     )
     tuning = GaugeMetricFamily(
         "vllm_overlay_tuning_seconds", "What the plans took at start.", labels=["process", "patch", "source"]
@@ -165,7 +165,7 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
         info.add_metric([], {"version": _label(version), "vllm": _label(vllm), "fingerprint": _label(fingerprint)})
     state_values: dict[tuple[str, str, str], float] = {}
     layer_values: dict[tuple[str, str, str], float] = defaultdict(float)
-    call_values: dict[tuple[str, str, str], float] = defaultdict(float)
+    call_values: dict[tuple[str, str, str, str], float] = defaultdict(float)
     tuning_values: dict[tuple[str, str, str], float] = defaultdict(float)
     for one in journals:
         role = _label(one.role)
@@ -175,13 +175,13 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
             if patch.layers or patch.refused:
                 layer_values[role, name, "patched"] += len(patch.layers)
                 layer_values[role, name, "refused"] += len(patch.refused)
-                call_values[role, name, "dual_stream"] += patch.dual_stream_calls
+                call_values[role, name, "dual_stream", "dual_stream"] += patch.dual_stream_calls
             if patch.fused_calls:
-                call_values[role, name, "fused"] += patch.fused_calls
+                call_values[role, name, "fused", "fused"] += patch.fused_calls
             for plan in patch.plans:
                 tuning_values[role, name, _label(plan.source)] += plan.seconds
             for reason, count in patch.serial_calls.items():
-                call_values[role, name, _label(f"serial: {reason}")] += count
+                call_values[role, name, SERIAL, _label(f"{SERIAL}: {reason}")] += count
     families = ((states, state_values), (layers, layer_values), (calls, call_values), (tuning, tuning_values))
     for family, values in families:
         for labels, value in values.items():

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from collections.abc import Callable
 
@@ -14,7 +15,6 @@ import pytest
 
 from devtools import bundle, servers, tiny_models
 from overlay.report import journal_reader as journal_files
-from tests.conftest import REPOSITORY
 from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_offline
 
 pytestmark = pytest.mark.engine
@@ -24,7 +24,7 @@ NAME = "qwen3_5_text"
 def environment_without_wrapt(folder: pathlib.Path) -> str:
     """A fresh virtual environment with every package of .venv but wrapt. Gives its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    packages = bundle.own_site_packages(REPOSITORY)
+    packages = pathlib.Path(sysconfig.get_path("purelib"))
     links = folder / "packages"
     links.mkdir()
     for entry in packages.iterdir():

@@ -169,9 +169,9 @@ def test_a_server_says_on_metrics_what_its_journals_say(
     assert found["vllm_overlay_layers"]["gdn", worker.role, "patched"] == len(gdn.layers) > 0
     assert found["vllm_overlay_layers"]["gdn", worker.role, "refused"] == len(gdn.refused)
     calls = found["vllm_overlay_calls_total"]
-    assert calls["gdn", worker.role, "dual_stream"] == gdn.dual_stream_calls
+    assert calls["dual_stream", "gdn", worker.role, "dual_stream"] == gdn.dual_stream_calls
     for reason, count in gdn.serial_calls.items():
-        assert calls["gdn", worker.role, f"serial: {reason}"] == count
+        assert calls["serial", "gdn", worker.role, f"serial: {reason}"] == count
     assert sum(calls.values()) == sum(journal.calls for journal in written) > sum(before.values())
 
     said = overlay_records(server.log_path)

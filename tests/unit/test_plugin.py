@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import zipfile
 from typing import Any
 
 import pytest
@@ -123,29 +121,3 @@ def test_a_project_without_the_entry_point_has_no_metadata(tmp_path: pathlib.Pat
     (tmp_path / "pyproject.toml").write_text('name = "something"\n')
     with pytest.raises(ValueError, match="no entry point"):
         plugin_metadata.files(tmp_path)
-
-
-def test_pip_installs_the_same_entry_point(tmp_path: pathlib.Path) -> None:
-    """The wheel, built: its metadata says what that of the mounted folder says, and it brings no sitecustomize.py."""
-    pytest.importorskip("setuptools", minversion="77")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    shutil.copytree(REPOSITORY / "overlay", source / "overlay", ignore=shutil.ignore_patterns("__pycache__"))
-    build = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
-    result = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    with zipfile.ZipFile(tmp_path / result.stdout.split()[-1]) as wheel:
-        names = wheel.namelist()
-        for name, content in plugin_metadata.files(REPOSITORY).items():
-            said = {line for line in content.decode().splitlines() if not line.startswith("Metadata-Version")}
-            assert said <= set(wheel.read(name).decode().splitlines())
-    assert "overlay/plugin.py" in names and "sitecustomize.py" not in names

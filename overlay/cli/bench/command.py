@@ -492,7 +492,7 @@ def _plots(data: dict[str, Any], folder: Path, console: Any) -> None:
         for path in plots.write(data, folder):
             console.print(f"plot: {path}", soft_wrap=True)
     except ModuleNotFoundError as error:
-        console.print(f"no plots without {error.name}: pip install 'vllm-auxstream-overlay[bench]'")
+        console.print(f"no plots without {error.name}: pip install {error.name}")
 
 
 @contextlib.contextmanager

@@ -26,8 +26,6 @@ from devtools import bundle, plugin_metadata
 from tests.conftest import REPOSITORY, overlay_environment
 from tests.unit import stub_vllm
 
-PACKAGES = bundle.own_site_packages(REPOSITORY) if (REPOSITORY / ".venv").is_dir() else None
-pytestmark = pytest.mark.skipif(PACKAGES is None, reason="the bundle takes wrapt from .venv, which is not there")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 NOBODY = 65534
 IMPORT = (
@@ -179,15 +177,16 @@ def test_the_same_sources_give_the_same_bytes(tmp_path: pathlib.Path, monkeypatc
     for number, umask in enumerate((0o077, 0o002)):
         root = tmp_path / f"checkout {number}"
         root.mkdir()
-        for name in ("sitecustomize.py", "LICENSE", "requirements.lock", "pyproject.toml"):
+        for name in ("sitecustomize.py", "LICENSE", "pyproject.toml"):
             shutil.copy(REPOSITORY / name, root)
         ignored = shutil.ignore_patterns("__pycache__") if number else None
         shutil.copytree(REPOSITORY / "overlay", root / "overlay", ignore=ignored)
+        shutil.copytree(REPOSITORY / "devtools" / "wheels", root / "devtools" / "wheels")
         (root / "overlay" / "files.py").chmod(0o600 + 0o111 * number)
         os.utime(root / "overlay" / "files.py", (number, number))
         before = os.umask(umask)
         try:
-            folder, packed, _ = bundle.make(tmp_path / f"dist {number}", root, PACKAGES)
+            folder, packed, _ = bundle.make(tmp_path / f"dist {number}", root)
         finally:
             os.umask(before)
         archives.append(packed.read_bytes())
@@ -243,19 +242,38 @@ def test_the_time_is_the_commits_unless_one_is_given(tmp_path: pathlib.Path) -> 
 
 
 def test_a_wrapt_that_is_not_the_pinned_one_is_refused(tmp_path: pathlib.Path) -> None:
-    assert PACKAGES is not None
-    version = bundle.pinned_version(REPOSITORY / "requirements.lock")
-    for name in ("wrapt", f"wrapt-{version}.dist-info"):
-        shutil.copytree(PACKAGES / name, tmp_path / name)
-    assert bundle.wrapt_files(tmp_path, version) == bundle.wrapt_files(PACKAGES, version)
-    with pytest.raises(bundle.BundleError, match=r"has no wrapt 0\.0"):
-        bundle.wrapt_files(tmp_path, "0.0")
-    (tmp_path / "wrapt" / "wrappers.py").write_text("pass\n")
-    with pytest.raises(bundle.BundleError, match=r"wrappers\.py is not the file"):
-        bundle.wrapt_files(tmp_path, version)
-    (tmp_path / "requirements.lock").write_text("not-wrapt==1\n")
-    with pytest.raises(bundle.BundleError, match="does not pin wrapt"):
-        bundle.pinned_version(tmp_path / "requirements.lock")
+    """The wheel is PyPI's, and of the version that the tests run with."""
+    version = bundle.WRAPT.split("-")[1]
+    assert f"\nwrapt=={version}\n" in (REPOSITORY / "requirements.lock").read_text()
+    wheel = tmp_path / bundle.WRAPT
+    shutil.copy(REPOSITORY / "devtools" / "wheels" / bundle.WRAPT, wheel)
+    assert "fallback/wrapt/wrappers.py" in bundle.wrapt_files(wheel)
+    wheel.write_bytes(wheel.read_bytes() + b" ")
+    with pytest.raises(bundle.BundleError, match=f"{bundle.WRAPT} has the SHA-256 .* and not {bundle.WRAPT_SHA256}"):
+        bundle.wrapt_files(wheel)
+
+
+def test_make_bundle_needs_a_bare_python_and_nothing_else(
+    tmp_path: pathlib.Path, bare_python: Callable[[str], str]
+) -> None:
+    """From a checkout without .venv, with a Python without packages, the oldest that the overlay supports, and no PATH."""
+    root = tmp_path / "checkout"
+    for name in ("overlay", "devtools"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "sitecustomize.py", "LICENSE", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, root)
+    make = shutil.which("make") or pytest.skip("make is not installed here")
+    result = subprocess.run(
+        [make, "bundle", f"PYTHON={bare_python('3.10')}"],
+        cwd=root,
+        env={"PATH": "/bin:/usr/bin", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (root / ".venv").exists() and (root / "dist" / bundle.NAME / "overlay" / "bootstrap.py").is_file()
+    assert result.stdout.splitlines()[0].endswith(f"dist/{bundle.NAME}")
 
 
 def test_the_command_line(
@@ -280,6 +298,13 @@ def test_read_only_in_a_python_without_wrapt(place: Place, bare_python: Callable
     place.assert_works(place.run(python, place.overlay))
     if os.getuid() != 0:  # root may write anywhere
         assert not list(place.overlay.rglob("__pycache__"))
+
+
+def test_the_images_own_wrapt_is_in_front(place: Place, bare_python: Callable[[str], str]) -> None:
+    shutil.copytree(place.overlay / "fallback" / "wrapt", place.site / "wrapt")
+    result = place.run(bare_python("3.11"), place.overlay)
+    assert result.returncode == 0 and "overlay" not in result.stderr, result.stderr
+    assert pathlib.Path(json.loads(result.stdout)[0]) == place.site / "wrapt" / "__init__.py"
 
 
 def test_as_another_user(place: Place) -> None:
@@ -331,13 +356,13 @@ def test_with_others_on_the_python_path(
 
 
 def test_an_editors_lock_is_not_in_it(tmp_path: pathlib.Path) -> None:
-    assert PACKAGES is not None
-    shutil.copytree(REPOSITORY / "overlay", tmp_path / "overlay", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("sitecustomize.py", "LICENSE", "pyproject.toml", "README.md", "requirements.lock"):
+    for name in ("overlay", "devtools/wheels"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("sitecustomize.py", "LICENSE", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, tmp_path)
-    before = bundle.contents(tmp_path, PACKAGES)
+    before = bundle.contents(tmp_path)
     (tmp_path / "overlay" / ".#hooks.py").symlink_to("somebody@machine.1234")
-    assert bundle.contents(tmp_path, PACKAGES) == before
+    assert bundle.contents(tmp_path) == before
 
 
 def test_as_a_zip_itself_it_leaves_vllm_stock_with_one_line(place: Place, bare_python: Callable[[str], str]) -> None:

@@ -117,8 +117,8 @@ def test_the_numbers_of_a_server(
         'vllm_overlay_patch_state{patch="gdn",process="VllmWorker-0",state="apply"} 1.0',
         'vllm_overlay_layers{patch="gdn",process="VllmWorker-0",state="patched"} 2.0',
         'vllm_overlay_layers{patch="gdn",process="VllmWorker-0",state="refused"} 1.0',
-        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="dual_stream"} 5.0',
-        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="serial: above the token threshold"} 3.0',
+        'vllm_overlay_calls_total{kind="dual_stream",patch="gdn",process="VllmWorker-0",strategy="dual_stream"} 5.0',
+        'vllm_overlay_calls_total{kind="serial",patch="gdn",process="VllmWorker-0",strategy="serial: above the token threshold"} 3.0',
     ]
 
 
@@ -130,8 +130,8 @@ def test_calls_by_one_gemm_and_what_plans_took(
     text = page()
     found = [line for line in samples(text) if "_calls_total{" in line or "tuning" in line]
     assert found == [
-        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="dual_stream"} 10.0',
-        'vllm_overlay_calls_total{patch="gdn",process="VllmWorker-0",strategy="fused"} 14.0',
+        'vllm_overlay_calls_total{kind="dual_stream",patch="gdn",process="VllmWorker-0",strategy="dual_stream"} 10.0',
+        'vllm_overlay_calls_total{kind="fused",patch="gdn",process="VllmWorker-0",strategy="fused"} 14.0',
         'vllm_overlay_tuning_seconds{patch="gdn",process="VllmWorker-0",source="measured"} 3.5',
         'vllm_overlay_tuning_seconds{patch="gdn",process="VllmWorker-0",source="read"} 0.25',
     ]
@@ -217,7 +217,10 @@ def test_processes_of_one_name_are_added_up(
     for _ in range(2):
         write(journal_folder, process(), os.getpid(), "EngineCore", patches={"gdn": GDN})
     text = page()
-    assert 'vllm_overlay_calls_total{patch="gdn",process="EngineCore",strategy="dual_stream"} 10.0' in text
+    assert (
+        'vllm_overlay_calls_total{kind="dual_stream",patch="gdn",process="EngineCore",strategy="dual_stream"} 10.0'
+        in text
+    )
     for state, layers in (("patched", 4.0), ("refused", 2.0)):
         assert f'vllm_overlay_layers{{patch="gdn",process="EngineCore",state="{state}"}} {layers}' in text
     assert text.count("vllm_overlay_patch_state{") == 1

@@ -692,6 +692,30 @@ def test_plots_are_written(data: dict[str, Any], tmp_path: Path) -> None:
     assert plots.write({"problems": []}, tmp_path) == []
 
 
+def test_a_timeline_is_drawn_of_the_fewest_requests_with_both_arms(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    kernel = {"name": "gemm", "stream": "main", "start": 0.0, "duration": 5.0}
+    arm = {"segment": {"median": 9.0}, "kernels": [kernel, {**kernel, "name": "side", "stream": "side 1"}]}
+    overlay = {**arm, "against_stock": {"side": [{"name": "side"}]}}
+    rows = [{"requests": 1, "arms": {"stock": arm}}, {"requests": 8, "arms": {"stock": arm, "overlay": overlay}}]
+    assert plots.write({"timeline": rows}, tmp_path) == [tmp_path / "timeline.png"]
+    assert plots.write({"timeline": rows[:1]}, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("places", "slanted"),
+    [
+        ([1, 2, 4, 8, 32, 64, 128, 256], False),
+        ([8, 128, 600, 1000, 1500, 2048, 8192], True),
+        ([8, 128], False),
+        ([8], False),
+        ([], False),
+    ],
+)
+def test_labels_of_an_axis_do_not_meet(places: list[float], slanted: bool) -> None:
+    assert plots._crowded(places) == slanted
+
+
 def test_results_are_on_disk_after_every_step(tmp_path: Path) -> None:
     said: list[str] = []
     results = Results(tmp_path / "results.json", said.append)
