@@ -25,7 +25,7 @@ MODEL = "qwen3_5_text"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ on a CPU, and there is none")
-def test_one_cache_folder_and_five_starts(model: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
+def test_one_cache_folder_and_four_starts(model: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
     cache = tmp_path / "cache"
     shared = {
         "VLLM_CACHE_ROOT": str(cache),
@@ -34,8 +34,8 @@ def test_one_cache_folder_and_five_starts(model: Callable[[str], pathlib.Path], 
         **FEW_PROCESSES,
     }
 
-    def run(name: str, overlay: bool, **more: str) -> Run:
-        settings = {**shared, **(PASS_THROUGH if overlay else {}), **more}
+    def run(name: str, overlay: bool) -> Run:
+        settings = {**shared, **(PASS_THROUGH if overlay else {})}
         return run_engine(model(MODEL), tmp_path / name, overlay=overlay, compiled=True, **settings)
 
     def entries() -> set[str]:
@@ -59,19 +59,10 @@ def test_one_cache_folder_and_five_starts(model: Callable[[str], pathlib.Path], 
 
     overlay_again = run("overlay again", True)
     assert reached_for(overlay_again) == of_overlay and entries() == of_stock | of_overlay
-    one_off = run("one patch off", True, VLLMOVERLAY_PATCHES="gdn")
-    of_one_off = entries() - of_stock - of_overlay
-    assert reached_for(one_off) == set() and len(of_one_off) == 1, "a patch switched off has no identity of its own"
-
-    runs = (stock, overlay, again, overlay_again, one_off)
-    assert all(result.answers == stock.answers for result in runs)
-    assert all(result.fake_calls() > 0 and result.calls() > 0 for result in (overlay, one_off))
-    assert overlay_again.calls() > 0
-    fingerprints = [
-        {journal.raw["fingerprint"] for journal in result.workers} for result in (overlay, overlay_again, one_off)
-    ]
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
-    assert all(len(found) == 1 and None not in found for found in fingerprints)
+    assert all(result.answers == stock.answers for result in (overlay, again, overlay_again))
+    assert overlay.fake_calls() > 0 and overlay.calls() > 0 and overlay_again.calls() > 0
+    fingerprints = [{journal.raw["fingerprint"] for journal in result.workers} for result in (overlay, overlay_again)]
+    assert fingerprints[0] == fingerprints[1] and len(fingerprints[0]) == 1 and None not in fingerprints[0]
 
 
 #: vLLM compiles piece by piece on a GPU alone. So that mode is put back, with a compiler that keeps its graphs and takes them
