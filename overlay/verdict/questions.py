@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from overlay.verdict.model import Verdict
 from overlay.vocabulary import DRIFTED
@@ -11,7 +11,7 @@ from overlay.vocabulary import DRIFTED
 #: What may be asked of a tensor between two uses of it without changing it.
 HARMLESS_ATTRIBUTES = frozenset({"shape", "dtype", "device", "size", "dim", "ndim", "numel", "is_cuda", "stride"})
 
-#: What code may consist of that changes no tensor; `disturbs` looks closer at some of it.
+#: What code may consist of that changes no tensor; who asks looks closer at calls and at what is assigned to.
 QUIET = (
     ast.Assign, ast.AnnAssign, ast.Assert, ast.Expr, ast.If, ast.Pass,
     ast.Attribute, ast.BinOp, ast.BoolOp, ast.Call, ast.Compare, ast.Constant, ast.IfExp, ast.List, ast.Name, ast.Slice,
@@ -74,43 +74,6 @@ def attribute_of_self(node: ast.AST, name: str | None = None) -> bool:
 def uses_of(root: ast.AST, attribute: str) -> list[ast.AST]:
     """Every place in `root` where ``self.<attribute>`` stands."""
     return [node for node in ast.walk(root) if attribute_of_self(node, attribute)]
-
-
-def paths_to_statements(function: Function) -> Iterator[tuple[list[tuple[ast.stmt, str]], list[ast.stmt]]]:
-    """Every statement list of a function that only ``if`` leads to, with the (if, arm) pairs on the way there."""
-
-    def walk(
-        block: list[ast.stmt], path: list[tuple[ast.stmt, str]]
-    ) -> Iterator[tuple[list[tuple[ast.stmt, str]], list[ast.stmt]]]:
-        yield path, block
-        for statement in block:
-            if isinstance(statement, ast.If):
-                yield from walk(statement.body, [*path, (statement, "body")])
-                yield from walk(statement.orelse, [*path, (statement, "orelse")])
-
-    yield from walk(function.body, [])
-
-
-def disturbs(statement: ast.stmt, name: str) -> ast.AST | None:
-    """The node by which a statement could change the tensor `name`, hand it out, or leave the function.
-
-    An allowlist: the tensor may have another name (a view, a closure), so a call or a write to anything counts.
-    """
-    harmless = {
-        id(node.value)
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Attribute) and node.attr in HARMLESS_ATTRIBUTES and isinstance(node.ctx, ast.Load)
-    }
-    for node in ast.walk(statement):
-        if not isinstance(node, QUIET):
-            return node
-        if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
-            return node
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) not in HARMLESS_ATTRIBUTES:
-            return node
-        if isinstance(node, ast.Name) and node.id == name and id(node) not in harmless:
-            return node
-    return None
 
 
 def binders(block: list[ast.stmt], name: str) -> list[ast.AST]:
