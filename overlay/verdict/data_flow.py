@@ -76,10 +76,10 @@ def judge(
     `reason` is said where the patch applies. `landed` gives the node where a method does itself what the patch does, and
     what to say then.
     """
-    module = next(filter(tree.has, classes), None)
-    source = tree.read(module) if module else None
-    if module is None or source is None:
+    found = next(((module, source) for module in classes if (source := tree.read(module))), None)
+    if found is None:
         return None
+    module, source = found
     class_name = classes[module]
     try:
         class_node, methods = _class(source.parse(), class_name)
