@@ -29,10 +29,10 @@ from overlay.verdict.questions import (
     binders,
     check_self,
     drifted,
-    find_class,
     methods_of,
+    plain_class,
+    plain_function,
     uses_of,
-    written_to_class,
 )
 from overlay.vocabulary import APPLY, LANDED
 
@@ -82,7 +82,8 @@ def judge(
     module, source = found
     class_name = classes[module]
     try:
-        class_node, methods = _class(source.parse(), class_name)
+        class_node = plain_class(source.parse(), class_name)
+        methods = methods_of(class_node)
         reached = _reached(pair.entries, methods)
         if not reached:
             raise Drift(class_node, f"{class_name} has none of the methods {', '.join(pair.entries)}")
@@ -92,12 +93,12 @@ def judge(
                 where = f"{source.path}:{getattr(at[0], 'lineno', method.lineno)}"
                 return Verdict(LANDED, at[1], module, class_name, where=where)
         intercepted = [method for method in reached.values() if _concerns(method, pair)]
-        for name in dict.fromkeys((*pair.entries, *(method.name for method in intercepted))):
+        for name in pair.entries:
             for binder in binders(class_node.body, name):
                 if binder is not methods.get(name):
-                    raise Drift(binder, f"{class_name}.{name} has not one plain definition")
+                    raise Drift(binder, f"{name} has not one plain definition")
         for method in intercepted:
-            _Ways(method, pair).check()
+            _Ways(plain_function(class_node.body, method.name), pair).check()
         first = next(iter(reached.values()))
         if not any(method in intercepted for method in _reached((first.name,), methods).values()):
             raise Drift(first, f"{first.name} leads to no method that calls {' and '.join(pair.all)}")
@@ -105,18 +106,6 @@ def judge(
         return drifted(error, source.path, module, class_name)
     where = f"{source.path}:{intercepted[0].lineno}"
     return Verdict(APPLY, reason, module, class_name, tuple(method.name for method in intercepted), where=where)
-
-
-def _class(module: ast.Module, class_name: str) -> tuple[ast.ClassDef, dict[str, Function]]:
-    """A class that is defined once and not changed afterwards, with its methods."""
-    class_node = find_class(module, class_name)
-    if class_node is None:
-        raise Drift(ast.Pass(), f"there is no class {class_name} at the top level")
-    others = [binder for binder in binders(module.body, class_name) if binder is not class_node]
-    changed = next(iter(others), None) or written_to_class(module, class_name)
-    if changed is not None:
-        raise Drift(changed, f"{class_name} is changed or bound again, beside its definition")
-    return class_node, methods_of(class_node)
 
 
 def _reached(entries: Iterable[str], methods: Mapping[str, Function]) -> dict[str, Function]:
@@ -169,9 +158,7 @@ class _Ways:
 
     def check(self) -> None:
         """Raise Drift unless the stand-in may run the method."""
-        method, arguments = self._method, self._method.args
-        if isinstance(method, ast.AsyncFunctionDef) or method.decorator_list:
-            raise Drift(method, f"{method.name} is async or decorated")
+        method = self._method
         asked = [node.args[0] for node in ast.walk(method) if self._asks_for_another(node)]  # type: ignore[attr-defined]
         check_self(method, excused=asked)
         for attribute in self._pair.all:
@@ -179,7 +166,7 @@ class _Ways:
                 isinstance(node, ast.Call) and attribute_of_self(node.func, attribute) for node in ast.walk(method)
             ):
                 raise Drift(method, f"{method.name} does not call {attribute}")
-        names = [node.arg for node in ast.walk(arguments) if isinstance(node, ast.arg)]
+        names = [node.arg for node in ast.walk(method.args) if isinstance(node, ast.arg)]
         end = self._block(method.body, _State({name: self._number() for name in names}, frozenset({_Calls()})))
         if end is not None and self._begun(end):
             raise Drift(method, f"{method.name} may end before it has called {' and '.join(self._pair.all)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Iterable
 
 from overlay.verdict.model import Verdict
@@ -106,3 +107,41 @@ def written_to_class(tree: ast.Module, class_name: str) -> ast.AST | None:
             if isinstance(owner, ast.Name) and owner.id == class_name:
                 return node
     return None
+
+
+def plain_class(module: ast.Module, name: str) -> ast.ClassDef:
+    """A class that is defined once, at the top level, and not changed afterwards. Raises Drift."""
+    found = find_class(module, name)
+    if found is None:
+        raise Drift(ast.Pass(), f"there is no class {name} at the top level")
+    others = [binder for binder in binders(module.body, name) if binder is not found]
+    changed = next(iter(others), None) or written_to_class(module, name)
+    if changed is not None:
+        raise Drift(changed, f"{name} is changed or bound again, beside its definition")
+    return found
+
+
+def plain_function(block: list[ast.stmt], name: str) -> ast.FunctionDef:
+    """A function that a module's or a class's own code defines once, without decorators, and binds to nothing else."""
+    found = binders(block, name)
+    if len(found) == 1 and isinstance(found[0], ast.FunctionDef) and not found[0].decorator_list and found[0] in block:
+        return found[0]
+    raise Drift(found[-1] if found else ast.Pass(), f"{name} has not one plain definition")
+
+
+def leaving(block: Iterable[ast.stmt]) -> ast.AST | None:
+    """The first node by which statements may leave their function before their end."""
+    nodes = (node for statement in block for node in ast.walk(statement))
+    return next((node for node in nodes if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom))), None)
+
+
+def fingerprint(node: ast.AST) -> str:
+    """A digest of code's structure and names, without comments and layout; the same in every Python."""
+    return hashlib.sha256(repr(_structure(node)).encode()).hexdigest()[:16]
+
+
+def _structure(value: object) -> object:
+    if isinstance(value, ast.AST):
+        fields = ((name, _structure(part)) for name, part in ast.iter_fields(value) if part not in (None, []))
+        return type(value).__name__, *fields
+    return [*map(_structure, value)] if isinstance(value, list) else value

@@ -424,8 +424,8 @@ DRIFTING = {
         of(method(MAIN, "return q, self.r(x)"), method(SIDE, "return r", name="r")), "does not call side",
     ),
     "a helper of another class": (of(method("return self.inner.project(x)"), PAIR_CALLED), "leads to no method"),
-    "a decorated helper": (of(method("return self.project(x)"), f"@other\n{PAIR_CALLED}"), "decorated"),
-    "a helper that is a class method": (of(method("return self.project(x)"), f"@classmethod\n{PAIR_CALLED}"), "decorated"),
+    "a decorated helper": (of(method("return self.project(x)"), f"@other\n{PAIR_CALLED}"), "not one plain"),
+    "a helper that is a class method": (of(method("return self.project(x)"), f"@classmethod\n{PAIR_CALLED}"), "not one plain"),
     "a helper with two definitions": (
         of(method("return self.project(x)"), "if True:\n    def project(self, x): return x", PAIR_CALLED), "not one plain",
     ),
@@ -460,6 +460,14 @@ def test_a_module_of_the_layer_may_not_be_converted_between() -> None:
         assert judged(layer(MAIN, f"n = {owner}.float()", SIDE)).state == state
     assert judged(layer(MAIN, "n = torch.zeros(3, out=x)", SIDE)).state == DRIFTED
     assert judged(layer("len = write", MAIN, "len(x)", SIDE)).state == DRIFTED
+
+
+def test_an_entry_that_does_not_name_the_pair_may_be_anything() -> None:
+    more = Pair("main", ("side",), ("forward", "forward_other"))
+    other = method("return x", name="forward_other", before="@other")
+    assert judged(of(method(MAIN, SIDE), other), more).methods == ("forward",)
+    twice = judged(of(method(MAIN, SIDE), other, other), more)
+    assert "forward_other has not one plain definition" in twice.reason
 
 
 def test_the_first_module_that_is_there_is_judged() -> None:
