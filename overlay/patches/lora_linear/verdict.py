@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,8 @@ from overlay.verdict.questions import (
     binders,
     drifted,
     methods_of,
-    written_to_class,
+    plain_class,
+    plain_function,
 )
 from overlay.vocabulary import APPLY, DRIFTED, LANDED
 
@@ -45,6 +47,10 @@ OTHERS = (
 )
 ANCESTOR = ("base", "BaseLayerWithLoRA")
 PUNICA = "vllm.lora.punica_wrapper.punica_gpu"
+PUNICA_METHODS = {
+    "add_lora_linear": ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"],
+    "add_shrink": ["self", "y", "x", "lora_a_stacked", "scale"],
+}
 #: The op that a punica wrapper's `add_shrink` calls, a global of its module.
 SHRINK = "lora_shrink"
 METADATA = "vllm.lora.ops.triton_ops.lora_kernel_metadata"
@@ -57,7 +63,20 @@ SELF, INPUT, BIAS, OUTPUT, RAW, LORA, OTHER = "self", "input", "bias", "output",
 TENSORS = frozenset({INPUT, BIAS, OUTPUT, RAW, LORA})
 #: Calls that give another view of the same elements in the same order.
 VIEWS = frozenset({"flatten", "reshape", "view"})
-GEMMS = frozenset({"self.base_layer.quant_method.apply", "self._get_quant_method().apply"})
+#: The calls that matter: what happens there, what they give, and what they have to be given (roles, or source text).
+CALLS = {
+    "self.base_layer.quant_method.apply": ("gemm", OUTPUT, ["self.base_layer", INPUT, BIAS]),
+    "self._get_quant_method().apply": ("gemm", OUTPUT, ["self.base_layer", INPUT, BIAS]),
+    "self.base_layer": ("gemm", RAW, [INPUT]),
+    "self.punica_wrapper.add_lora_linear": (
+        "add", LORA, [OUTPUT, INPUT, "self.lora_a_stacked", "self.lora_b_stacked", "1.0", "self.output_slices"],
+    ),
+    "self.punica_wrapper.add_shrink": ("shrink", OTHER, [OTHER, INPUT, "self.lora_a_stacked", "1.0"]),
+    "self.punica_wrapper.add_expand": (
+        "expand", LORA,
+        [OUTPUT, OTHER, "self.lora_b_stacked", "self.output_slices", "offset_start=0", "add_input=True"],
+    ),
+}  # fmt: skip
 #: What may happen on a way through an `apply`: the adapters in one call, or in two around a collective.
 KNOWN_WAYS = (("gemm", "add"), ("gemm", "shrink", "expand"))
 FROM_BASE = "base"  #: on a way that goes through ``super().apply``
@@ -162,18 +181,15 @@ class _Reading:
             self.path = self.source(f"{PACKAGE}.{module}").path
             return known
         source = self.source(f"{PACKAGE}.{module}")
-        node = cut(source, class_name)
-        outside = ast.parse("\n".join(_top_level_lines(source.text, class_name)))
-        if not isinstance(node, ast.ClassDef) or node.decorator_list:
-            raise Drift(node, f"{class_name} is decorated, or not a class")
-        if written_to_class(outside, class_name) or binders(outside.body, class_name):
-            raise Drift(node, f"{class_name} is changed or bound again after its definition")
-        methods = methods_of(node)
-        for binder in binders(node.body, "apply"):
-            if binder is not methods.get("apply"):
-                raise Drift(binder, f"{class_name}.apply has not one plain definition")
-        self._classes[module, class_name] = methods
-        return methods
+        again = "\n".join(re.findall(rf"^(?:setattr\({class_name}\b|{class_name}\b).*$", source.text, re.MULTILINE))
+        cut_out = ast.Module([cut(source, class_name), *ast.parse(again).body], [])
+        node = plain_class(cut_out, class_name)
+        if node.decorator_list:
+            raise Drift(node, f"{class_name} is decorated")
+        if binders(node.body, "apply"):
+            plain_function(node.body, "apply")
+        self._classes[module, class_name] = methods_of(node)
+        return self._classes[module, class_name]
 
     def method(self, module: str, class_name: str, name: str) -> Function:
         methods = self.methods(module, class_name)
@@ -189,12 +205,6 @@ class _Reading:
         node = cut(source, name)
         assert isinstance(node, ast.FunctionDef)
         return node
-
-
-def _top_level_lines(text: str, name: str) -> list[str]:
-    """The one-line statements at a module's top level that begin with a name, one per line."""
-    found = re.finditer(rf"^(?:setattr\({name}\b|{name}\b).*$", text, re.MULTILINE)
-    return [match.group() for match in found]
 
 
 @dataclass
@@ -309,19 +319,10 @@ class _Follower:
 
     def _call(self, call: ast.Call, frame: _Frame) -> list[tuple[str, Events]]:
         callee = self._path(call.func, frame)
-        if callee in GEMMS:
-            return [(OUTPUT, self._happens("gemm", call, frame, ["self.base_layer", INPUT, BIAS]))]
-        if callee == "self.base_layer":
-            return [(RAW, self._happens("gemm", call, frame, [INPUT]))]
-        if callee == "self.punica_wrapper.add_lora_linear":
-            wanted = [OUTPUT, INPUT, "self.lora_a_stacked", "self.lora_b_stacked", "1.0", "self.output_slices"]
-            return [(LORA, self._happens("add", call, frame, wanted))]
-        if callee == "self.punica_wrapper.add_shrink":
-            wanted = [OTHER, INPUT, "self.lora_a_stacked", "1.0"]
-            return [(OTHER, self._happens("shrink", call, frame, wanted))]
-        if callee == "self.punica_wrapper.add_expand":
-            wanted = [OUTPUT, OTHER, "self.lora_b_stacked", "self.output_slices", "offset_start=0", "add_input=True"]
-            return [(LORA, self._happens("expand", call, frame, wanted))]
+        if callee in CALLS:
+            event, role, wanted = CALLS[callee]
+            self._check_given(call, frame, wanted)
+            return [(role, (*frame.events, event))]
         inlined = self._inlined(callee, call, frame)
         if inlined is not None:
             return inlined
@@ -336,9 +337,7 @@ class _Follower:
 
     def _inlined(self, callee: str, call: ast.Call, frame: _Frame) -> list[tuple[str, Events]] | None:
         """The ways through a function of upstream's that a call hands the layer to; None where it hands it to none."""
-        given = [
-            frame.roles.get(argument.id, OTHER) if isinstance(argument, ast.Name) else None for argument in call.args
-        ]
+        given = [self._role(argument, frame) for argument in call.args]
         follower, target, events = self, None, frame.events
         if callee == "super().apply":
             follower, target = _Follower(self._reading, *BASE), self._reading.method(*BASE, "apply")
@@ -366,16 +365,16 @@ class _Follower:
         root, dot, rest = text.partition(".")
         return f"self{dot}{rest}" if frame.roles.get(root) == SELF else text
 
-    def _happens(self, event: str, call: ast.Call, frame: _Frame, wanted: list[str]) -> Events:
-        """The events after a call that matters. Raises Drift unless its arguments are `wanted`: roles, or source text."""
-        given = []
-        for argument in call.args:
-            role = frame.roles.get(argument.id, OTHER) if isinstance(argument, ast.Name) else None
-            given.append(role or self._path(argument, frame))
+    def _check_given(self, call: ast.Call, frame: _Frame, wanted: list[str]) -> None:
+        """Raise Drift unless a call's arguments are `wanted`."""
+        given = [self._role(argument, frame) or self._path(argument, frame) for argument in call.args]
         given += [ast.unparse(keyword) for keyword in call.keywords]
         if given != wanted:
             raise Drift(call, f"{ast.unparse(call.func)} is given {', '.join(given)}, known is {', '.join(wanted)}")
-        return (*frame.events, event)
+
+    def _role(self, value: ast.expr, frame: _Frame) -> str | None:
+        """What a name stands for; None for everything else."""
+        return frame.roles.get(value.id, OTHER) if isinstance(value, ast.Name) else None
 
     def _quiet(self, expression: ast.expr, frame: _Frame) -> None:
         """Raise Drift where an expression could change a tensor or the layer, or hand one of them out."""
@@ -410,45 +409,36 @@ def _never_entered(test: ast.expr) -> bool:
 
 
 def _check_punica(reading: _Reading) -> None:
-    """The adapters are a shrink and an expand with one buffer between them, and whether there are any the host knows."""
+    """The adapters are a shrink and an expand with one buffer between them, and whether there are any the host knows. The
+    shrink gives its weights and its buffer to the op, and uses them for nothing else."""
     source = reading.source(PUNICA)
-    method = cut(source, "add_lora_linear", indentation=4)
-    assert isinstance(method, ast.FunctionDef)
-    names = [argument.arg for argument in method.args.args]
-    calls = [
-        (ast.unparse(node.func), [ast.unparse(argument) for argument in node.args])
-        for node in ast.walk(method)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.")
-    ]
-    if names != ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"] or calls != [
+    add, calls, others = _punica_method(source, "add_lora_linear", "self.")
+    given = [(ast.unparse(call.func), [ast.unparse(argument) for argument in call.args]) for call in calls]
+    if given != [
         ("self.add_shrink", ["buffer", "x", "lora_a_stacked", "scale"]),
         ("self.add_expand", ["y", "buffer", "lora_b_stacked", "output_slices"]),
     ]:
-        raise Drift(method, "add_lora_linear is not one shrink into a buffer and one expand from it")
-    uses = [node for node in ast.walk(method) if isinstance(node, ast.Name) and node.id in ("y", "self")]
-    if len(uses) != 3:
-        raise Drift(method, "add_lora_linear does more with the output, or with itself, than to hand them on")
-    _check_shrink(source)
+        raise Drift(add, "add_lora_linear is not one shrink into a buffer and one expand from it")
+    if others["y"] != 1 or others["self"] != 2:
+        raise Drift(add, "add_lora_linear does more with the output, or with itself, than to hand them on")
+    shrink, calls, others = _punica_method(source, "add_shrink", f"{SHRINK}(")
+    call = ast.unparse(calls[0]) if len(calls) == 1 and not calls[0].keywords else ""
+    if not call.startswith(f"{SHRINK}(x, lora_a_stacked, y, *self.token_mapping_meta.meta_args("):
+        raise Drift(
+            shrink, f"add_shrink does not call {SHRINK} once, with input, weights, buffer and token_mapping_meta"
+        )
+    for name in ("lora_a_stacked", "y", SHRINK):
+        if others[name] != 1:
+            raise Drift(shrink, f"add_shrink does more with {name} than to call the op")
     if "no_lora_flag_cpu: torch.Tensor" not in reading.source(METADATA).text:
         raise Drift(ast.Pass(), "the kernels' metadata has no no_lora_flag_cpu")
 
 
-def _check_shrink(source: Source) -> None:
-    """The wrapper's `add_shrink` gives its weights and its buffer to the op, and uses them for nothing else."""
-    method = cut(source, "add_shrink", indentation=4)
-    assert isinstance(method, ast.FunctionDef)
-    names = [argument.arg for argument in method.args.args]
-    if names != ["self", "y", "x", "lora_a_stacked", "scale"] or method.decorator_list:
-        raise Drift(method, "add_shrink takes something else than a buffer, an input, weights and a scale")
-    code = ast.Module(method.body, [])
-    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and ast.unparse(node.func) == SHRINK]
-    if len(calls) != 1 or [ast.unparse(argument) for argument in calls[0].args[:3]] != ["x", "lora_a_stacked", "y"]:
-        raise Drift(method, f"add_shrink does not call {SHRINK} once, with input, weights and buffer")
-    if calls[0].keywords:
-        raise Drift(calls[0], f"{SHRINK} is given {ast.unparse(calls[0].keywords[0])} by name")
-    for name in ("lora_a_stacked", "y", SHRINK):
-        uses = [node for node in ast.walk(code) if isinstance(node, ast.Name) and node.id == name]
-        if len(uses) != 1:
-            raise Drift(uses[-1], f"add_shrink does more with {name} than to call the op")
-    if "self.token_mapping_meta.meta_args(" not in ast.unparse(calls[0]):
-        raise Drift(calls[0], f"{SHRINK} is not given the wrapper's token_mapping_meta")
+def _punica_method(source: Source, name: str, prefix: str) -> tuple[ast.FunctionDef, list[ast.Call], Counter[str]]:
+    """A plain method of the wrapper, its calls that begin with `prefix`, and how often its code names what."""
+    method = plain_function([cut(source, name, indentation=4)], name)
+    if [argument.arg for argument in method.args.args] != PUNICA_METHODS[name]:
+        raise Drift(method, f"{name} does not take {', '.join(PUNICA_METHODS[name])}")
+    nodes = [node for statement in method.body for node in ast.walk(statement)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node).startswith(prefix)]
+    return method, calls, Counter(node.id for node in nodes if isinstance(node, ast.Name))
