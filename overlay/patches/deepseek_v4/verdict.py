@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from overlay.verdict.cut import block, parse_but_for
 from overlay.verdict.model import Source, SourceTree, Upstream, Verdict, in_model_registry, without_target
@@ -132,17 +132,19 @@ def _check_forward(forward: Function) -> None:
     """The first GEMM's result is split and goes into the op, and nowhere else."""
     check_self(forward)
     _check_input(forward)
-    call = _only_call(forward, PROJECTION)
+    call = _only_call(forward, PROJECTION, uses_of(forward, PROJECTION))
     projected = _statement_of(forward, call)
     result = _unpacked(projected, 2)[0]
     if not _is_name(call.args[0] if call.args else None, "hidden_states") or len(call.args) != 1 or call.keywords:
         raise Drift(call, f"{PROJECTION} is given something else than hidden_states")
     loads = [node for node in ast.walk(forward) if _is_load(node, result)]
-    split = next((statement for statement in forward.body if _is_split_of(statement, result)), None)
+    parts = f"{result}.split([self.q_lora_rank, self.head_dim], dim=-1)"
+    split = next((one for one in forward.body if isinstance(one, ast.Assign) and ast.unparse(one.value) == parts), None)
     if split is None or len(loads) != 1:
         raise Drift(projected, f"the result of {PROJECTION} is not split once into q_lora_rank and head_dim columns")
     qr, kv = _unpacked(split, 2)
-    op_calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and _is_op(node.func)]
+    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call)]
+    op_calls = [node for node in calls if re.fullmatch(rf"torch\.ops\.\w+\.{OP}", ast.unparse(node.func))]
     if len(op_calls) != 1:
         raise Drift(forward, f"forward calls the op {OP} {len(op_calls)} times")
     op = op_calls[0]
@@ -189,7 +191,7 @@ def _check_indexer(forward: Function) -> None:
     asked = []
     last = 0
     for name in (WEIGHTS, "compressor"):
-        call = _only_call(forward, name)
+        call = _only_call(forward, name, uses_of(forward, name))
         if not call.args or not _is_name(call.args[0], "hidden_states") or (name == WEIGHTS and len(call.args) != 1):
             raise Drift(call, f"the indexer gives {name} something else than hidden_states")
         last = max(last, forward.body.index(_statement_of(forward, call)))
@@ -206,12 +208,7 @@ def _check_compressor(source: Source) -> None:
         at = imported[-1] if imported else module
         raise Drift(at, f"{KV_SCORE_GEMM} is not one plain import of the compressor's module")
     uses = [node for node in ast.walk(module) if isinstance(node, ast.Name) and node.id == KV_SCORE_GEMM]
-    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and node.func in uses]
-    if len(uses) != 1 or len(calls) != 1:
-        raise Drift(
-            forward, f"{KV_SCORE_GEMM} is used {len(uses)} times; known is one call in the compressor's forward"
-        )
-    call = calls[0]
+    call = _only_call(forward, KV_SCORE_GEMM, uses)
     if len(forward.args.args) < 2:
         raise Drift(forward, "the compressor's forward takes no input")
     given = forward.args.args[1].arg
@@ -264,19 +261,17 @@ def _check_untouched_until(method: Function, last: int, name: str, asked: list[a
     early = leaving(method.body[: last + 1])
     if early is not None:
         raise Drift(early, f"{method.name} may end before its GEMM")
-    for statement in method.body[: last + 1]:
-        for node in _used(statement, name):
-            if node not in asked and not _is_shape_of(statement, node):
-                raise Drift(node, f"{method.name} uses {name} before its GEMM")
+    for node in _used(ast.Module(method.body[: last + 1], []), name):
+        if node not in asked:
+            raise Drift(node, f"{method.name} uses {name} before its GEMM")
 
 
-def _only_call(method: Function, attribute: str) -> ast.Call:
-    """The one call of ``self.<attribute>``, and its only use."""
-    uses = uses_of(method, attribute)
+def _only_call(method: Function, name: str, uses: Sequence[ast.AST]) -> ast.Call:
+    """The one call of something, and its only use."""
     calls = [node for node in ast.walk(method) if isinstance(node, ast.Call) and node.func in uses]
     if len(uses) != 1 or len(calls) != 1:
         raise Drift(
-            uses[-1] if uses else method, f"{method.name} uses {attribute} {len(uses)} times; known is one call"
+            uses[-1] if uses else method, f"{name} is used {len(uses)} times; known is one call in {method.name}"
         )
     return calls[0]
 
@@ -295,15 +290,6 @@ def _unpacked(statement: ast.stmt, count: int) -> list[str]:
     if not isinstance(target, ast.Tuple) or len(names) != count or None in names:
         raise Drift(statement, f"a result is not unpacked into {count} names")
     return [str(name) for name in names]
-
-
-def _is_split_of(statement: ast.stmt, name: str) -> bool:
-    value = statement.value if isinstance(statement, ast.Assign) else None
-    return value is not None and ast.unparse(value) == f"{name}.split([self.q_lora_rank, self.head_dim], dim=-1)"
-
-
-def _is_op(node: ast.expr) -> bool:
-    return ast.unparse(node).startswith("torch.ops.") and getattr(node, "attr", "") == OP
 
 
 def _is_name(node: ast.AST | None, name: str) -> bool:
@@ -335,9 +321,3 @@ def _used(root: ast.AST, name: str) -> list[ast.expr]:
         if isinstance(node, ast.Attribute) and node.attr in HARMLESS_ATTRIBUTES
     }
     return [node for node in ast.walk(root) if _is_load(node, name) and id(node) not in harmless]  # type: ignore[misc]
-
-
-def _is_shape_of(statement: ast.stmt, node: ast.expr) -> bool:
-    """Whether a statement is nothing but ``… = <node>.shape``."""
-    value = getattr(statement, "value", None)
-    return isinstance(statement, ast.Assign) and isinstance(value, ast.Attribute) and value.value is node

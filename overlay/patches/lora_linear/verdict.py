@@ -130,20 +130,17 @@ def _beside_upstream(found: Verdict, base: Source, tree: SourceTree) -> Verdict:
 
 def _intercepted(reading: _Reading) -> list[tuple[str, str]]:
     """The (module, class) pairs whose `apply` is to be intercepted. Raises Drift where one is not of a known shape."""
-    found = [BASE]
-    for way in _Follower(reading, *BASE).ways_through_apply():
-        if way not in KNOWN_WAYS:
-            raise Drift(reading.method(*BASE, "apply"), _unknown(BASE[1], way))
-    for module, class_name in OTHERS:
-        methods = reading.methods(module, class_name)
-        if "apply" not in methods:
+    found = []
+    for place in (BASE, *OTHERS):
+        if place != BASE and "apply" not in reading.methods(*place):
             continue
-        ways = list(_Follower(reading, module, class_name).ways_through_apply())
+        ways = list(_Follower(reading, *place).ways_through_apply())
         for way in ways:
             if way[way[:1] == (FROM_BASE,) :] not in KNOWN_WAYS:
-                raise Drift(methods["apply"], _unknown(class_name, way))
+                what = f"a way through {place[1]}.apply does {', '.join(way) or 'nothing'}"
+                raise Drift(reading.method(*place, "apply"), f"{what}; known are gemm and add, once each")
         if not any(FROM_BASE in way for way in ways):
-            found.append((module, class_name))
+            found.append(place)
     body = reading.method(*ANCESTOR, "set_mapping").body
     if [ast.unparse(statement).replace(": PunicaWrapperBase", "") for statement in body] != [
         "self.punica_wrapper = punica_wrapper"
@@ -152,23 +149,16 @@ def _intercepted(reading: _Reading) -> list[tuple[str, str]]:
     return found
 
 
-def _unknown(class_name: str, way: Events) -> str:
-    return f"a way through {class_name}.apply does {', '.join(way) or 'nothing'}; known are gemm and add, once each"
-
-
 class _Reading:
     """The parts of a vLLM's source that matter here, cut out as text first: parsing whole files takes too long."""
 
     def __init__(self, tree: SourceTree) -> None:
         self._tree = tree
-        self._sources: dict[str, Source | None] = {}
         self._classes: dict[tuple[str, str], dict[str, Function]] = {}
         self.path = ""  #: of what was read last
 
     def source(self, module: str) -> Source:
-        if module not in self._sources:
-            self._sources[module] = self._tree.read(module)
-        source = self._sources[module]
+        source = self._tree.read(module)
         if source is None:
             raise Drift(ast.Pass(), f"this vLLM has no {module}")
         self.path = source.path
@@ -213,8 +203,8 @@ class _Frame:
 
     roles: Roles
     events: Events
-    #: The role of what has been returned; None while the function goes on.
-    returned: str | None = None
+    value: str = OTHER  #: what the last expression stands for, and what has been returned
+    returned: bool = False
 
 
 class _Follower:
@@ -230,8 +220,8 @@ class _Follower:
         if [argument.arg for argument in method.args.args] != ["self", "x", "bias"]:
             raise Drift(method, "apply takes something else than x and bias")
         for frame in self._function(method, [SELF, INPUT, BIAS], ()):
-            if frame.returned != OUTPUT:
-                raise Drift(method, f"apply gives something else than the base layer's output: {frame.returned}")
+            if frame.value != OUTPUT:
+                raise Drift(method, f"apply gives something else than the base layer's output: {frame.value}")
             yield frame.events
 
     def _function(self, function: Function, arguments: list[str], events: Events) -> Iterator[_Frame]:
@@ -241,14 +231,14 @@ class _Follower:
             raise Drift(function, f"{function.name} is decorated, async, or takes other arguments")
         roles = dict.fromkeys(names, OTHER) | dict(zip(names, arguments, strict=False))
         for frame in self._block(function.body, [_Frame(roles, events)]):
-            if frame.returned is None:
+            if not frame.returned:
                 raise Drift(function, f"{function.name} may give nothing")
             yield frame
 
     def _block(self, block: list[ast.stmt], frames: list[_Frame]) -> list[_Frame]:
         for statement in block:
-            going_on = [frame for frame in frames if frame.returned is None]
-            frames = [frame for frame in frames if frame.returned is not None]
+            going_on = [frame for frame in frames if not frame.returned]
+            frames = [frame for frame in frames if frame.returned]
             for frame in going_on:
                 frames += self._statement(statement, frame)
         return frames
@@ -260,20 +250,18 @@ class _Follower:
         if isinstance(statement, ast.Pass):
             return [frame]
         if isinstance(statement, ast.Expr):
-            return [replace(frame, events=events) for _, events in self._value(statement.value, frame)]
+            return self._value(statement.value, frame)
         if isinstance(statement, ast.Assert):
             self._quiet(statement.test, frame)
             return [frame]
         if isinstance(statement, ast.Return) and statement.value is not None:
-            return [
-                replace(frame, events=events, returned=role) for role, events in self._value(statement.value, frame)
-            ]
+            return [replace(after, returned=True) for after in self._value(statement.value, frame)]
         if isinstance(statement, ast.If):
             if _never_entered(statement.test):
                 return self._block(statement.orelse, [frame])
             self._quiet(statement.test, frame)
             arms = (statement.body, statement.orelse)
-            return [after for arm in arms for after in self._block(arm, [replace(frame, roles=dict(frame.roles))])]
+            return [after for arm in arms for after in self._block(arm, [frame])]
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             return self._assign(statement.targets[0], statement.value, frame)
         if isinstance(statement, ast.AnnAssign) and statement.value is not None:
@@ -282,30 +270,28 @@ class _Follower:
 
     def _assign(self, target: ast.expr, value: ast.expr, frame: _Frame) -> list[_Frame]:
         if isinstance(target, ast.Name):
-            return [
-                replace(frame, events=events, roles={**frame.roles, target.id: role})
-                for role, events in self._value(value, frame)
-            ]
+            after = self._value(value, frame)
+            return [replace(one, roles={**one.roles, target.id: one.value}) for one in after]
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
             roles = dict(frame.roles)
             for name, part in zip(target.elts, value.elts, strict=True):
-                ((role, events),) = self._value(part, frame)
-                if not isinstance(name, ast.Name) or events != frame.events:
+                (one,) = self._value(part, frame)
+                if not isinstance(name, ast.Name) or one.events != frame.events:
                     raise Drift(target, "a tuple is assigned that no known apply has")
-                roles[name.id] = role
+                roles[name.id] = one.value
             return [replace(frame, roles=roles)]
         raise Drift(target, "something else than a name is assigned to")
 
-    def _value(self, expression: ast.expr, frame: _Frame) -> list[tuple[str, Events]]:
-        """What an expression stands for, and the events after it; one pair for each way through what it calls."""
-        if isinstance(expression, ast.Name):
-            return [(frame.roles.get(expression.id, OTHER), frame.events)]
+    def _value(self, expression: ast.expr, frame: _Frame) -> list[_Frame]:
+        """The frames after an expression, one for each way through what it calls."""
         if isinstance(expression, ast.Call):
             return self._call(expression, frame)
+        role = self._role(expression, frame)
         if isinstance(expression, ast.IfExp) and self._unpacks_raw(expression, frame):
-            return [(OUTPUT, frame.events)]
-        self._quiet(expression, frame)
-        return [(OTHER, frame.events)]
+            role = OUTPUT
+        if role is None:
+            self._quiet(expression, frame)
+        return [replace(frame, value=role or OTHER)]
 
     def _unpacks_raw(self, expression: ast.IfExp, frame: _Frame) -> bool:
         """``y[0] if isinstance(y, tuple) else y``, of what the base layer itself gives."""
@@ -317,12 +303,12 @@ class _Follower:
             and ast.unparse(expression.body) == f"{name.id}[0]"
         )
 
-    def _call(self, call: ast.Call, frame: _Frame) -> list[tuple[str, Events]]:
+    def _call(self, call: ast.Call, frame: _Frame) -> list[_Frame]:
         callee = self._path(call.func, frame)
         if callee in CALLS:
             event, role, wanted = CALLS[callee]
             self._check_given(call, frame, wanted)
-            return [(role, (*frame.events, event))]
+            return [replace(frame, value=role, events=(*frame.events, event))]
         inlined = self._inlined(callee, call, frame)
         if inlined is not None:
             return inlined
@@ -331,11 +317,11 @@ class _Follower:
             if role in (INPUT, OUTPUT):
                 for argument in call.args:
                     self._quiet(argument.value if isinstance(argument, ast.Starred) else argument, frame)
-                return [(role, frame.events)]
+                return [replace(frame, value=role)]
         self._quiet(call, frame)
-        return [(OTHER, frame.events)]
+        return [replace(frame, value=OTHER)]
 
-    def _inlined(self, callee: str, call: ast.Call, frame: _Frame) -> list[tuple[str, Events]] | None:
+    def _inlined(self, callee: str, call: ast.Call, frame: _Frame) -> list[_Frame] | None:
         """The ways through a function of upstream's that a call hands the layer to; None where it hands it to none."""
         given = [self._role(argument, frame) for argument in call.args]
         follower, target, events = self, None, frame.events
@@ -357,7 +343,7 @@ class _Follower:
         if call.keywords or len(arguments) < len(given):
             raise Drift(call, f"calls {callee} with something else than plain names")
         ways = follower._function(target, arguments, events)
-        return [(way.returned or OTHER, way.events) for way in ways]
+        return [replace(frame, value=way.value, events=way.events) for way in ways]
 
     def _path(self, callee: ast.expr, frame: _Frame) -> str:
         """A callee as text, with ``self`` in the place of whatever name the layer has in this function."""
