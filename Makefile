@@ -9,7 +9,7 @@ IN_PARALLEL := -n 2
 FILES_IN_PARALLEL := $(IN_PARALLEL) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo soak test unit contract engine gpu matrix bundle release container lint types format lock environment clean
+.PHONY: help demo soak test unit contract engine gpu matrix latest bundle release container lint types format lock environment clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
 
 matrix: environment ## Judge every release of vLLM and write docs/COMPATIBILITY.md
 	$(VENV_PYTHON) -m overlay matrix --write --cache .cache/releases
+
+latest: environment ## What drifted in the newest release of vLLM, in one line
+	$(VENV_PYTHON) -m overlay matrix --latest --cache .cache/releases
 
 bundle: ## The folder for PYTHONPATH and a .tar.gz of it, in dist/; any Python from 3.10 on does
 	@$(PYTHON) -m devtools.bundle $(BUNDLE_OPTIONS)

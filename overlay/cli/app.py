@@ -73,7 +73,7 @@ def check(
     vllm: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH|WHEEL|VERSION",
+            metavar="PATH|WHEEL|VERSION|latest",
             help="An unpacked vLLM, a wheel file, or a release, which is fetched; the installed vLLM when left out.",
         ),
     ] = None,
@@ -96,6 +96,9 @@ def matrix(
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write the table as Markdown.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Fail if the written table is not the one of now.")] = False,
+    latest: Annotated[
+        bool, typer.Option("--latest", help="Only the newest release, and one line: what drifted there.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="The Markdown file; docs/COMPATIBILITY.md of the repository by default.")
     ] = None,
@@ -109,7 +112,9 @@ def matrix(
     from overlay.cli import matrix
 
     raise typer.Exit(
-        matrix.run(tuple(versions or ()), write=write, compare=check, output=output, as_json=json, cache=cache)
+        matrix.run(
+            tuple(versions or ()), write=write, compare=check, output=output, as_json=json, cache=cache, latest=latest
+        )
     )
 
 

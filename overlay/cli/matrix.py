@@ -76,9 +76,22 @@ Expectations = Mapping[str, Mapping[str, Expectation]]
 
 
 def run(
-    versions: Sequence[str], *, write: bool, compare: bool, output: Path | None, as_json: bool, cache: Path | None
+    versions: Sequence[str],
+    *,
+    write: bool,
+    compare: bool,
+    output: Path | None,
+    as_json: bool,
+    cache: Path | None,
+    latest: bool = False,
 ) -> int:
     """Judge, show, write or compare; gives the exit status."""
+    if latest:
+        if versions or write or compare:
+            raise CommandError(
+                "--latest judges the newest release alone: leave --write, --check and other releases out"
+            )
+        versions = [releases.latest()]
     expectations = load(EXPECTED) if EXPECTED.exists() else {}
     document = _document_path(versions, write, compare, output, expectations)
     root = cache or releases.user_cache()
@@ -94,6 +107,12 @@ def run(
             differences.append(f"{document} is not what would be written now; write it with --write")
     if as_json:
         print(json.dumps(as_dict(judged, new, differences), indent=1))
+    elif latest:
+        from overlay.cli.output import visible
+
+        (version,) = wanted
+        fine = "not in the table yet, and nothing drifted" if new else "as expected"
+        print(visible(f"vLLM {version}: {'; '.join(line.removeprefix(f'{version} ') for line in differences) or fine}"))
     else:
         from overlay.cli.output import console
 

@@ -116,7 +116,8 @@ def _fetch(version: str, folder: pathlib.Path, on_progress: OnProgress | None) -
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed; the lock says nobody uses it
     try:
         index = _index()
-        with _network(f"fetch the Python files of vLLM {version}", folder), _session(index) as session:
+        remedy = f"copy {folder} from a machine that has it"
+        with _network(f"fetch the Python files of vLLM {version}", remedy), _session(index) as session:
             _extract(_wheel(_wheels(session, index), version), partial, session, on_progress)
         partial.rename(folder)
     finally:
@@ -129,8 +130,20 @@ def available(root: pathlib.Path) -> list[str]:
     Without those that were taken back and those before a release; `sources` has them by their number. `root` is named in
     the message where the registry does not answer.
     """
+    return _available("list the released versions of vLLM", f"copy {root} from a machine that has it")
+
+
+def latest() -> str:
+    """The newest of these. What is in a cache cannot tell, so this always asks the registry."""
+    found = _available("tell which release of vLLM is the latest", "name a release by its number, such as 0.33.0")
+    if not found:
+        raise ReleaseError("the package index has no release of vLLM with an x86_64 manylinux wheel")
+    return found[-1]
+
+
+def _available(purpose: str, remedy: str) -> list[str]:
     index = _index()
-    with _network("list the released versions of vLLM", root), _session(index) as session:
+    with _network(purpose, remedy), _session(index) as session:
         wheels = _wheels(session, index)
     released = sorted(version for version, wheel in wheels.items() if not (wheel.is_yanked or version.is_prerelease))
     return [str(version) for version in released if version >= FIRST]
@@ -352,7 +365,7 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _network(purpose: str, folder: pathlib.Path) -> Iterator[None]:
+def _network(purpose: str, remedy: str) -> Iterator[None]:
     """Turns what a network or a broken archive throws into one sentence with the way out."""
     try:
         yield
@@ -362,7 +375,7 @@ def _network(purpose: str, folder: pathlib.Path) -> Iterator[None]:
         # ValueError: sent on to what is no address
         raise UnreachableError(
             f"cannot {purpose}: the package index gave no usable answer ({type(error).__name__}: {error}). "
-            f"Without a network, copy {folder} from a machine that has it."
+            f"Without a network, {remedy}."
         ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ReleaseError(f"cannot {purpose}: what came is damaged ({error}); try again") from error

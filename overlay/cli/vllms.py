@@ -1,4 +1,5 @@
-"""Finds the vLLM that a command is asked about: the installed one, an unpacked one, a wheel, or a release by number."""
+"""Finds the vLLM that a command is asked about: the installed one, an unpacked one, a wheel, or a release by number or as
+the latest."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from overlay.cli.failure import CommandError
 from overlay.patches.registry import WITNESSES
 from overlay.verdict import Source, SourceTree, decoded, kind_of
 
-ALLOWED = "allowed are a folder that holds vllm/, the vllm folder itself, a wheel file of vLLM, and a version number such as 0.33.0"
+LATEST = "latest"
+ALLOWED = "allowed are a folder that holds vllm/, the vllm folder itself, a wheel file of vLLM, a version number such as 0.33.0, and latest"
 #: Every vLLM has the sources of these. What has less is another package, half a copy, or byte code alone.
 MARKS = ("vllm", "vllm.version", "vllm.envs", *WITNESSES)
 
@@ -84,6 +86,10 @@ def find(given: str | None, cache: Path | None) -> Vllm:
         if missing is not None:
             raise CommandError(f"--vllm={given!r} is not a wheel of vLLM: it has no {missing}; {ALLOWED}")
         return Vllm("wheel", path, _version(tree), tree)
+    if given == LATEST:
+        from overlay.cli import releases
+
+        return release(releases.latest(), cache)
     if not re.match(r"v?\d", given) or "/" in given or given.endswith(".whl"):
         raise CommandError(f"--vllm={given!r} is neither a folder, nor a file, nor a version number; {ALLOWED}")
     return release(given, cache)

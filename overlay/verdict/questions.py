@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable
 
 from overlay.verdict.model import Verdict
 from overlay.vocabulary import DRIFTED
@@ -11,7 +12,7 @@ from overlay.vocabulary import DRIFTED
 #: What may be asked of a tensor between two uses of it without changing it.
 HARMLESS_ATTRIBUTES = frozenset({"shape", "dtype", "device", "size", "dim", "ndim", "numel", "is_cuda", "stride"})
 
-#: What code may consist of that changes no tensor; `disturbs` looks closer at some of it.
+#: What code may consist of that changes no tensor; who asks looks closer at calls and at what is assigned to.
 QUIET = (
     ast.Assign, ast.AnnAssign, ast.Assert, ast.Expr, ast.If, ast.Pass,
     ast.Attribute, ast.BinOp, ast.BoolOp, ast.Call, ast.Compare, ast.Constant, ast.IfExp, ast.List, ast.Name, ast.Slice,
@@ -76,43 +77,6 @@ def uses_of(root: ast.AST, attribute: str) -> list[ast.AST]:
     return [node for node in ast.walk(root) if attribute_of_self(node, attribute)]
 
 
-def paths_to_statements(function: Function) -> Iterator[tuple[list[tuple[ast.stmt, str]], list[ast.stmt]]]:
-    """Every statement list of a function that only ``if`` leads to, with the (if, arm) pairs on the way there."""
-
-    def walk(
-        block: list[ast.stmt], path: list[tuple[ast.stmt, str]]
-    ) -> Iterator[tuple[list[tuple[ast.stmt, str]], list[ast.stmt]]]:
-        yield path, block
-        for statement in block:
-            if isinstance(statement, ast.If):
-                yield from walk(statement.body, [*path, (statement, "body")])
-                yield from walk(statement.orelse, [*path, (statement, "orelse")])
-
-    yield from walk(function.body, [])
-
-
-def disturbs(statement: ast.stmt, name: str) -> ast.AST | None:
-    """The node by which a statement could change the tensor `name`, hand it out, or leave the function.
-
-    An allowlist: the tensor may have another name (a view, a closure), so a call or a write to anything counts.
-    """
-    harmless = {
-        id(node.value)
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Attribute) and node.attr in HARMLESS_ATTRIBUTES and isinstance(node.ctx, ast.Load)
-    }
-    for node in ast.walk(statement):
-        if not isinstance(node, QUIET):
-            return node
-        if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
-            return node
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) not in HARMLESS_ATTRIBUTES:
-            return node
-        if isinstance(node, ast.Name) and node.id == name and id(node) not in harmless:
-            return node
-    return None
-
-
 def binders(block: list[ast.stmt], name: str) -> list[ast.AST]:
     """Every node of a module's or a class's own code that binds `name`: a definition, an assignment, an import."""
     found: list[ast.AST] = []
@@ -143,3 +107,41 @@ def written_to_class(tree: ast.Module, class_name: str) -> ast.AST | None:
             if isinstance(owner, ast.Name) and owner.id == class_name:
                 return node
     return None
+
+
+def plain_class(module: ast.Module, name: str) -> ast.ClassDef:
+    """A class that is defined once, at the top level, and not changed afterwards. Raises Drift."""
+    found = find_class(module, name)
+    if found is None:
+        raise Drift(ast.Pass(), f"there is no class {name} at the top level")
+    others = [binder for binder in binders(module.body, name) if binder is not found]
+    changed = next(iter(others), None) or written_to_class(module, name)
+    if changed is not None:
+        raise Drift(changed, f"{name} is changed or bound again, beside its definition")
+    return found
+
+
+def plain_function(block: list[ast.stmt], name: str) -> ast.FunctionDef:
+    """A function that a module's or a class's own code defines once, without decorators, and binds to nothing else."""
+    found = binders(block, name)
+    if len(found) == 1 and isinstance(found[0], ast.FunctionDef) and not found[0].decorator_list and found[0] in block:
+        return found[0]
+    raise Drift(found[-1] if found else ast.Pass(), f"{name} has not one plain definition")
+
+
+def leaving(block: Iterable[ast.stmt]) -> ast.AST | None:
+    """The first node by which statements may leave their function before their end."""
+    nodes = (node for statement in block for node in ast.walk(statement))
+    return next((node for node in nodes if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom))), None)
+
+
+def fingerprint(node: ast.AST) -> str:
+    """A digest of code's structure and names, without comments and layout; the same in every Python."""
+    return hashlib.sha256(repr(_structure(node)).encode()).hexdigest()[:16]
+
+
+def _structure(value: object) -> object:
+    if isinstance(value, ast.AST):
+        fields = ((name, _structure(part)) for name, part in ast.iter_fields(value) if part not in (None, []))
+        return type(value).__name__, *fields
+    return [*map(_structure, value)] if isinstance(value, list) else value

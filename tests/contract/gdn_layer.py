@@ -80,6 +80,14 @@ class UpstreamOps:
         else:
             torch.ops.vllm_contract.core(first, second, third, core_attn_out)
 
+    @staticmethod
+    def gdn_input_gemms(states: torch.Tensor, layer_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What vLLM #56530 adds: both projections in one op, which finds their layer by its name."""
+        from vllm.forward_context import get_forward_context
+
+        layer: Any = get_forward_context().no_compile_layers[layer_name]
+        return layer.in_proj_qkvz(states)[0], layer.in_proj_ba(states)[0]
+
     qwen_gdn_attention_core = gdn_attention_core
     cpu_gdn_attention_core = gdn_attention_core
 
@@ -339,9 +347,11 @@ def overlay_patch() -> Iterator[types.ModuleType]:
                 sys.modules.pop(name, None)
 
 
-def intercept(patch: types.ModuleType, released: type[LayerBase]) -> None:
-    """What the overlay does to the class, before any instance exists. Which methods: test_gdn_verdict pins the list."""
-    for name in ("forward", "forward_cuda", "forward_hip", "forward_cpu"):
+def intercept(patch: types.ModuleType, released: type[LayerBase], methods: tuple[str, ...] | None = None) -> None:
+    """What the overlay does to the class, before any instance exists: to these methods of a verdict, or to the released
+    forwards that have both projections. Which those are, test_gdn_verdict pins."""
+    forwards = ("forward", "forward_cuda", "forward_hip", "forward_cpu") if methods is None else methods
+    for name in forwards:
         method = released.__dict__.get(name)
         if method is not None and {"in_proj_qkvz", "in_proj_ba"} <= set(method.__code__.co_names):
             setattr(released, name, patch.overlap_in_projections(released.__dict__[name]))

@@ -316,10 +316,10 @@ def test_a_vllm_of_unknown_structure_runs_stock_and_names_the_line(world: World)
     )
     result = succeeded(world.run(code))
     (line,) = overlay_lines(result)
-    assert "qwen_gdn_linear_attn.py:5" in line and "stock" in line
+    assert "qwen_gdn_linear_attn.py:6" in line and "stock" in line
     assert world.journals()[0]["patches"]["gdn"]["verdict"] == "drifted"
     strict = world.run(code, VLLMOVERLAY_STRICT="1")
-    assert strict.returncode != 0 and "qwen_gdn_linear_attn.py:5" in strict.stderr
+    assert strict.returncode != 0 and "qwen_gdn_linear_attn.py:6" in strict.stderr
 
 
 #: Ways in which code that nobody has judged gets under the name of vLLM's module, and what the reason names.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from overlay.verdict.cut import block, parse_but_for
 from overlay.verdict.model import Source, SourceTree, Upstream, Verdict, in_model_registry, without_target
@@ -16,14 +16,14 @@ from overlay.verdict.questions import (
     HARMLESS_ATTRIBUTES,
     Drift,
     Function,
-    attribute_of_self,
     binders,
     check_self,
     drifted,
-    find_class,
-    methods_of,
+    fingerprint,
+    leaving,
+    plain_class,
+    plain_function,
     uses_of,
-    written_to_class,
 )
 from overlay.vocabulary import APPLY, DRIFTED, LANDED
 
@@ -40,6 +40,10 @@ KV_SCORE_GEMM = "cublas_gemm_bf16_bf16_fp32"
 OP = "deepseek_v4_attention"
 ATTENTION_PARAMETERS = ["self", "hidden_states", "qr", "kv", "positions", "out"]
 PARALLEL = "maybe_execute_in_parallel"
+#: What nobody will change any more, since upstream has its own overlap: the code of vLLM 0.20.0, by its fingerprint. In ASKS
+#: `attention_impl` asks compressor and indexer, or the compressor alone, in functions that `maybe_execute_in_parallel` runs once.
+OPS = {OP: "a054a48871990b2d", f"{OP}_fake": "ed122ed4fb597f85"}
+ASKS = "76419109ce75dd66"
 
 LANDED_SETTING = "VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD"
 UPSTREAM = Upstream("#41061", True, f"{LANDED_SETTING} (tokens; 1024; 0 switches it off)")
@@ -128,17 +132,19 @@ def _check_forward(forward: Function) -> None:
     """The first GEMM's result is split and goes into the op, and nowhere else."""
     check_self(forward)
     _check_input(forward)
-    call = _only_call(forward, PROJECTION)
+    call = _only_call(forward, PROJECTION, uses_of(forward, PROJECTION))
     projected = _statement_of(forward, call)
     result = _unpacked(projected, 2)[0]
     if not _is_name(call.args[0] if call.args else None, "hidden_states") or len(call.args) != 1 or call.keywords:
         raise Drift(call, f"{PROJECTION} is given something else than hidden_states")
     loads = [node for node in ast.walk(forward) if _is_load(node, result)]
-    split = next((statement for statement in forward.body if _is_split_of(statement, result)), None)
+    parts = f"{result}.split([self.q_lora_rank, self.head_dim], dim=-1)"
+    split = next((one for one in forward.body if isinstance(one, ast.Assign) and ast.unparse(one.value) == parts), None)
     if split is None or len(loads) != 1:
         raise Drift(projected, f"the result of {PROJECTION} is not split once into q_lora_rank and head_dim columns")
     qr, kv = _unpacked(split, 2)
-    op_calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and _is_op(node.func)]
+    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call)]
+    op_calls = [node for node in calls if re.fullmatch(rf"torch\.ops\.\w+\.{OP}", ast.unparse(node.func))]
     if len(op_calls) != 1:
         raise Drift(forward, f"forward calls the op {OP} {len(op_calls)} times")
     op = op_calls[0]
@@ -155,27 +161,9 @@ def _check_forward(forward: Function) -> None:
 
 def _check_op(module: ast.Module) -> None:
     """The op hands on what it was given; its fake looks at no input."""
-    for name in (OP, f"{OP}_fake"):
-        functions = binders(module.body, name)
-        if len(functions) != 1 or not isinstance(functions[0], ast.FunctionDef) or functions[0].decorator_list:
-            at = functions[-1] if functions else module
-            raise Drift(at, f"{name} has not one plain definition")
-        given = [argument.arg for argument in functions[0].args.args]
-        used = [node for node in ast.walk(functions[0]) if isinstance(node, ast.Name) and node.id in given]
-        if name != OP:
-            if used:
-                raise Drift(used[0], f"{name} uses {used[0].id}")
-            continue
-        calls = [
-            node
-            for node in ast.walk(functions[0])
-            if getattr(getattr(node, "func", None), "attr", "") == "attention_impl"
-        ]
-        handed = [[getattr(value, "id", None) for value in call.args] for call in calls]  # type: ignore[attr-defined]
-        if handed != [given[:5]] or calls[0].keywords:  # type: ignore[attr-defined]
-            raise Drift(functions[0], f"{OP} does not hand its first five arguments to attention_impl")
-        if len(used) != len(given):
-            raise Drift(functions[0], f"{OP} uses its arguments for something else than attention_impl")
+    for name, known in OPS.items():
+        if fingerprint(plain_function(module.body, name)) != known:
+            raise Drift(plain_function(module.body, name), f"{name} is not the one of vLLM 0.20.0")
 
 
 def _check_attention_impl(method: Function) -> None:
@@ -185,25 +173,16 @@ def _check_attention_impl(method: Function) -> None:
     if names != ATTENTION_PARAMETERS or arguments.vararg or arguments.kwarg or arguments.kwonlyargs:
         raise Drift(method, f"attention_impl takes {', '.join(names)}; known is {', '.join(ATTENTION_PARAMETERS)}")
     _check_input(method)
-    with_indexer = next((statement for statement in method.body if _tests(statement, "indexer")), None)
-    if not isinstance(with_indexer, ast.If):
-        raise Drift(method, "attention_impl has no branch for layers with an indexer")
-    without = with_indexer.orelse[0] if len(with_indexer.orelse) == 1 else None
-    if without is None or not isinstance(without, ast.If) or not _tests(without, "compressor"):
-        raise Drift(with_indexer, "attention_impl has no branch for layers with a compressor only")
-    for statement in method.body[: method.body.index(with_indexer)]:
-        for node in ast.walk(statement):
-            if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)):
-                raise Drift(node, "attention_impl may end before compressor and indexer are asked")
-    excused = [with_indexer.test, without.test]
-    asked = [*_asked(with_indexer, "indexer", "compressor"), *_asked(without, "compressor")]
-    taken = [node for node in ast.walk(method) for name in ("indexer", "compressor") if attribute_of_self(node, name)]
-    for node in taken:
-        if not any(node in ast.walk(test) for test in excused) and not _in_arm(node, with_indexer.body, without.body):
-            raise Drift(node, "attention_impl uses compressor or indexer elsewhere")
-    for node in _used(method, "hidden_states"):
-        if node not in asked:
-            raise Drift(node, "attention_impl uses hidden_states for something else than compressor and indexer")
+    asks = next((statement for statement in method.body if fingerprint(statement) == ASKS), None)
+    if asks is None:
+        raise Drift(method, "attention_impl does not ask compressor and indexer as vLLM 0.20.0 does")
+    before, after = method.body[: method.body.index(asks)], method.body[method.body.index(asks) + 1 :]
+    early = leaving(before)
+    if early is not None:
+        raise Drift(early, "attention_impl may end before compressor and indexer are asked")
+    rest = ast.Module([*before, *after], [])
+    for node in (*uses_of(rest, "indexer"), *uses_of(rest, "compressor"), *_used(rest, "hidden_states")):
+        raise Drift(node, "attention_impl uses compressor, indexer or hidden_states elsewhere")
 
 
 def _check_indexer(forward: Function) -> None:
@@ -212,7 +191,7 @@ def _check_indexer(forward: Function) -> None:
     asked = []
     last = 0
     for name in (WEIGHTS, "compressor"):
-        call = _only_call(forward, name)
+        call = _only_call(forward, name, uses_of(forward, name))
         if not call.args or not _is_name(call.args[0], "hidden_states") or (name == WEIGHTS and len(call.args) != 1):
             raise Drift(call, f"the indexer gives {name} something else than hidden_states")
         last = max(last, forward.body.index(_statement_of(forward, call)))
@@ -229,12 +208,7 @@ def _check_compressor(source: Source) -> None:
         at = imported[-1] if imported else module
         raise Drift(at, f"{KV_SCORE_GEMM} is not one plain import of the compressor's module")
     uses = [node for node in ast.walk(module) if isinstance(node, ast.Name) and node.id == KV_SCORE_GEMM]
-    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call) and node.func in uses]
-    if len(uses) != 1 or len(calls) != 1:
-        raise Drift(
-            forward, f"{KV_SCORE_GEMM} is used {len(uses)} times; known is one call in the compressor's forward"
-        )
-    call = calls[0]
+    call = _only_call(forward, KV_SCORE_GEMM, uses)
     if len(forward.args.args) < 2:
         raise Drift(forward, "the compressor's forward takes no input")
     given = forward.args.args[1].arg
@@ -248,25 +222,18 @@ def _check_compressor(source: Source) -> None:
 
 
 def _check_join(module: ast.Module) -> None:
-    """Upstream's own auxiliary stream, which reads our results, is joined before attention_impl goes on."""
-    functions = binders(module.body, PARALLEL)
-    if len(functions) != 1 or not isinstance(functions[0], ast.FunctionDef):
-        raise Drift(functions[-1] if functions else module, f"{PARALLEL} has not one plain definition")
-    for node in ast.walk(functions[0]):
-        if isinstance(node, ast.If) and "aux_stream is not None" in ast.unparse(node.test):
-            _check_joined(functions[0], node.body)
-            return
-    raise Drift(functions[0], f"{PARALLEL} has no branch for an auxiliary stream")
-
-
-def _check_joined(function: Function, branch: list[ast.stmt]) -> None:
-    """The branch leaves at its end only, and its last act is to wait for the event behind the auxiliary stream's work."""
+    """Upstream's own auxiliary stream, which reads our results, is joined before attention_impl goes on: the branch for it
+    leaves at its end only, and its last act is to wait for the event behind the auxiliary stream's work."""
+    function = plain_function(module.body, PARALLEL)
+    tests = [node for node in ast.walk(function) if isinstance(node, ast.If)]
+    branch = next((node.body for node in tests if "aux_stream is not None" in ast.unparse(node.test)), None)
+    if branch is None:
+        raise Drift(function, f"{PARALLEL} has no branch for an auxiliary stream")
     if ast.unparse(branch[-1]) != "event1.wait()":
         raise Drift(branch[-1], f"{PARALLEL} does not end with the main stream's wait for the auxiliary one")
-    for statement in branch:
-        for node in ast.walk(statement):
-            if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)):
-                raise Drift(node, f"{PARALLEL} may end before the auxiliary stream is joined")
+    early = leaving(branch)
+    if early is not None:
+        raise Drift(early, f"{PARALLEL} may end before the auxiliary stream is joined")
     forks = [node for node in branch if isinstance(node, ast.With) and "(aux_stream)" in ast.unparse(node.items[0])]
     if len(forks) != 1 or ast.unparse(forks[0].body[-1]) != "event1.record()" or _stores(function, "event1"):
         raise Drift(branch[-1], f"{PARALLEL} does not wait for an event behind the auxiliary stream's work")
@@ -277,24 +244,8 @@ def _check_joined(function: Function, branch: list[ast.stmt]) -> None:
 
 def _plain_methods(module: ast.Module, class_name: str, *names: str) -> dict[str, Function]:
     """The methods of a class, each defined once and plainly, and changed by nothing that follows."""
-    class_node = find_class(module, class_name)
-    if class_node is None:
-        raise Drift(module, f"there is no class {class_name}")
-    for binder in binders(module.body, class_name):
-        if binder is not class_node:
-            raise Drift(binder, f"{class_name} is bound more than once")
-    written = written_to_class(module, class_name)
-    if written is not None:
-        raise Drift(written, f"{class_name} is changed after its definition")
-    methods = methods_of(class_node)
-    for name in names:
-        method = methods.get(name)
-        if method is None:
-            raise Drift(class_node, f"{class_name} has no {name}")
-        bound = binders(class_node.body, name)
-        if bound != [method] or isinstance(method, ast.AsyncFunctionDef) or method.decorator_list:
-            raise Drift(method, f"{class_name}.{name} has not one plain definition")
-    return methods
+    class_node = plain_class(module, class_name)
+    return {name: plain_function(class_node.body, name) for name in names}
 
 
 def _check_input(method: Function) -> None:
@@ -307,22 +258,20 @@ def _check_input(method: Function) -> None:
 
 def _check_untouched_until(method: Function, last: int, name: str, asked: list[ast.expr]) -> None:
     """No statement up to `last` leaves the method or has the input in hand, but for the known calls."""
-    for statement in method.body[: last + 1]:
-        for node in ast.walk(statement):
-            if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom)):
-                raise Drift(node, f"{method.name} may end before its GEMM")
-        for node in _used(statement, name):
-            if node not in asked and not _is_shape_of(statement, node):
-                raise Drift(node, f"{method.name} uses {name} before its GEMM")
+    early = leaving(method.body[: last + 1])
+    if early is not None:
+        raise Drift(early, f"{method.name} may end before its GEMM")
+    for node in _used(ast.Module(method.body[: last + 1], []), name):
+        if node not in asked:
+            raise Drift(node, f"{method.name} uses {name} before its GEMM")
 
 
-def _only_call(method: Function, attribute: str) -> ast.Call:
-    """The one call of ``self.<attribute>``, and its only use."""
-    uses = uses_of(method, attribute)
+def _only_call(method: Function, name: str, uses: Sequence[ast.AST]) -> ast.Call:
+    """The one call of something, and its only use."""
     calls = [node for node in ast.walk(method) if isinstance(node, ast.Call) and node.func in uses]
     if len(uses) != 1 or len(calls) != 1:
         raise Drift(
-            uses[-1] if uses else method, f"{method.name} uses {attribute} {len(uses)} times; known is one call"
+            uses[-1] if uses else method, f"{name} is used {len(uses)} times; known is one call in {method.name}"
         )
     return calls[0]
 
@@ -341,15 +290,6 @@ def _unpacked(statement: ast.stmt, count: int) -> list[str]:
     if not isinstance(target, ast.Tuple) or len(names) != count or None in names:
         raise Drift(statement, f"a result is not unpacked into {count} names")
     return [str(name) for name in names]
-
-
-def _is_split_of(statement: ast.stmt, name: str) -> bool:
-    value = statement.value if isinstance(statement, ast.Assign) else None
-    return value is not None and ast.unparse(value) == f"{name}.split([self.q_lora_rank, self.head_dim], dim=-1)"
-
-
-def _is_op(node: ast.expr) -> bool:
-    return ast.unparse(node).startswith("torch.ops.") and getattr(node, "attr", "") == OP
 
 
 def _is_name(node: ast.AST | None, name: str) -> bool:
@@ -381,72 +321,3 @@ def _used(root: ast.AST, name: str) -> list[ast.expr]:
         if isinstance(node, ast.Attribute) and node.attr in HARMLESS_ATTRIBUTES
     }
     return [node for node in ast.walk(root) if _is_load(node, name) and id(node) not in harmless]  # type: ignore[misc]
-
-
-def _is_shape_of(statement: ast.stmt, node: ast.expr) -> bool:
-    """Whether a statement is nothing but ``… = <node>.shape``."""
-    value = getattr(statement, "value", None)
-    return isinstance(statement, ast.Assign) and isinstance(value, ast.Attribute) and value.value is node
-
-
-def _tests(statement: ast.stmt, name: str) -> bool:
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) == f"self.{name} is not None"
-
-
-def _in_arm(node: ast.AST, *arms: list[ast.stmt]) -> bool:
-    return any(node is inner for arm in arms for statement in arm for inner in ast.walk(statement))
-
-
-def _asked(branch: ast.If, *names: str) -> list[ast.expr]:
-    """The inputs that a branch gives to the named modules: one call of each, in a function that runs once."""
-    launches = [
-        statement.value
-        for statement in branch.body
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
-        and getattr(statement.value.func, "id", "") == PARALLEL
-    ]  # fmt: skip
-    if len(launches) != 1 or len(launches[0].args) < 2:
-        raise Drift(branch, f"a branch of attention_impl does not call {PARALLEL} once")
-    run_once: list[ast.AST] = []
-    for work in launches[0].args[:2]:
-        if isinstance(work, ast.Lambda):
-            run_once.append(work.body)
-        elif isinstance(work, ast.Name):
-            run_once += _statements_of(branch, work)
-    found = []
-    for name in names:
-        own = [node for node in ast.walk(ast.Module(branch.body, [])) if attribute_of_self(node, name)]
-        local = [
-            statement
-            for statement in branch.body
-            if isinstance(statement, ast.Assign) and ast.unparse(statement) == f"{name} = self.{name}"
-        ]
-        calls = [node for node in ast.walk(branch) if isinstance(node, ast.Call) and _is_name(node.func, name)]
-        calls = [call for call in calls if _in_arm(call, branch.body)]
-        loads = [node for statement in branch.body for node in ast.walk(statement) if _is_load(node, name)]
-        asserted = sum(
-            isinstance(statement, ast.Assert) and bool(uses_of(statement, name)) for statement in branch.body
-        )
-        bound = _stores(ast.Module(branch.body, []), name)
-        if not (bound == len(local) == len(loads) == len(calls) == 1 and len(own) == 1 + asserted):
-            raise Drift(branch, f"a branch of attention_impl does not call the layer's {name} exactly once")
-        if not any(calls[0] is part or getattr(part, "value", None) is calls[0] for part in run_once):
-            raise Drift(calls[0], f"the call of {name} does not run once and always")
-        if not calls[0].args or not _is_name(calls[0].args[0], "hidden_states"):
-            raise Drift(calls[0], f"attention_impl gives {name} something else than hidden_states")
-        found.append(calls[0].args[0])
-    return found
-
-
-def _statements_of(branch: ast.If, work: ast.Name) -> list[ast.AST]:
-    """The statements of the branch's own function of that name, where nothing else uses it."""
-    functions = [node for node in branch.body if isinstance(node, ast.FunctionDef) and node.name == work.id]
-    loads = [node for statement in branch.body for node in ast.walk(statement) if _is_load(node, work.id)]
-    if len(functions) != 1 or len(loads) != 1 or functions[0].decorator_list:
-        raise Drift(work, f"{work.id} is not one plain function of its branch that is used once")
-    body: list[ast.AST] = []
-    for statement in functions[0].body:
-        if isinstance(statement, (ast.Return, ast.Raise)):
-            break
-        body.append(statement)
-    return body

@@ -39,6 +39,8 @@ NAME = "gdn"
 #: Tokens, for a plan that is not measured; from an H200 (overlay.side_work.plan has the table). 512 already loses.
 TOKEN_THRESHOLD = 256
 SIDE = "in_proj_ba"
+#: One projection in the place of the two (vLLM #42746, #41457).
+FUSED = ("in_proj_qkvzba", "in_proj")
 #: The attribute that holds a layer's `Pair`, or None where the layer stays stock.
 PAIR = "_overlay_in_proj_pair"
 
@@ -119,8 +121,9 @@ def check_new(layer: torch.nn.Module) -> dict[str, int]:
     Raises Refused with the reason where the layer must stay stock.
     """
     config = get_current_vllm_config()
-    if not hasattr(layer, "in_proj_qkvz"):
-        raise Refused("the projections are split for LoRA")
+    if getattr(layer, "in_proj_qkvz", None) is None:
+        fused = next((name for name in FUSED if getattr(layer, name, None) is not None), None)
+        raise Refused(f"upstream computes both in one GEMM, {fused}" if fused else "the projections are split for LoRA")
     if config.compilation_config.static_forward_context.get(layer.prefix) is not layer:
         raise Refused("the layer is not registered under its name in the static forward context")
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)

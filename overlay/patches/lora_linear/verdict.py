@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,8 @@ from overlay.verdict.questions import (
     binders,
     drifted,
     methods_of,
-    written_to_class,
+    plain_class,
+    plain_function,
 )
 from overlay.vocabulary import APPLY, DRIFTED, LANDED
 
@@ -45,6 +47,10 @@ OTHERS = (
 )
 ANCESTOR = ("base", "BaseLayerWithLoRA")
 PUNICA = "vllm.lora.punica_wrapper.punica_gpu"
+PUNICA_METHODS = {
+    "add_lora_linear": ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"],
+    "add_shrink": ["self", "y", "x", "lora_a_stacked", "scale"],
+}
 #: The op that a punica wrapper's `add_shrink` calls, a global of its module.
 SHRINK = "lora_shrink"
 METADATA = "vllm.lora.ops.triton_ops.lora_kernel_metadata"
@@ -57,7 +63,20 @@ SELF, INPUT, BIAS, OUTPUT, RAW, LORA, OTHER = "self", "input", "bias", "output",
 TENSORS = frozenset({INPUT, BIAS, OUTPUT, RAW, LORA})
 #: Calls that give another view of the same elements in the same order.
 VIEWS = frozenset({"flatten", "reshape", "view"})
-GEMMS = frozenset({"self.base_layer.quant_method.apply", "self._get_quant_method().apply"})
+#: The calls that matter: what happens there, what they give, and what they have to be given (roles, or source text).
+CALLS = {
+    "self.base_layer.quant_method.apply": ("gemm", OUTPUT, ["self.base_layer", INPUT, BIAS]),
+    "self._get_quant_method().apply": ("gemm", OUTPUT, ["self.base_layer", INPUT, BIAS]),
+    "self.base_layer": ("gemm", RAW, [INPUT]),
+    "self.punica_wrapper.add_lora_linear": (
+        "add", LORA, [OUTPUT, INPUT, "self.lora_a_stacked", "self.lora_b_stacked", "1.0", "self.output_slices"],
+    ),
+    "self.punica_wrapper.add_shrink": ("shrink", OTHER, [OTHER, INPUT, "self.lora_a_stacked", "1.0"]),
+    "self.punica_wrapper.add_expand": (
+        "expand", LORA,
+        [OUTPUT, OTHER, "self.lora_b_stacked", "self.output_slices", "offset_start=0", "add_input=True"],
+    ),
+}  # fmt: skip
 #: What may happen on a way through an `apply`: the adapters in one call, or in two around a collective.
 KNOWN_WAYS = (("gemm", "add"), ("gemm", "shrink", "expand"))
 FROM_BASE = "base"  #: on a way that goes through ``super().apply``
@@ -111,20 +130,17 @@ def _beside_upstream(found: Verdict, base: Source, tree: SourceTree) -> Verdict:
 
 def _intercepted(reading: _Reading) -> list[tuple[str, str]]:
     """The (module, class) pairs whose `apply` is to be intercepted. Raises Drift where one is not of a known shape."""
-    found = [BASE]
-    for way in _Follower(reading, *BASE).ways_through_apply():
-        if way not in KNOWN_WAYS:
-            raise Drift(reading.method(*BASE, "apply"), _unknown(BASE[1], way))
-    for module, class_name in OTHERS:
-        methods = reading.methods(module, class_name)
-        if "apply" not in methods:
+    found = []
+    for place in (BASE, *OTHERS):
+        if place != BASE and "apply" not in reading.methods(*place):
             continue
-        ways = list(_Follower(reading, module, class_name).ways_through_apply())
+        ways = list(_Follower(reading, *place).ways_through_apply())
         for way in ways:
             if way[way[:1] == (FROM_BASE,) :] not in KNOWN_WAYS:
-                raise Drift(methods["apply"], _unknown(class_name, way))
+                what = f"a way through {place[1]}.apply does {', '.join(way) or 'nothing'}"
+                raise Drift(reading.method(*place, "apply"), f"{what}; known are gemm and add, once each")
         if not any(FROM_BASE in way for way in ways):
-            found.append((module, class_name))
+            found.append(place)
     body = reading.method(*ANCESTOR, "set_mapping").body
     if [ast.unparse(statement).replace(": PunicaWrapperBase", "") for statement in body] != [
         "self.punica_wrapper = punica_wrapper"
@@ -133,23 +149,16 @@ def _intercepted(reading: _Reading) -> list[tuple[str, str]]:
     return found
 
 
-def _unknown(class_name: str, way: Events) -> str:
-    return f"a way through {class_name}.apply does {', '.join(way) or 'nothing'}; known are gemm and add, once each"
-
-
 class _Reading:
     """The parts of a vLLM's source that matter here, cut out as text first: parsing whole files takes too long."""
 
     def __init__(self, tree: SourceTree) -> None:
         self._tree = tree
-        self._sources: dict[str, Source | None] = {}
         self._classes: dict[tuple[str, str], dict[str, Function]] = {}
         self.path = ""  #: of what was read last
 
     def source(self, module: str) -> Source:
-        if module not in self._sources:
-            self._sources[module] = self._tree.read(module)
-        source = self._sources[module]
+        source = self._tree.read(module)
         if source is None:
             raise Drift(ast.Pass(), f"this vLLM has no {module}")
         self.path = source.path
@@ -162,18 +171,15 @@ class _Reading:
             self.path = self.source(f"{PACKAGE}.{module}").path
             return known
         source = self.source(f"{PACKAGE}.{module}")
-        node = cut(source, class_name)
-        outside = ast.parse("\n".join(_top_level_lines(source.text, class_name)))
-        if not isinstance(node, ast.ClassDef) or node.decorator_list:
-            raise Drift(node, f"{class_name} is decorated, or not a class")
-        if written_to_class(outside, class_name) or binders(outside.body, class_name):
-            raise Drift(node, f"{class_name} is changed or bound again after its definition")
-        methods = methods_of(node)
-        for binder in binders(node.body, "apply"):
-            if binder is not methods.get("apply"):
-                raise Drift(binder, f"{class_name}.apply has not one plain definition")
-        self._classes[module, class_name] = methods
-        return methods
+        again = "\n".join(re.findall(rf"^(?:setattr\({class_name}\b|{class_name}\b).*$", source.text, re.MULTILINE))
+        cut_out = ast.Module([cut(source, class_name), *ast.parse(again).body], [])
+        node = plain_class(cut_out, class_name)
+        if node.decorator_list:
+            raise Drift(node, f"{class_name} is decorated")
+        if binders(node.body, "apply"):
+            plain_function(node.body, "apply")
+        self._classes[module, class_name] = methods_of(node)
+        return self._classes[module, class_name]
 
     def method(self, module: str, class_name: str, name: str) -> Function:
         methods = self.methods(module, class_name)
@@ -191,20 +197,14 @@ class _Reading:
         return node
 
 
-def _top_level_lines(text: str, name: str) -> list[str]:
-    """The one-line statements at a module's top level that begin with a name, one per line."""
-    found = re.finditer(rf"^(?:setattr\({name}\b|{name}\b).*$", text, re.MULTILINE)
-    return [match.group() for match in found]
-
-
 @dataclass
 class _Frame:
     """Where the reader is on one way through an `apply`: what each name stands for, and what has happened."""
 
     roles: Roles
     events: Events
-    #: The role of what has been returned; None while the function goes on.
-    returned: str | None = None
+    value: str = OTHER  #: what the last expression stands for, and what has been returned
+    returned: bool = False
 
 
 class _Follower:
@@ -220,8 +220,8 @@ class _Follower:
         if [argument.arg for argument in method.args.args] != ["self", "x", "bias"]:
             raise Drift(method, "apply takes something else than x and bias")
         for frame in self._function(method, [SELF, INPUT, BIAS], ()):
-            if frame.returned != OUTPUT:
-                raise Drift(method, f"apply gives something else than the base layer's output: {frame.returned}")
+            if frame.value != OUTPUT:
+                raise Drift(method, f"apply gives something else than the base layer's output: {frame.value}")
             yield frame.events
 
     def _function(self, function: Function, arguments: list[str], events: Events) -> Iterator[_Frame]:
@@ -231,14 +231,14 @@ class _Follower:
             raise Drift(function, f"{function.name} is decorated, async, or takes other arguments")
         roles = dict.fromkeys(names, OTHER) | dict(zip(names, arguments, strict=False))
         for frame in self._block(function.body, [_Frame(roles, events)]):
-            if frame.returned is None:
+            if not frame.returned:
                 raise Drift(function, f"{function.name} may give nothing")
             yield frame
 
     def _block(self, block: list[ast.stmt], frames: list[_Frame]) -> list[_Frame]:
         for statement in block:
-            going_on = [frame for frame in frames if frame.returned is None]
-            frames = [frame for frame in frames if frame.returned is not None]
+            going_on = [frame for frame in frames if not frame.returned]
+            frames = [frame for frame in frames if frame.returned]
             for frame in going_on:
                 frames += self._statement(statement, frame)
         return frames
@@ -250,20 +250,18 @@ class _Follower:
         if isinstance(statement, ast.Pass):
             return [frame]
         if isinstance(statement, ast.Expr):
-            return [replace(frame, events=events) for _, events in self._value(statement.value, frame)]
+            return self._value(statement.value, frame)
         if isinstance(statement, ast.Assert):
             self._quiet(statement.test, frame)
             return [frame]
         if isinstance(statement, ast.Return) and statement.value is not None:
-            return [
-                replace(frame, events=events, returned=role) for role, events in self._value(statement.value, frame)
-            ]
+            return [replace(after, returned=True) for after in self._value(statement.value, frame)]
         if isinstance(statement, ast.If):
             if _never_entered(statement.test):
                 return self._block(statement.orelse, [frame])
             self._quiet(statement.test, frame)
             arms = (statement.body, statement.orelse)
-            return [after for arm in arms for after in self._block(arm, [replace(frame, roles=dict(frame.roles))])]
+            return [after for arm in arms for after in self._block(arm, [frame])]
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             return self._assign(statement.targets[0], statement.value, frame)
         if isinstance(statement, ast.AnnAssign) and statement.value is not None:
@@ -272,30 +270,28 @@ class _Follower:
 
     def _assign(self, target: ast.expr, value: ast.expr, frame: _Frame) -> list[_Frame]:
         if isinstance(target, ast.Name):
-            return [
-                replace(frame, events=events, roles={**frame.roles, target.id: role})
-                for role, events in self._value(value, frame)
-            ]
+            after = self._value(value, frame)
+            return [replace(one, roles={**one.roles, target.id: one.value}) for one in after]
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
             roles = dict(frame.roles)
             for name, part in zip(target.elts, value.elts, strict=True):
-                ((role, events),) = self._value(part, frame)
-                if not isinstance(name, ast.Name) or events != frame.events:
+                (one,) = self._value(part, frame)
+                if not isinstance(name, ast.Name) or one.events != frame.events:
                     raise Drift(target, "a tuple is assigned that no known apply has")
-                roles[name.id] = role
+                roles[name.id] = one.value
             return [replace(frame, roles=roles)]
         raise Drift(target, "something else than a name is assigned to")
 
-    def _value(self, expression: ast.expr, frame: _Frame) -> list[tuple[str, Events]]:
-        """What an expression stands for, and the events after it; one pair for each way through what it calls."""
-        if isinstance(expression, ast.Name):
-            return [(frame.roles.get(expression.id, OTHER), frame.events)]
+    def _value(self, expression: ast.expr, frame: _Frame) -> list[_Frame]:
+        """The frames after an expression, one for each way through what it calls."""
         if isinstance(expression, ast.Call):
             return self._call(expression, frame)
+        role = self._role(expression, frame)
         if isinstance(expression, ast.IfExp) and self._unpacks_raw(expression, frame):
-            return [(OUTPUT, frame.events)]
-        self._quiet(expression, frame)
-        return [(OTHER, frame.events)]
+            role = OUTPUT
+        if role is None:
+            self._quiet(expression, frame)
+        return [replace(frame, value=role or OTHER)]
 
     def _unpacks_raw(self, expression: ast.IfExp, frame: _Frame) -> bool:
         """``y[0] if isinstance(y, tuple) else y``, of what the base layer itself gives."""
@@ -307,21 +303,12 @@ class _Follower:
             and ast.unparse(expression.body) == f"{name.id}[0]"
         )
 
-    def _call(self, call: ast.Call, frame: _Frame) -> list[tuple[str, Events]]:
+    def _call(self, call: ast.Call, frame: _Frame) -> list[_Frame]:
         callee = self._path(call.func, frame)
-        if callee in GEMMS:
-            return [(OUTPUT, self._happens("gemm", call, frame, ["self.base_layer", INPUT, BIAS]))]
-        if callee == "self.base_layer":
-            return [(RAW, self._happens("gemm", call, frame, [INPUT]))]
-        if callee == "self.punica_wrapper.add_lora_linear":
-            wanted = [OUTPUT, INPUT, "self.lora_a_stacked", "self.lora_b_stacked", "1.0", "self.output_slices"]
-            return [(LORA, self._happens("add", call, frame, wanted))]
-        if callee == "self.punica_wrapper.add_shrink":
-            wanted = [OTHER, INPUT, "self.lora_a_stacked", "1.0"]
-            return [(OTHER, self._happens("shrink", call, frame, wanted))]
-        if callee == "self.punica_wrapper.add_expand":
-            wanted = [OUTPUT, OTHER, "self.lora_b_stacked", "self.output_slices", "offset_start=0", "add_input=True"]
-            return [(LORA, self._happens("expand", call, frame, wanted))]
+        if callee in CALLS:
+            event, role, wanted = CALLS[callee]
+            self._check_given(call, frame, wanted)
+            return [replace(frame, value=role, events=(*frame.events, event))]
         inlined = self._inlined(callee, call, frame)
         if inlined is not None:
             return inlined
@@ -330,15 +317,13 @@ class _Follower:
             if role in (INPUT, OUTPUT):
                 for argument in call.args:
                     self._quiet(argument.value if isinstance(argument, ast.Starred) else argument, frame)
-                return [(role, frame.events)]
+                return [replace(frame, value=role)]
         self._quiet(call, frame)
-        return [(OTHER, frame.events)]
+        return [replace(frame, value=OTHER)]
 
-    def _inlined(self, callee: str, call: ast.Call, frame: _Frame) -> list[tuple[str, Events]] | None:
+    def _inlined(self, callee: str, call: ast.Call, frame: _Frame) -> list[_Frame] | None:
         """The ways through a function of upstream's that a call hands the layer to; None where it hands it to none."""
-        given = [
-            frame.roles.get(argument.id, OTHER) if isinstance(argument, ast.Name) else None for argument in call.args
-        ]
+        given = [self._role(argument, frame) for argument in call.args]
         follower, target, events = self, None, frame.events
         if callee == "super().apply":
             follower, target = _Follower(self._reading, *BASE), self._reading.method(*BASE, "apply")
@@ -358,7 +343,7 @@ class _Follower:
         if call.keywords or len(arguments) < len(given):
             raise Drift(call, f"calls {callee} with something else than plain names")
         ways = follower._function(target, arguments, events)
-        return [(way.returned or OTHER, way.events) for way in ways]
+        return [replace(frame, value=way.value, events=way.events) for way in ways]
 
     def _path(self, callee: ast.expr, frame: _Frame) -> str:
         """A callee as text, with ``self`` in the place of whatever name the layer has in this function."""
@@ -366,16 +351,16 @@ class _Follower:
         root, dot, rest = text.partition(".")
         return f"self{dot}{rest}" if frame.roles.get(root) == SELF else text
 
-    def _happens(self, event: str, call: ast.Call, frame: _Frame, wanted: list[str]) -> Events:
-        """The events after a call that matters. Raises Drift unless its arguments are `wanted`: roles, or source text."""
-        given = []
-        for argument in call.args:
-            role = frame.roles.get(argument.id, OTHER) if isinstance(argument, ast.Name) else None
-            given.append(role or self._path(argument, frame))
+    def _check_given(self, call: ast.Call, frame: _Frame, wanted: list[str]) -> None:
+        """Raise Drift unless a call's arguments are `wanted`."""
+        given = [self._role(argument, frame) or self._path(argument, frame) for argument in call.args]
         given += [ast.unparse(keyword) for keyword in call.keywords]
         if given != wanted:
             raise Drift(call, f"{ast.unparse(call.func)} is given {', '.join(given)}, known is {', '.join(wanted)}")
-        return (*frame.events, event)
+
+    def _role(self, value: ast.expr, frame: _Frame) -> str | None:
+        """What a name stands for; None for everything else."""
+        return frame.roles.get(value.id, OTHER) if isinstance(value, ast.Name) else None
 
     def _quiet(self, expression: ast.expr, frame: _Frame) -> None:
         """Raise Drift where an expression could change a tensor or the layer, or hand one of them out."""
@@ -410,45 +395,36 @@ def _never_entered(test: ast.expr) -> bool:
 
 
 def _check_punica(reading: _Reading) -> None:
-    """The adapters are a shrink and an expand with one buffer between them, and whether there are any the host knows."""
+    """The adapters are a shrink and an expand with one buffer between them, and whether there are any the host knows. The
+    shrink gives its weights and its buffer to the op, and uses them for nothing else."""
     source = reading.source(PUNICA)
-    method = cut(source, "add_lora_linear", indentation=4)
-    assert isinstance(method, ast.FunctionDef)
-    names = [argument.arg for argument in method.args.args]
-    calls = [
-        (ast.unparse(node.func), [ast.unparse(argument) for argument in node.args])
-        for node in ast.walk(method)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self.")
-    ]
-    if names != ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"] or calls != [
+    add, calls, others = _punica_method(source, "add_lora_linear", "self.")
+    given = [(ast.unparse(call.func), [ast.unparse(argument) for argument in call.args]) for call in calls]
+    if given != [
         ("self.add_shrink", ["buffer", "x", "lora_a_stacked", "scale"]),
         ("self.add_expand", ["y", "buffer", "lora_b_stacked", "output_slices"]),
     ]:
-        raise Drift(method, "add_lora_linear is not one shrink into a buffer and one expand from it")
-    uses = [node for node in ast.walk(method) if isinstance(node, ast.Name) and node.id in ("y", "self")]
-    if len(uses) != 3:
-        raise Drift(method, "add_lora_linear does more with the output, or with itself, than to hand them on")
-    _check_shrink(source)
+        raise Drift(add, "add_lora_linear is not one shrink into a buffer and one expand from it")
+    if others["y"] != 1 or others["self"] != 2:
+        raise Drift(add, "add_lora_linear does more with the output, or with itself, than to hand them on")
+    shrink, calls, others = _punica_method(source, "add_shrink", f"{SHRINK}(")
+    call = ast.unparse(calls[0]) if len(calls) == 1 and not calls[0].keywords else ""
+    if not call.startswith(f"{SHRINK}(x, lora_a_stacked, y, *self.token_mapping_meta.meta_args("):
+        raise Drift(
+            shrink, f"add_shrink does not call {SHRINK} once, with input, weights, buffer and token_mapping_meta"
+        )
+    for name in ("lora_a_stacked", "y", SHRINK):
+        if others[name] != 1:
+            raise Drift(shrink, f"add_shrink does more with {name} than to call the op")
     if "no_lora_flag_cpu: torch.Tensor" not in reading.source(METADATA).text:
         raise Drift(ast.Pass(), "the kernels' metadata has no no_lora_flag_cpu")
 
 
-def _check_shrink(source: Source) -> None:
-    """The wrapper's `add_shrink` gives its weights and its buffer to the op, and uses them for nothing else."""
-    method = cut(source, "add_shrink", indentation=4)
-    assert isinstance(method, ast.FunctionDef)
-    names = [argument.arg for argument in method.args.args]
-    if names != ["self", "y", "x", "lora_a_stacked", "scale"] or method.decorator_list:
-        raise Drift(method, "add_shrink takes something else than a buffer, an input, weights and a scale")
-    code = ast.Module(method.body, [])
-    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call) and ast.unparse(node.func) == SHRINK]
-    if len(calls) != 1 or [ast.unparse(argument) for argument in calls[0].args[:3]] != ["x", "lora_a_stacked", "y"]:
-        raise Drift(method, f"add_shrink does not call {SHRINK} once, with input, weights and buffer")
-    if calls[0].keywords:
-        raise Drift(calls[0], f"{SHRINK} is given {ast.unparse(calls[0].keywords[0])} by name")
-    for name in ("lora_a_stacked", "y", SHRINK):
-        uses = [node for node in ast.walk(code) if isinstance(node, ast.Name) and node.id == name]
-        if len(uses) != 1:
-            raise Drift(uses[-1], f"add_shrink does more with {name} than to call the op")
-    if "self.token_mapping_meta.meta_args(" not in ast.unparse(calls[0]):
-        raise Drift(calls[0], f"{SHRINK} is not given the wrapper's token_mapping_meta")
+def _punica_method(source: Source, name: str, prefix: str) -> tuple[ast.FunctionDef, list[ast.Call], Counter[str]]:
+    """A plain method of the wrapper, its calls that begin with `prefix`, and how often its code names what."""
+    method = plain_function([cut(source, name, indentation=4)], name)
+    if [argument.arg for argument in method.args.args] != PUNICA_METHODS[name]:
+        raise Drift(method, f"{name} does not take {', '.join(PUNICA_METHODS[name])}")
+    nodes = [node for statement in method.body for node in ast.walk(statement)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node).startswith(prefix)]
+    return method, calls, Counter(node.id for node in nodes if isinstance(node, ast.Name))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from overlay.verdict.cut import block
 from overlay.verdict.model import Source, SourceTree, Upstream, Verdict, Witness, without_target
-from overlay.verdict.questions import Drift, Function, attribute_of_self, drifted, methods_of, uses_of
+from overlay.verdict.questions import Drift, Function, attribute_of_self, check_self, drifted, methods_of, uses_of
 from overlay.vocabulary import APPLY, LANDED
 
 MODULE = "vllm.v1.worker.gpu_model_runner"
@@ -149,12 +149,8 @@ def _check_pool(pool: Function) -> None:
 
 def _check_self(pool: Function) -> None:
     """Nothing that is called may read the flag: `self` is not handed out, and no method of it is called but the sync."""
-    read = {id(node.value) for node in ast.walk(pool) if attribute_of_self(node)}  # type: ignore[attr-defined]
+    check_self(pool)
     for node in ast.walk(pool):
-        if isinstance(node, ast.Name) and (
-            node.id in ("super", "__class__") or (node.id == "self" and id(node) not in read)
-        ):
-            raise Drift(node, f"{METHOD} hands out self, or uses super")
         if isinstance(node, ast.Call) and attribute_of_self(node.func) and node.func.attr != SYNC:  # type: ignore[attr-defined]
             raise Drift(node, f"{METHOD} calls a method of its own that may read {FLAG}")
         if isinstance(node, (ast.Yield, ast.YieldFrom)):

@@ -24,7 +24,7 @@ pytest.importorskip("typer", reason="the command line's libraries are not instal
 
 from typer.testing import CliRunner
 
-from overlay.cli import check, vllms
+from overlay.cli import check, releases, vllms
 from overlay.cli.app import app
 from overlay.cli.failure import CommandError
 from overlay.vocabulary import WITH_IT_GOES
@@ -173,6 +173,19 @@ def test_no_network(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     assert "Without a network, copy" in refused("--vllm", "0.33.0", "--cache", str(tmp_path))
+
+
+def test_the_latest_release(
+    stub: Callable[..., pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub({}).rename(tmp_path / "0.34.0")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple/")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    message = refused("--vllm", "latest", "--cache", str(tmp_path))
+    assert "cannot tell which release of vLLM is the latest" in message and "name a release by its number" in message
+    monkeypatch.setattr(releases, "latest", lambda: "0.34.0")
+    answer = json.loads(invoke("--vllm", "latest", "--cache", str(tmp_path), "--json").stdout)
+    assert (answer["vllm"]["kind"], answer["vllm"]["version"]) == ("release", "0.34.0")
 
 
 def test_a_folder_without_a_vllm(tmp_path: pathlib.Path) -> None:

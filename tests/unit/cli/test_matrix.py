@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import pathlib
 import stat
@@ -111,6 +112,48 @@ def test_a_newer_release_that_drifted_is_a_failure(world: pathlib.Path, monkeypa
     assert result.exit_code == 1 and "0.34.0 gdn: drifted, not a known shape" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("changes", "status", "line"),
+    [
+        ({}, 0, "vLLM 0.34.0: not in the table yet, and nothing drifted"),
+        (DRIFTED, 1, f"vLLM 0.34.0: gdn: drifted, not a known shape: * (vllm/{stub_vllm.GDN_MODULE}:1)"),
+    ],
+    ids=["fine", "drifted"],
+)
+def test_the_latest_release_is_one_line(
+    world: pathlib.Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], status: int, line: str
+) -> None:
+    monkeypatch.setattr(releases, "latest", lambda: "0.34.0")
+    release(world, "0.34.0", changes)
+    result = invoke(world, "--latest")
+    assert result.exit_code == status and result.stderr == ""
+    assert fnmatch.fnmatchcase(result.stdout, f"{line}\n"), result.stdout
+    answer = json.loads(invoke(world, "--latest", "--json").stdout)
+    assert list(answer["releases"]) == answer["not_in_table"] == ["0.34.0"] and len(answer["differences"]) == status
+
+
+def test_a_latest_release_of_the_table_is_held_to_it(world: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "latest", lambda: "0.33.0")
+    assert invoke(world, "--latest").stdout == "vLLM 0.33.0: as expected\n"
+    release(world, "0.33.0", DRIFTED)
+    result = invoke(world, "--latest")
+    assert result.exit_code == 1 and "vLLM 0.33.0: gdn: drifted, expected is apply" in result.stdout
+
+
+def test_the_latest_without_a_network_is_one_message(world: pathlib.Path) -> None:
+    result = invoke(world, "--latest")
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: cannot tell which release of vLLM is the latest")
+    assert line.endswith("Without a network, name a release by its number, such as 0.33.0.")
+
+
+@pytest.mark.parametrize("more", ["0.33.0", "--write", "--check"])
+def test_the_latest_is_judged_alone(world: pathlib.Path, more: str) -> None:
+    result = invoke(world, "--latest", more)
+    assert result.exit_code == 2 and "--latest judges the newest release alone" in result.stderr
+
+
 def test_releases_by_number(world: pathlib.Path) -> None:
     answer = json.loads(invoke(world, "v0.33", "--json").stdout)
     assert list(answer["releases"]) == ["0.33.0"]
@@ -150,7 +193,10 @@ def test_the_file_is_written_compared_and_noticed_when_it_is_old(world: pathlib.
 def test_what_differs_is_written_as_found(world: pathlib.Path) -> None:
     release(world, "0.33.0", DRIFTED)
     assert invoke(world, "--write").exit_code == 1
-    assert "| 0.33.0 | drifted | QwenGatedDeltaNetAttention has neither" in matrix.DOCUMENT.read_text()
+    assert (
+        "| 0.33.0 | drifted | QwenGatedDeltaNetAttention has none of the methods forward_cuda"
+        in matrix.DOCUMENT.read_text()
+    )
 
 
 def test_the_written_file_is_whole_and_readable(world: pathlib.Path) -> None:

@@ -197,6 +197,12 @@ def test_available_lists_the_registry_from_the_first_release_on(index: Index, tm
     assert releases.available(tmp_path) == ["0.17.1", "0.19.0", "0.30.0"]
 
 
+def test_without_a_release_there_is_no_latest(index: Index) -> None:
+    index.files.clear()
+    with pytest.raises(releases.ReleaseError, match="no release of vLLM"):
+        releases.latest()
+
+
 def test_processes_at_the_same_time_fetch_once(index: Index, tmp_path: pathlib.Path) -> None:
     script = (
         "import pathlib, sys; from overlay.cli import releases; "
@@ -219,7 +225,7 @@ def test_what_was_taken_back_or_came_before_a_release_is_there_by_its_number(
     for version in ("0.31.0", "0.32.0rc1"):
         index.files[f"vllm-{version}-cp38-abi3-manylinux1_x86_64.whl"] = content
     index.yanked.add("vllm-0.31.0-cp38-abi3-manylinux1_x86_64.whl")
-    assert releases.available(tmp_path)[-1] == "0.30.0"
+    assert releases.available(tmp_path)[-1] == releases.latest() == "0.30.0"
     assert releases.sources("0.31.0", root=tmp_path).name == "0.31.0"
     assert releases.sources("0.32.0.RC1", root=tmp_path).name == "0.32.0rc1"
 

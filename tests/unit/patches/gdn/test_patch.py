@@ -209,6 +209,20 @@ def test_the_split_projections_of_lora_are_refused(current: Any) -> None:
         gdn.check_new(layer)
 
 
+@pytest.mark.parametrize("fused", ["in_proj_qkvzba", "in_proj"])
+def test_a_layer_with_one_projection_is_refused_for_that(current: Any, fused: str) -> None:
+    layer = complete_layer()
+    setattr(layer, fused, layer.in_proj_qkvz)
+    current(configuration(layer))
+    assert gdn.check_new(layer) == {"qkvz": 6144, "ba": 32}
+    layer.in_proj_qkvz = None
+    with pytest.raises(Refused, match=f"one GEMM, {fused}$"):
+        gdn.check_new(layer)
+    del layer.in_proj_qkvz, layer.in_proj_ba
+    with pytest.raises(Refused, match=f"one GEMM, {fused}$"):
+        gdn.check_new(layer)
+
+
 def test_a_layer_that_an_op_could_not_find_is_refused(current: Any) -> None:
     layer = complete_layer()
     config = configuration(layer)
