@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,18 @@ def test_the_alias_answers_for_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     shown = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "0.32.0+cpu"
+
+
+def test_the_environment_of_another_checkout_is_not_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, theirs = tmp_path / ".venv", tmp_path / "theirs"
+    theirs.mkdir()
+    link.symlink_to(theirs)
+    monkeypatch.setattr(environment, "VENV", link)
+    monkeypatch.setattr(environment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(environment, "build", lambda: pytest.fail("rebuilt"))
+    with pytest.raises(environment.SetupError, match=re.escape(str(theirs))):
+        environment.ensure()
+    assert not list(theirs.iterdir())
 
 
 def test_an_unusable_python_is_refused_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
