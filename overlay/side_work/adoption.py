@@ -1,14 +1,16 @@
-"""One layer at a time: a patch takes a layer, or leaves it stock and says why."""
+"""A patch takes a layer, or leaves it stock and says why; and so for a device on which it has nothing to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from overlay.engine import compile_cache, ranks, running_code
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings, outcome
-from overlay.vocabulary import REFUSED
+from overlay.verdict import Verdict
+from overlay.vocabulary import INERT, REFUSED
 
 Adopted = TypeVar("Adopted")
 #: vLLM names its own folder of compiled graphs by a hash, which knows of the overlay (overlay.engine.compile_cache).
@@ -17,6 +19,29 @@ OWN_CACHE = "compilation_config.cache_dir is set: vLLM would not tell graphs wit
 
 class Refused(Exception):
     """Why a layer stays stock: known, expected, and no problem."""
+
+
+def other_device() -> str | None:
+    """The type of this vLLM's device where it has no auxiliary streams, such as "cpu"; None for CUDA and ROCm."""
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cuda_alike() else current_platform.device_type or "none"
+
+
+def inert_without_cuda(
+    verdict: Verdict, serial_pass_through: bool, why: str = "no CUDA-like device, but {device}"
+) -> Verdict | None:
+    """The verdict on a device that has no auxiliary streams, unless the patch is to show its way there, serially; else None."""
+    device = other_device()
+    if device is None or serial_pass_through:
+        return None
+    return replace(verdict, state=INERT, reason=why.format(device=device))
+
+
+def check_registered(layer: Any, name: str, config: Any) -> None:
+    """Raise Refused for a layer that vLLM's ops do not find by its name. `config` is a VllmConfig."""
+    if config.compilation_config.static_forward_context.get(name) is not layer:
+        raise Refused("the layer is not registered under its name in the static forward context")
 
 
 def refuse_modes(config: Any, batch_invariant: bool) -> None:

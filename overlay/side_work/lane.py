@@ -37,6 +37,17 @@ def prepare(device: torch.device) -> Lane | None:
     return _lanes[key]
 
 
+def use_once(device: torch.device, start: Callable[[Lane], torch.Tensor]) -> None:
+    """Prepare this thread's lane and have `start` fork on it, once; it gives the result to join.
+
+    What libraries allocate on a stream's first use is allocated now, where vLLM counts it, and not during a capture.
+    """
+    found = prepare(device)
+    if found is not None:
+        with torch.inference_mode():
+            found.join(start(found))
+
+
 class Lane:
     """One auxiliary stream. Two uses::
 

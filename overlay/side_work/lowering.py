@@ -25,9 +25,11 @@ import wrapt
 
 from overlay.report.journal import journal
 from overlay.settings import outcome
+from overlay.side_work.adoption import Refused
 
 #: Puts stock's calls into a graph in the place of a node.
 Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
+NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
 #: The largest hidden size whose norms Inductor adds up in one order. Above it has two block sizes for a norm, and times both at the
@@ -51,8 +53,18 @@ def largest_captured(compilation: Any) -> int:
 
 
 def captures(compilation: Any) -> bool:
-    """Whether vLLM is going to capture CUDA graphs, by its CompilationConfig."""
+    """Whether vLLM is going to capture CUDA graphs, by its CompilationConfig.
+
+    Graphs of pieces will do: start and join lie in one piece. What an op of vLLM's calls that splits the graph is captured in
+    full graphs alone; without those its calls are serial, as outside a capture.
+    """
     return getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE" and largest_captured(compilation) > 0
+
+
+def refuse_without_graphs(device: torch.device, config: Any) -> None:
+    """Raise Refused for a layer on a GPU for which no CUDA graph will be captured. `config` is a VllmConfig."""
+    if device.type == "cuda" and not captures(config.compilation_config):
+        raise Refused(NO_CAPTURE)
 
 
 def split_ranges(config: Any, strict: bool) -> bool:

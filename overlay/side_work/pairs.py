@@ -25,7 +25,6 @@ from overlay.side_work.measure import Bench, Row
 from overlay.side_work.plan import Plan, SizePlan
 from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL, STRATEGIES
 
-NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: Seconds for one shape before what is left is taken from its neighbours.
 SECONDS_PER_SHAPE = 2.0
 
@@ -91,18 +90,14 @@ def settle(pairs: Sequence[Pair], worker: Any, settings: Settings, record: Patch
         sizes = captured_sizes(worker.vllm_config, settings)
         plans |= {name: _measured(group, sizes, worker, record) for name, group in on_gpu.items()}
     for group in on_gpu.values():  # last, because measuring gives the workspaces of all streams back
-        _use_the_lane_once(group[0])
+        lane.use_once(group[0].device, functools.partial(_first_use, group[0]))
     for name, plan in plans.items():
         ops.pairs[name] = ops.PlannedPair(plan, record)
 
 
-def _use_the_lane_once(pair: Pair) -> None:
-    """What libraries allocate on a stream's first use is allocated now and not during a capture."""
-    found = lane.prepare(pair.device)
-    if found is not None:
-        with torch.inference_mode():
-            x = torch.zeros((1, pair.hidden), device=pair.device, dtype=pair.dtype)
-            found.join(start_side(pair, x, DUAL, found))
+def _first_use(pair: Pair, on: lane.Lane) -> torch.Tensor:
+    x = torch.zeros((1, pair.hidden), device=pair.device, dtype=pair.dtype)
+    return start_side(pair, x, DUAL, on)
 
 
 def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: PatchRecord) -> SizePlan:

@@ -10,12 +10,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from overlay.engine import compile_cache
+from overlay.engine import compile_cache, loaded
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings, outcome
-from overlay.side_work import adoption, lowering
+from overlay.side_work import adoption, lowering, ops
 from overlay.verdict import Verdict
 
+#: The attribute that holds a layer's pair, or None where the layer stays stock.
+PAIR = "_overlay_pair"
 FAILED = "the plan could not be made"
 
 
@@ -34,7 +36,7 @@ Make = Callable[[Sequence[tuple[Any, Given]], Any], Sequence[Pair | str]]
 
 
 class Waiting(Generic[Given, Pair]):
-    """The waiting layers of one patch. `attribute` is where a layer keeps its pair; None there means stock."""
+    """The waiting layers of one patch."""
 
     def __init__(
         self,
@@ -42,19 +44,22 @@ class Waiting(Generic[Given, Pair]):
         verdict: Verdict,
         record: PatchRecord,
         settings: Settings,
-        attribute: str,
         make: Make[Given, Pair],
     ) -> None:
         self._patch = patch
         self._verdict = verdict
         self._record = record
         self._settings = settings
-        self._attribute = attribute
         self._make = make
         self._layers: list[tuple[weakref.ref[Any], str, Given]] = []
         #: What shapes the graph of each layer that has been decided, by name.
         self._shapes: dict[str, str] = {}
         self._unexpected = False
+
+    def begin(self) -> None:
+        """Define the ops, and wait for models to be loaded. Changes nothing for a layer without a pair."""
+        ops.define(declares_writes=adoption.other_device() is None)
+        loaded.when_loaded(self.decide)
 
     def adopt(self, layer: Any, name: str, check: Callable[[], tuple[Given, dict[str, Any]]]) -> None:
         """Take a layer that has just been made, or leave it stock. Only strict lets an exception out.
@@ -72,7 +77,7 @@ class Waiting(Generic[Given, Pair]):
                 self._unexpected = True
                 raise
 
-        setattr(layer, self._attribute, None)
+        setattr(layer, PAIR, None)
         given = adoption.adopt(self._patch, self._record, name, checked, self._settings)
         if given is not None:
             self._layers.append((weakref.ref(layer), name, given))
@@ -105,7 +110,7 @@ class Waiting(Generic[Given, Pair]):
             del self._record.plans[plans:]
         shapes: dict[str, set[str]] = {}
         for (layer, name, _), pair in zip(waiting, found, strict=True):
-            setattr(layer, self._attribute, None if isinstance(pair, str) else pair)
+            setattr(layer, PAIR, None if isinstance(pair, str) else pair)
             if isinstance(pair, str):
                 self._record.patched.pop(name, None)
                 self._record.refuse(name, pair)

@@ -13,16 +13,15 @@ import torch
 import wrapt
 from vllm import envs
 from vllm.config import get_current_vllm_config
-from vllm.platforms import current_platform
 
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings
-from overlay.side_work.adoption import Refused, adopt, refuse_modes
+from overlay.side_work.adoption import Refused, adopt, check_registered, inert_without_cuda, refuse_modes
 from overlay.side_work.gemms import gemm_of
 from overlay.side_work.plan import PASS_THROUGH, Plan
 from overlay.side_work.streams import ParallelRegion
 from overlay.verdict import Verdict
-from overlay.vocabulary import DRIFTED, INERT
+from overlay.vocabulary import DRIFTED
 
 NAME = "deepseek_v4"
 #: Tokens; what upstream chose in #41061 (VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD).
@@ -239,8 +238,7 @@ def make_stage(
     compressor, indexer = layer.compressor, layer.indexer
     if compressor is None:
         raise Refused("no compressor: fused_wqa_wkv is the only input GEMM")
-    if config.compilation_config.static_forward_context.get(layer.layer_name) is not layer:
-        raise Refused("the layer is not registered under its name in the static forward context")
+    check_registered(layer, layer.layer_name, config)
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     compressors = [compressor] if indexer is None else [compressor, indexer.compressor]
     if indexer is not None and type(indexer) is not module.DeepseekV4Indexer:
@@ -264,10 +262,9 @@ def make_stage(
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
     """Intercept the class of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
-    if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
-        return replace(
-            verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}"
-        )
+    inert = inert_without_cuda(verdict, settings.serial_pass_through)
+    if inert is not None:
+        return inert
     compressors = sys.modules[module.DeepseekCompressor.__module__]
     gemm: Gemm = getattr(compressors, KV_SCORE_GEMM)
     owner = getattr(gemm, "__globals__", {}).get("__name__")

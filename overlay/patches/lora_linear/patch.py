@@ -20,26 +20,22 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm.platforms import current_platform
 
-from overlay.engine import loaded
 from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
-from overlay.side_work import lane, lowering, ops
+from overlay.side_work import adoption, lane, lowering, ops
 from overlay.side_work.adoption import Refused, refuse_modes
 from overlay.side_work.gemms import check_beside, gate_of
-from overlay.side_work.pairs import NO_CAPTURE
 from overlay.side_work.plan import Plan
-from overlay.side_work.waiting import Waiting
+from overlay.side_work.waiting import PAIR, Waiting
 from overlay.verdict import Verdict, class_at
-from overlay.vocabulary import DUAL, INERT, LANDED
+from overlay.vocabulary import DUAL, LANDED
 
 NAME = "lora_linear"
 #: Tokens; measured on an H200 (benchmarks/results/). At 512 serial wins.
 TOKEN_THRESHOLD = 256
-#: The attribute that holds a layer's `Pair`, or None where the layer stays stock.
-PAIR = "_overlay_lora_pair"
+NO_DEVICE = "dual CUDA streams are only supported on CUDA platforms, this is {device}"
 NO_ADAPTER = "no adapter active in the batch"
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
 #: vLLM's linears. A subclass with a forward of its own may give another shape or type than the adapters are made for.
@@ -171,8 +167,7 @@ def check_engine(layer: Any) -> None:
     if layer.lora_config.fully_sharded_loras:
         raise Refused(FULLY_SHARDED)
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
-    if layer.lora_a_stacked[0].is_cuda and not lowering.captures(config.compilation_config):
-        raise Refused(NO_CAPTURE)
+    lowering.refuse_without_graphs(layer.lora_a_stacked[0].device, config)
 
 
 def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
@@ -202,7 +197,7 @@ def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str
     if found != columns:
         raise Refused(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
     gate: str | None = gate_of(base)
-    if current_platform.is_cuda_alike() or hasattr(layer.punica_wrapper, "token_mapping_meta"):
+    if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
         take_over_shrink(layer.punica_wrapper)
     else:
         gate = None
@@ -212,36 +207,30 @@ def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str
 
 def decide(layers: Sequence[tuple[Any, Pair]], _worker: Any) -> list[Pair]:
     """The pairs of a loaded model's layers, once the lane of their device is ready."""
-    for layer, _ in layers:
-        if layer.lora_a_stacked[0].is_cuda:
-            _use_the_lane_once(layer.lora_a_stacked[0].device)
-            break
+    on_gpu = [layer.lora_a_stacked[0].device for layer, _ in layers if layer.lora_a_stacked[0].is_cuda]
+    for device in on_gpu[:1]:
+        lane.use_once(device, functools.partial(_first_use, device))
     return [pair for _, pair in layers]
 
 
-def _use_the_lane_once(device: torch.device) -> None:
-    """A stream's first use allocates memory. It happens now, where vLLM counts it, and not during a capture."""
-    found = lane.prepare(device)
-    if found is not None:
-        result = torch.zeros(1, device=device)
-        found.start(result, DUAL, result.zero_)
-        found.join(result)
+def _first_use(device: torch.device, on: lane.Lane) -> torch.Tensor:
+    result = torch.zeros(1, device=device)
+    on.start(result, DUAL, result.zero_)
+    return result
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
     """Intercept the classes of `verdict` in a package that has just been imported. Gives the verdict that holds here."""
     if verdict.upstream is not None and getattr(envs, SWITCH, False):
         return replace(verdict, state=LANDED, reason=f"{SWITCH} is set: upstream's own dual stream", methods=())
-    if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
-        device = current_platform.device_type or "none"
-        return replace(
-            verdict, state=INERT, reason=f"dual CUDA streams are only supported on CUDA platforms, this is {device}"
-        )
+    inert = adoption.inert_without_cuda(verdict, settings.serial_pass_through, NO_DEVICE)
+    if inert is not None:
+        return inert
     linear_class: Any = class_at(module, ".".join(BASE))
     ancestor: Any = class_at(module, ".".join(ANCESTOR))
     targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
     record = journal.patch(NAME)
-    waiting: Waiting[Pair, Pair] = Waiting(NAME, verdict, record, settings, PAIR, decide)
+    waiting: Waiting[Pair, Pair] = Waiting(NAME, verdict, record, settings, decide)
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
@@ -259,9 +248,8 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
             if settings.strict:
                 raise ValueError(FULLY_SHARDED)
 
-    ops.define(declares_writes=current_platform.is_cuda_alike())
+    waiting.begin()
     ops.pairs[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
-    loaded.when_loaded(waiting.decide)
     setattr(linear_class, PAIR, None)
     for target in targets:
         target.apply = overlap_adapters(target.__dict__["apply"])

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 import wrapt
-from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from overlay.report.journal import journal
 from overlay.settings import Settings
-from overlay.side_work.adoption import Refused, adopt
+from overlay.side_work.adoption import Refused, adopt, inert_without_cuda
 from overlay.verdict import Verdict
-from overlay.vocabulary import INERT
 
 NAME = "pooling"
 #: vLLM's own executors. Each knows the asynchronous output; somebody's own class may not.
@@ -50,10 +47,9 @@ def executor_of(runner: Any) -> str:
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
     """Intercept the runner of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
-    if not current_platform.is_cuda_alike():
-        return replace(
-            verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}"
-        )
+    inert = inert_without_cuda(verdict, serial_pass_through=False)
+    if inert is not None:
+        return inert
     target = getattr(module, verdict.class_name or "")
     record = journal.patch(NAME)
     record.runs_in_warm_up = False  # vLLM's warm-up runs the pooler, but not `_pool`

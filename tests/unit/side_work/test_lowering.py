@@ -22,16 +22,18 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
-from overlay.patches.gdn import patch as gdn
 from overlay.report.journal import Journal, PatchRecord
 from overlay.side_work import lowering, ops
+from overlay.side_work.declaration import TwoLinears
 from overlay.side_work.pairs import Pair
 from overlay.side_work.plan import Plan
+from overlay.side_work.waiting import PAIR
 from overlay.vocabulary import DUAL
 from tests.unit import side_work_ops
 
 HIDDEN, MAIN, SIDE, LAYERS = 64, 96, 16, 2
 CAPTURED, LARGEST = 8, 64
+DECLARED = TwoLinears("a patch", "in_proj_qkvz", "in_proj_ba", lambda layer: {"main": MAIN, "side": SIDE}, 256)
 
 
 class Projection(torch.nn.Module):
@@ -147,8 +149,8 @@ class Compiled:
         for layer in self.model.layers:
             config.compilation_config.static_forward_context[layer.prefix] = layer
             if record is not None:
-                setattr(layer, gdn.PAIR, pair_of(layer, plain))
-                layer.forward = types.MethodType(gdn.overlap_in_projections(Layer.forward), layer)
+                setattr(layer, PAIR, pair_of(layer, plain))
+                layer.forward = types.MethodType(DECLARED.with_stand_in(Layer.forward), layer)
 
     def __call__(self, tokens: int) -> torch.Tensor:
         inputs = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -86,7 +87,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Gpu:
     made = Gpu()
     monkeypatch.setattr(ops, "pairs", {})
     monkeypatch.setattr(pairs, "_measure", made.measure)
-    monkeypatch.setattr(pairs, "_use_the_lane_once", lambda pair: made.order.append("lane"))
+    monkeypatch.setattr(lane, "use_once", lambda device, start: made.order.append("lane"))
     monkeypatch.setattr(Pair, "device", torch.device("cuda", 0))
     monkeypatch.setattr(pairs, "_machine", lambda device: {"gpu": "made up"})
     monkeypatch.setattr(pairs, "_folder", lambda: str(tmp_path / "plans"))
@@ -236,7 +237,7 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
 def test_the_lane_is_used_once_before_a_capture(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     (pair,) = layers(1, plain=plain)
     with fake_cuda() as cuda:
-        pairs._use_the_lane_once(pair)
+        lane.use_once(pair.device, functools.partial(pairs._first_use, pair))
         waits = [entry for entry in cuda.log if entry[0] == "wait"]
     assert [who for _, who, _ in waits] == ["aux0", "main"], "forked once, and joined"
 

@@ -18,6 +18,7 @@ from overlay.patches.deepseek_v4 import patch as deepseek_v4  # noqa: E402
 from overlay.patches.deepseek_v4.patch import Handover, HandoverError, InputGemms  # noqa: E402
 from overlay.report.journal import PatchRecord  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
+from overlay.side_work import adoption  # noqa: E402
 from overlay.side_work.adoption import Refused  # noqa: E402
 from overlay.side_work.plan import ABOVE_THRESHOLD, NOT_CAPTURING, SERIAL_PLAN, Plan  # noqa: E402
 from overlay.verdict import Verdict  # noqa: E402
@@ -429,7 +430,7 @@ def test_the_plan_is_upstreams_which_forks_in_eager_steps_as_well(
     released: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, settings: Settings, mode: str, threshold: int
 ) -> None:
     attention, _ = released
-    monkeypatch.setattr(deepseek_v4, "current_platform", namespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(adoption, "other_device", lambda: None)
     monkeypatch.setattr(deepseek_v4, "adopt", lambda name, record, layer, make, settings: make())
     monkeypatch.setattr(deepseek_v4, "make_stage", lambda *given: given)
     monkeypatch.setattr(attention.Wrapper, "layer_name", "a layer", raising=False)

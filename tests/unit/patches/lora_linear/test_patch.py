@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import operator
 import types
@@ -24,9 +25,9 @@ from overlay.engine import compile_cache, loaded
 from overlay.patches.lora_linear import patch as lora_linear
 from overlay.report.journal import Journal, PatchRecord
 from overlay.settings import Settings
-from overlay.side_work import lowering, ops
+from overlay.side_work import adoption, lane, lowering, ops
 from overlay.side_work.adoption import Refused
-from overlay.side_work.pairs import NO_CAPTURE
+from overlay.side_work.lowering import NO_CAPTURE
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import FAILED
 from overlay.verdict import Upstream, Verdict
@@ -237,7 +238,7 @@ def test_a_layer_that_fits(engine: Any) -> None:
 def test_the_copy_shares_modules_and_parameters_and_has_no_pair(engine: Any) -> None:
     engine()
     layer = adopted(BaseLinearLayerWithLoRA())
-    base = adopted(layer)._overlay_lora_pair.base
+    base = getattr(adopted(layer), lora_linear.PAIR).base
     assert type(base) is type(layer) and getattr(base, lora_linear.PAIR) is None
     assert base.base_layer is layer.base_layer and base._modules is layer._modules
     assert [name for name, _ in layer.named_modules()] == ["", "base_layer"]
@@ -272,7 +273,7 @@ def test_without_a_capture_a_gpu_stays_stock(engine: Any) -> None:
     engine(mode="NONE")
     layer: Any = BaseLinearLayerWithLoRA()
     lora_linear.check_engine(layer)
-    layer.lora_a_stacked = (namespace(is_cuda=True),)
+    layer.lora_a_stacked = (namespace(device=torch.device("cuda")),)
     with pytest.raises(Refused, match=NO_CAPTURE):
         lora_linear.check_engine(layer)
     engine()
@@ -332,7 +333,7 @@ def test_a_wrapper_without_upstreams_op_is_refused(engine: Any, monkeypatch: pyt
         with pytest.raises(Refused, match="Punica does not shrink by vLLM's own op"):
             lora_linear.make_pair(layer, INTERCEPTED)
     del layer.punica_wrapper.token_mapping_meta
-    monkeypatch.setattr(lora_linear, "current_platform", namespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(adoption, "other_device", lambda: None)
     with pytest.raises(Refused, match="Punica does not shrink by vLLM's own op"):
         lora_linear.make_pair(layer, INTERCEPTED)
     layer.set_mapping(CpuPunica())
@@ -698,12 +699,14 @@ def test_a_layer_that_is_gone_is_not_kept(package: Any) -> None:
 
 
 def test_on_a_gpu_the_lane_is_used_once_before_vllm_sizes_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Lane()
-    monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: found)
-    lora_linear._use_the_lane_once(torch.device("cpu"))
+    found, device = Lane(), torch.device("cpu")
+    first_use = functools.partial(lora_linear._first_use, device)
+    monkeypatch.setattr(lane, "prepare", lambda device: found)
+    lane.use_once(device, first_use)
     assert found.calls == ["dual", "join"]
-    monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: None)
-    lora_linear._use_the_lane_once(torch.device("cpu"))
+    monkeypatch.setattr(lane, "prepare", lambda device: None)
+    lane.use_once(device, first_use)
+    assert found.calls == ["dual", "join"]
 
 
 @pytest.mark.parametrize(("slices", "prepared"), [((COLUMNS,), 1), ((1,), 0)], ids=["a pair", "all stock"])
@@ -712,7 +715,7 @@ def test_the_lane_is_used_once_when_a_model_with_a_pair_has_been_loaded(
 ) -> None:
     """Not before, and not during a capture."""
     lanes: list[Lane] = []
-    monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: lanes.append(Lane()) or lanes[-1])
+    monkeypatch.setattr(lane, "prepare", lambda device: lanes.append(Lane()) or lanes[-1])
     lora_linear.install(package, FOUND, PASS)
     layers = [a_layer_of(package, prefix=prefix) for prefix in ("a", "b")]
     for layer in layers:
