@@ -97,10 +97,10 @@ class Waiting(Generic[Given, Pair]):
             # of them; an error may be one rank's own.
             several = getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1
             if several:
-                lowering.split_ranges(worker.vllm_config, self._settings.strict)
+                self._split_ranges(worker)
             found = self._make([(layer, given) for layer, _, given in waiting], worker)
             if not several and not all(isinstance(pair, str) for pair in found):
-                lowering.split_ranges(worker.vllm_config, self._settings.strict)
+                self._split_ranges(worker)
         except Exception as error:
             said = outcome(self._settings.strict)
             journal.problem(f"{self._patch}: {FAILED}, {said}: {type(error).__name__}: {error}")
@@ -116,7 +116,13 @@ class Waiting(Generic[Given, Pair]):
                 self._record.refuse(name, pair)
             shapes.setdefault(name, set()).add("stock" if isinstance(pair, str) else pair.shape)
         self._shapes |= {name: " and ".join(sorted(them)) for name, them in shapes.items()}
-        shaping = sorted(f"{name}={shape}" for name, shape in self._shapes.items())
-        ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
-        compile_cache.add(self._patch, (*self._verdict.methods, *shaping, ranges))
+        if self._verdict.shapes_graph:
+            shaping = sorted(f"{name}={shape}" for name, shape in self._shapes.items())
+            ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
+            compile_cache.add(self._patch, (*self._verdict.methods, *shaping, ranges))
         journal.write()
+
+    def _split_ranges(self, worker: Any) -> None:
+        """Where a compiled graph shows the ops, its largest range gets stock's calls."""
+        if self._verdict.shapes_graph:
+            lowering.split_ranges(worker.vllm_config, self._settings.strict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Callable
 from typing import Any
@@ -425,8 +426,8 @@ class Deciding:
         config.compilation_config.compile_ranges_endpoints = [8, 8192]
         return True
 
-    def waiting(self, strict: bool = False) -> Waiting[Any, Pair]:
-        return DECLARED.waiting(VERDICT, Settings(strict=strict))
+    def waiting(self, strict: bool = False, verdict: Verdict = VERDICT) -> Waiting[Any, Pair]:
+        return DECLARED.waiting(verdict, Settings(strict=strict))
 
     def add(self, undecided: Waiting[Any, Pair], prefix: str) -> Any:
         layer = loaded_layer(prefix)
@@ -486,6 +487,16 @@ def test_ranges_are_split_for_all_ranks_alike(deciding: Deciding, ranks: int) ->
     hook(layer.in_proj_ba)
     undecided.decide(worker(layer, ranks))
     assert len(deciding.split) == (0 if ranks == 1 else 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_patch_that_no_compiled_graph_shows_splits_no_range_and_enters_no_key(deciding: Deciding, ranks: int) -> None:
+    """Its method runs inside an op of vLLM's. Another range would be another warm-up step and another compilation for nothing."""
+    undecided = deciding.waiting(verdict=dataclasses.replace(VERDICT, shapes_graph=False))
+    layer = deciding.add(undecided, "a")
+    undecided.decide(worker(layer, ranks))
+    assert getattr(layer, PAIR).layer == "a" and deciding.settled == [["a"]]
+    assert deciding.split == deciding.identities == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
