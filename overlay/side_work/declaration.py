@@ -24,7 +24,7 @@ from vllm.config import get_current_vllm_config
 from overlay.report.journal import journal
 from overlay.settings import Settings
 from overlay.side_work import adoption, gemms, lowering, ops, pairs
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 from overlay.side_work.pairs import Pair
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import PAIR, Waiting
@@ -84,7 +84,7 @@ class TwoLinears:
     `main` and `side` are the attributes of a layer that hold the linears. `sizes_by_heads` gives the columns of main's and of
     side's output per tensor-parallel shard, as the layer's head counts say: main's first, by the names that the journal
     shows. `token_threshold` is the largest number of tokens that forks by a plan that is not measured. `check` raises
-    Refused for a new layer to which the patch does not apply.
+    StaysStock for a new layer to which the patch does not apply.
     """
 
     patch: str
@@ -109,7 +109,7 @@ class TwoLinears:
         return found
 
     def check_new(self, layer: Any) -> dict[str, int]:
-        """The sizes of a layer that has just been made. Raises Refused where it stays stock."""
+        """The sizes of a layer that has just been made. Raises StaysStock where it stays stock."""
         config = get_current_vllm_config()
         self.check(layer)
         adoption.check_registered(layer, layer.prefix, config)
@@ -119,11 +119,11 @@ class TwoLinears:
         return sizes
 
     def pair_of(self, layer: Any, config: Any, sizes: Mapping[str, int]) -> Pair:
-        """The pair of a layer that has its weights. Raises Refused where the layer stays stock."""
+        """The pair of a layer that has its weights. Raises StaysStock where the layer stays stock."""
         main, side = getattr(layer, self.main), getattr(layer, self.side)
         main_columns, columns = sizes.values()
         if gemms.has_adapters(main):
-            raise Refused(gemms.ADAPTERS)
+            raise StaysStock(gemms.ADAPTERS)
         gemms.check_side(side)
         kind = gemms.gemm_of(side)  # again: loading may have given it another kernel
         lowering.refuse_without_graphs(next(side.parameters()).device, config)
@@ -131,7 +131,7 @@ class TwoLinears:
         if not plain:
             gemms.check_beside(main)
         elif side.weight.shape != (columns, int(side.input_size)):
-            raise Refused(f"the side's weight has the shape {tuple(side.weight.shape)}")
+            raise StaysStock(f"the side's weight has the shape {tuple(side.weight.shape)}")
         kinds = gemms.main_kind(main), kind
         return Pair(layer.prefix, main, side, main_columns, columns, *kinds, gemms.gate_of(main), plain)
 
@@ -161,7 +161,7 @@ class TwoLinears:
             for layer, sizes in layers:
                 try:
                     found.append(self.pair_of(layer, worker.vllm_config, sizes))
-                except Refused as refused:
+                except StaysStock as refused:
                     found.append(str(refused))
             made = [pair for pair in found if isinstance(pair, Pair)]
             pairs.settle(made, worker, settings, record, default)

@@ -25,7 +25,7 @@ import wrapt
 
 from overlay.report.journal import journal
 from overlay.settings import outcome
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 
 #: Puts stock's calls into a graph in the place of a node.
 Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
@@ -39,7 +39,7 @@ VLLM_COMPILE = 3
 WIDEST_ROW = 2048
 
 _lowered: dict[str, Lower] = {}
-_watched = False
+_intercepted = False
 
 
 def register(op: Any, lower: Lower) -> None:
@@ -62,9 +62,9 @@ def captures(compilation: Any) -> bool:
 
 
 def refuse_without_graphs(device: torch.device, config: Any) -> None:
-    """Raise Refused for a layer on a GPU for which no CUDA graph will be captured. `config` is a VllmConfig."""
+    """Raise StaysStock for a layer on a GPU for which no CUDA graph will be captured. `config` is a VllmConfig."""
     if device.type == "cuda" and not captures(config.compilation_config):
-        raise Refused(NO_CAPTURE)
+        raise StaysStock(NO_CAPTURE)
 
 
 def split_ranges(config: Any, strict: bool) -> bool:
@@ -91,13 +91,13 @@ def split_ranges(config: Any, strict: bool) -> bool:
     one_size = {limit - 1, limit + 1} & {0, *endpoints}
     if limit < max(endpoints) and not one_size:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
-    _watch(strict)
+    _intercept_compiler(strict)
     return True
 
 
-def _watch(strict: bool) -> None:
-    global _watched
-    if _watched:
+def _intercept_compiler(strict: bool) -> None:
+    global _intercepted
+    if _intercepted:
         return
     from vllm.compilation import backends
 
@@ -113,7 +113,7 @@ def _watch(strict: bool) -> None:
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(backends, "CompilerManager.compile", compile_range)
-    _watched = True
+    _intercepted = True
 
 
 def _with_stocks_calls(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -47,16 +47,16 @@ class Row:
 
 
 @dataclass
-class Bench:
+class Measurement:
     """A stream of its own, and the works by strategy; "serial" is one of them. A work is called with the number of one of
     `layers` layers and an input of (tokens, hidden).
 
     Two uses::
 
-        with Bench({"serial": ..., "dual": ...}, layers=8, hidden=2048, dtype=torch.bfloat16, device=device) as bench:
-            row = bench.row(64)
+        with Measurement({"serial": ..., "dual": ...}, layers=8, hidden=2048, dtype=torch.bfloat16, device=device) as measurement:
+            row = measurement.row(64)
 
-        rows = bench.rows(sizes, seconds=3.0)
+        rows = measurement.rows(sizes, seconds=3.0)
     """
 
     works: Mapping[str, Work]
@@ -72,7 +72,7 @@ class Bench:
         self._random = torch.Generator(self.device)
         self._random.manual_seed(0)
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Measurement:
         self._keeps_workspaces = _graphs_exist()
         self.stream = streams.unused_stream(self.device) or torch.cuda.Stream(self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -21,7 +21,7 @@ from overlay.report.journal import PatchRecord, journal
 from overlay.report.log import logger
 from overlay.settings import Settings
 from overlay.side_work import lane, measure, ops, plan_file
-from overlay.side_work.measure import Bench, Row
+from overlay.side_work.measure import Measurement, Row
 from overlay.side_work.plan import Plan, SizePlan
 from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL, STRATEGIES
 
@@ -159,15 +159,15 @@ def _measure(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
 
         return run
 
-    with Bench(
+    with Measurement(
         {strategy: work(strategy) for strategy in strategies},
         len(probes),
         first.hidden,
         first.dtype,
         first.device,
         prepare,
-    ) as bench:
-        return bench.rows(sizes, SECONDS_PER_SHAPE)
+    ) as measurement:
+        return measurement.rows(sizes, SECONDS_PER_SHAPE)
 
 
 def run_pair(

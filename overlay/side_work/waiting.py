@@ -64,14 +64,14 @@ class Waiting(Generic[Given, Pair]):
     def adopt(self, layer: Any, name: str, check: Callable[[], tuple[Given, dict[str, Any]]]) -> None:
         """Take a layer that has just been made, or leave it stock. Only strict lets an exception out.
 
-        `check` gives what the pair will be made of, beside what the journal shows; it raises Refused for a layer that stays
+        `check` gives what the pair will be made of, beside what the journal shows; it raises StaysStock for a layer that stays
         stock.
         """
 
         def checked() -> tuple[Given, dict[str, Any]]:
             try:
                 return check()
-            except adoption.Refused:
+            except adoption.StaysStock:
                 raise
             except Exception:
                 self._unexpected = True

@@ -21,7 +21,7 @@ from overlay.patches.registry import judge
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings
 from overlay.side_work import adoption
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 
 from .released import tree
 
@@ -343,7 +343,7 @@ def test_multiproc_takes_the_output_of_the_rank_that_is_adopted(
         runner = types.SimpleNamespace(
             use_async_scheduling=False, async_output_copy_stream=None, parallel_config=parallel
         )
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(StaysStock):
             adopted.append((pooling.executor_of(runner), rank))
     assert adopted == [("mp", namespace["_get_output_rank"](executor))]
 

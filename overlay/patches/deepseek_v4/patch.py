@@ -16,7 +16,7 @@ from vllm.config import get_current_vllm_config
 
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings
-from overlay.side_work.adoption import Refused, adopt, check_registered, inert_without_cuda, refuse_modes
+from overlay.side_work.adoption import StaysStock, adopt, check_registered, inert_without_cuda, refuse_modes
 from overlay.side_work.gemms import gemm_of
 from overlay.side_work.plan import PASS_THROUGH, Plan
 from overlay.side_work.streams import ParallelRegion
@@ -232,20 +232,20 @@ def make_stage(
 ) -> tuple[InputGemms, dict[str, int]]:
     """The stage of a freshly made layer, and its sizes for the journal: columns of each GEMM.
 
-    Raises Refused with the reason where the layer must stay stock, and ValueError where its sizes do not agree.
+    Raises StaysStock with the reason where the layer must stay stock, and ValueError where its sizes do not agree.
     """
     config = get_current_vllm_config()
     compressor, indexer = layer.compressor, layer.indexer
     if compressor is None:
-        raise Refused("no compressor: fused_wqa_wkv is the only input GEMM")
+        raise StaysStock("no compressor: fused_wqa_wkv is the only input GEMM")
     check_registered(layer, layer.layer_name, config)
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     compressors = [compressor] if indexer is None else [compressor, indexer.compressor]
     if indexer is not None and type(indexer) is not module.DeepseekV4Indexer:
-        raise Refused(f"its indexer is a {type(indexer).__qualname__} of {type(indexer).__module__}")
+        raise StaysStock(f"its indexer is a {type(indexer).__qualname__} of {type(indexer).__module__}")
     for part in compressors:
         if type(part) is not module.DeepseekCompressor:
-            raise Refused(f"its compressor is a {type(part).__qualname__} of {type(part).__module__}")
+            raise StaysStock(f"its compressor is a {type(part).__qualname__} of {type(part).__module__}")
     sizes = {"qr_kv": layer.fused_wqa_wkv.output_size_per_partition}  # not sharded: whole on every rank
     if sizes["qr_kv"] != layer.q_lora_rank + layer.head_dim:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 from overlay.side_work.declaration import TwoLinears
 
 
@@ -16,9 +16,9 @@ def sizes_by_heads(layer: Any) -> dict[str, int]:
 
 
 def check(layer: Any) -> None:
-    """Raise Refused where vLLM 0.19 and 0.20 have made other projections."""
+    """Raise StaysStock where vLLM 0.19 and 0.20 have made other projections."""
     if not hasattr(layer, "in_proj_qkvz"):
-        raise Refused("the projections are split for LoRA")
+        raise StaysStock("the projections are split for LoRA")
 
 
 PROJECTIONS = TwoLinears(

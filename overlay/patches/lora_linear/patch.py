@@ -25,7 +25,7 @@ from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
 from overlay.side_work import adoption, lane, lowering, ops
-from overlay.side_work.adoption import Refused, refuse_modes
+from overlay.side_work.adoption import StaysStock, refuse_modes
 from overlay.side_work.gemms import check_beside, gate_of
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import PAIR, Waiting
@@ -85,7 +85,7 @@ class AddsNothing:
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """`base` is the layer without its adapters, for upstream's `apply`; `gate` names the base layer's parameter that its GEMM
     reads. Without a gate, on a CPU, the shrink runs serially before the base layer."""
 
@@ -132,13 +132,13 @@ def overlap_adapters(original: Apply) -> Apply:
 
 
 def take_over_shrink(wrapper: Any) -> None:
-    """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Raises Refused where that is not so."""
+    """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Raises StaysStock where that is not so."""
     known = getattr(type(wrapper).add_shrink, "__globals__", {})
     found, stock = known.get(SHRINK), getattr(torch.ops.vllm, SHRINK, None)
     if found is lora_shrink:
         return
     if found is None or found is not stock or not hasattr(wrapper, "token_mapping_meta"):
-        raise Refused(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
+        raise StaysStock(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
     define_start(found)
     known[SHRINK] = lora_shrink
 
@@ -162,16 +162,16 @@ def without_adapters(layer: Any) -> Any:
 
 
 def check_engine(layer: Any) -> None:
-    """Raise Refused where all LoRA layers of an engine stay stock: on one rank as on all others."""
+    """Raise StaysStock where all LoRA layers of an engine stay stock: on one rank as on all others."""
     config = get_current_vllm_config()
     if layer.lora_config.fully_sharded_loras:
-        raise Refused(FULLY_SHARDED)
+        raise StaysStock(FULLY_SHARDED)
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     lowering.refuse_without_graphs(layer.lora_a_stacked[0].device, config)
 
 
 def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
-    """Raise Refused for a class that goes another way than through an intercepted `apply` and upstream's helpers."""
+    """Raise StaysStock for a class that goes another way than through an intercepted `apply` and upstream's helpers."""
     classes = layer_class.__mro__
     linear_class = next(target for target in classes if target.__name__ == BASE[1])
     helpers = {name for name in linear_class.__dict__ if name.startswith("_") and not name.startswith("__")}
@@ -179,33 +179,33 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
     for number, owner in enumerate(classes[: classes.index(linear_class)]):
         own = owner.__dict__.get("apply") if number < first else None
         if own is not None and not (isinstance(own, FunctionType) and {"super", "apply"} <= set(own.__code__.co_names)):
-            raise Refused(f"{owner.__name__} has an apply of its own")
+            raise StaysStock(f"{owner.__name__} has an apply of its own")
         changed = sorted(helpers & set(owner.__dict__))
         if changed:
-            raise Refused(f"{owner.__name__} has {', '.join(changed)} of its own")
+            raise StaysStock(f"{owner.__name__} has {', '.join(changed)} of its own")
 
 
-def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str, Any]]:
-    """The pair of a layer that has its weights, and what the journal shows. Raises Refused where it must stay stock."""
+def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[LoraPair, dict[str, Any]]:
+    """The pair of a layer that has its weights, and what the journal shows. Raises StaysStock where it must stay stock."""
     check_class(type(layer), intercepted)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
-        raise Refused(f"{type(base).__name__} has a forward of its own")
+        raise StaysStock(f"{type(base).__name__} has a forward of its own")
     check_beside(base)
     columns = getattr(base, "output_size_per_partition", base.output_size)
     found = sum(layer.output_slices)
     if found != columns:
-        raise Refused(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
+        raise StaysStock(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
     gate: str | None = gate_of(base)
     if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
         take_over_shrink(layer.punica_wrapper)
     else:
         gate = None
     shown = {"output": found, "slices": len(layer.output_slices), "class": type(layer).__name__}
-    return Pair(without_adapters(layer), gate), shown
+    return LoraPair(without_adapters(layer), gate), shown
 
 
-def decide(layers: Sequence[tuple[Any, Pair]], _worker: Any) -> list[Pair]:
+def decide(layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
     """The pairs of a loaded model's layers, once the lane of their device is ready."""
     on_gpu = [layer.lora_a_stacked[0].device for layer, _ in layers if layer.lora_a_stacked[0].is_cuda]
     for device in on_gpu[:1]:
@@ -230,7 +230,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     ancestor: Any = class_at(module, ".".join(ANCESTOR))
     targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
     record = journal.patch(NAME)
-    waiting: Waiting[Pair, Pair] = Waiting(NAME, verdict, record, settings, decide)
+    waiting: Waiting[LoraPair, LoraPair] = Waiting(NAME, verdict, record, settings, decide)
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
@@ -238,7 +238,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
             return
         name = getattr(layer.base_layer, "prefix", type(layer).__name__)
 
-        def check() -> tuple[Pair, dict[str, Any]]:
+        def check() -> tuple[LoraPair, dict[str, Any]]:
             check_engine(layer)
             return make_pair(layer, targets)
 

@@ -12,7 +12,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from overlay.report.journal import journal
 from overlay.settings import Settings
-from overlay.side_work.adoption import Refused, adopt, inert_without_cuda
+from overlay.side_work.adoption import StaysStock, adopt, inert_without_cuda
 from overlay.verdict import Verdict
 
 NAME = "pooling"
@@ -24,24 +24,24 @@ ADOPTED = "_overlay_gives_asynchronous_output"
 
 
 def executor_of(runner: Any) -> str:
-    """The name of the executor that will ask this runner's output for its result at once. Raises Refused if none does.
+    """The name of the executor that will ask this runner's output for its result at once. Raises StaysStock if none does.
 
     Raises AttributeError where the runner lacks what the patch flips or fills.
     """
     if {"use_async_scheduling", "async_output_copy_stream"} - set(vars(runner)):
         raise AttributeError("the runner has no flag or no copy stream of its own")
     if runner.use_async_scheduling:
-        raise Refused("async scheduling is on: vLLM gives the asynchronous output itself")
+        raise StaysStock("async scheduling is on: vLLM gives the asynchronous output itself")
     parallel = runner.parallel_config
     executor = parallel.distributed_executor_backend
     if executor not in EXECUTORS:
-        raise Refused(f"executor {executor!r} is not known to take an asynchronous output")
+        raise StaysStock(f"executor {executor!r} is not known to take an asynchronous output")
     ranks_of_a_stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
     first_of_the_last_stage = parallel.world_size - ranks_of_a_stage
     if parallel.pipeline_parallel_size > 1 and parallel.rank < first_of_the_last_stage:
-        raise Refused("the pooler runs in another pipeline stage")
+        raise StaysStock("the pooler runs in another pipeline stage")
     if executor == "mp" and parallel.rank != first_of_the_last_stage:
-        raise Refused("the executor takes another rank's output, and nothing would wait for this one's")
+        raise StaysStock("the executor takes another rank's output, and nothing would wait for this one's")
     return str(executor)
 
 

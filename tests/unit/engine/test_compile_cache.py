@@ -96,7 +96,7 @@ def test_which_layers_stay_stock_counts(entries: Entries) -> None:
     assert note(1, stock=False) == all_patched
 
 
-@pytest.mark.parametrize("fault", [adoption.Refused("known"), ValueError("unknown"), None], ids=repr)
+@pytest.mark.parametrize("fault", [adoption.StaysStock("known"), ValueError("unknown"), None], ids=repr)
 def test_the_key_follows_what_becomes_of_a_layer(
     fault: Exception | None, entries: Entries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +121,9 @@ def test_every_layer_stays_stock_where_ranks_may_join_that_nobody_has_compared(e
         parallel_config=types.SimpleNamespace(use_ubatching=False, enable_elastic_ep=elastic),
         compilation_config=types.SimpleNamespace(cache_dir=""),
     )
-    with pytest.raises(adoption.Refused, match="elastic expert parallelism") if elastic else contextlib.nullcontext():
+    with (
+        pytest.raises(adoption.StaysStock, match="elastic expert parallelism") if elastic else contextlib.nullcontext()
+    ):
         adoption.refuse_modes(config, batch_invariant=False)
 
 
@@ -132,7 +134,7 @@ def test_every_layer_stays_stock_where_the_user_has_named_the_folder_of_graphs(f
         parallel_config=types.SimpleNamespace(use_ubatching=False),
         compilation_config=types.SimpleNamespace(cache_dir=folder),
     )
-    with pytest.raises(adoption.Refused, match="cache_dir is set") if folder else contextlib.nullcontext():
+    with pytest.raises(adoption.StaysStock, match="cache_dir is set") if folder else contextlib.nullcontext():
         adoption.refuse_modes(config, batch_invariant=False)
 
 

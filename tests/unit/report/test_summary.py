@@ -43,9 +43,7 @@ def journal_of(**patches: PatchRecord) -> Journal:
 
 
 def test_a_worker_sums_up_all_patches_with_proof(caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path) -> None:
-    calls = Calls(
-        fake=2, dual_stream=22, serial={"above the token threshold": 6, "not capturing a CUDA graph": 3}
-    )
+    calls = Calls(fake=2, dual_stream=22, serial={"above the token threshold": 6, "not capturing a CUDA graph": 3})
     gdn = PatchRecord("apply", "one after the other", patched=layers(9), calls=calls)
     gdn.refused = {"layer.9": "batch-invariant mode", "layer.10": "batch-invariant mode"}
     journal = journal_of(

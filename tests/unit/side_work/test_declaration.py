@@ -18,7 +18,7 @@ from overlay.engine import compile_cache, loaded  # noqa: E402
 from overlay.report.journal import Journal, PatchRecord  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
 from overlay.side_work import adoption, declaration, lowering, ops, pairs, waiting  # noqa: E402
-from overlay.side_work.adoption import Refused  # noqa: E402
+from overlay.side_work.adoption import StaysStock  # noqa: E402
 from overlay.side_work.declaration import TwoLinears  # noqa: E402
 from overlay.side_work.gemms import ADAPTERS  # noqa: E402
 from overlay.side_work.lowering import NO_CAPTURE  # noqa: E402
@@ -85,10 +85,10 @@ def test_a_layer_that_fits_has_its_shard_sizes_whatever_main_is(current: Any, ma
 def test_the_modes_that_no_fork_is_safe_in_are_refused(current: Any) -> None:
     layer = complete_layer()
     current(configuration(layer, micro_batching=True))
-    with pytest.raises(Refused, match="micro-batching"):
+    with pytest.raises(StaysStock, match="micro-batching"):
         DECLARED.check_new(layer)
     current(configuration(layer), batch_invariant=True)
-    with pytest.raises(Refused, match="batch-invariant"):
+    with pytest.raises(StaysStock, match="batch-invariant"):
         DECLARED.check_new(layer)
 
 
@@ -97,7 +97,7 @@ def test_a_layer_that_an_op_could_not_find_is_refused(current: Any) -> None:
     config = configuration(layer)
     config.compilation_config.static_forward_context[layer.prefix] = object()
     current(config)
-    with pytest.raises(Refused, match="not registered"):
+    with pytest.raises(StaysStock, match="not registered"):
         DECLARED.check_new(layer)
 
 
@@ -105,7 +105,7 @@ def test_a_quantized_side_is_refused(current: Any) -> None:
     layer = complete_layer()
     layer.in_proj_ba.quant_method = method_named("Fp8LinearMethod")
     current(configuration(layer))
-    with pytest.raises(Refused, match="Fp8LinearMethod is not on the allowlist"):
+    with pytest.raises(StaysStock, match="Fp8LinearMethod is not on the allowlist"):
         DECLARED.check_new(layer)
 
 
@@ -347,7 +347,7 @@ def test_a_layer_whose_side_is_more_than_its_gemm_is_refused(name: str) -> None:
     layer = loaded_layer()
     spoil, reason = SPOILED[name]
     spoil(layer)
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(StaysStock, match=reason):
         DECLARED.pair_of(layer, configuration(layer), {"qkvz": 48, "ba": 6})
 
 
@@ -364,14 +364,14 @@ def test_a_side_that_is_called_needs_a_main_that_reads_its_input_as_it_is(activa
     """Beside any other main the side has to be torch's GEMM: Inductor would round main's input otherwise than in stock."""
     layer, sizes = loaded_layer(), {"qkvz": 48, "ba": 6}
     layer.in_proj_ba.quant_method = method_named("GPTQMarlinLinearMethod", kernel=marlin(OwnWorkspace))
-    with pytest.raises(Refused, match="Fp8LinearMethod may quantize its input"):
+    with pytest.raises(StaysStock, match="Fp8LinearMethod may quantize its input"):
         DECLARED.pair_of(layer, configuration(layer), sizes)
     kernel = type("MacheteLinearKernel", (type("MPLinearKernel", (), {}),), {"config": namespace(act_type=activations)})
     layer.in_proj_qkvz.quant_method = method_named("GPTQMarlinLinearMethod", kernel=kernel())
     if activations.itemsize == 2:
         assert not DECLARED.pair_of(layer, configuration(layer), sizes).plain
     else:
-        with pytest.raises(Refused, match="MacheteLinearKernel may quantize its input"):
+        with pytest.raises(StaysStock, match="MacheteLinearKernel may quantize its input"):
             DECLARED.pair_of(layer, configuration(layer), sizes)
 
 
@@ -383,7 +383,7 @@ def test_on_a_gpu_without_graphs_there_is_nothing_to_overlap(monkeypatch: pytest
     )
     cuda = namespace(device=namespace(type="cuda"))
     monkeypatch.setattr(layer.in_proj_ba, "parameters", lambda: iter([cuda]))
-    with pytest.raises(Refused, match=NO_CAPTURE):
+    with pytest.raises(StaysStock, match=NO_CAPTURE):
         DECLARED.pair_of(layer, without, {"qkvz": 48, "ba": 6})
 
 
@@ -578,7 +578,7 @@ def test_a_layer_waits_from_its_making_to_the_end_of_loading(
 
     def check(_: TwoLinears, layer: Any) -> dict[str, int]:
         if layer.prefix == "b":
-            raise Refused("not this one")
+            raise StaysStock("not this one")
         return SIZES
 
     monkeypatch.setattr(TwoLinears, "check_new", check)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("vllm")
 
 from overlay.side_work import gemms
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 from overlay.side_work.gemms import gemm_of
 from tests.unit.linears import OwnWorkspace, SharedWorkspace, linear, marlin, method_named, unquantized
 
@@ -35,7 +35,7 @@ def test_marlin_without_a_workspace_of_its_own_needs_locks_that_belong_to_a_stre
     if by_stream:
         assert gemm_of(shared) == "AutoGPTQLinearMethod with MarlinLinearKernel"
     else:
-        with pytest.raises(Refused, match="shares one workspace"):
+        with pytest.raises(StaysStock, match="shares one workspace"):
             gemm_of(shared)
 
 
@@ -56,7 +56,7 @@ def cuda_flashinfer_bf16_gemm() -> None: ...
     ],
 )
 def test_every_other_side_is_refused_by_name(method: Any, reason: str) -> None:
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(StaysStock, match=reason):
         gemm_of(linear(8, method))
 
 
@@ -84,5 +84,5 @@ def test_a_gemm_that_its_method_does_not_hold_is_what_vllm_dispatches_to(monkeyp
     monkeypatch.setattr(gemms, "dispatch_unquantized_gemm", lambda: unquantized()._gemm_impl)
     assert gemm_of(side) == gemms.TORCH_GEMM
     monkeypatch.setattr(gemms, "dispatch_unquantized_gemm", lambda: cuda_flashinfer_bf16_gemm)
-    with pytest.raises(Refused, match="cuda_flashinfer_bf16_gemm"):
+    with pytest.raises(StaysStock, match="cuda_flashinfer_bf16_gemm"):
         gemm_of(side)

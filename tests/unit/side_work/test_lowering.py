@@ -93,7 +93,7 @@ def kernels_of_a_gpu() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def watched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test wraps vLLM's compilation itself, and leaves it as it was."""
-    monkeypatch.setattr(lowering, "_watched", False)
+    monkeypatch.setattr(lowering, "_intercepted", False)
     monkeypatch.setattr(backends.CompilerManager, "compile", backends.CompilerManager.compile)
 
 
@@ -315,7 +315,7 @@ def test_no_range_of_one_size_comes_about(captured: list[int], endpoints: list[i
     config.cudagraph_capture_sizes, config.compile_ranges_endpoints = captured, sorted(endpoints)
     before = config.get_compile_ranges()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "_watch", lambda strict: None)
+        patch.setattr(lowering, "_intercept_compiler", lambda strict: None)
         assert split(config, strict=False, mode=CUDAGraphMode.FULL)
     after = config.get_compile_ranges()
     assert [one for one in after if one.is_single_size()] == [one for one in before if one.is_single_size()]

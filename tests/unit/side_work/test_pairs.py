@@ -193,11 +193,11 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
     """Serial beside all that a pair can do, on layers whose weights are another each, enough of them for a cold cache."""
     asked: list[Any] = []
 
-    class Bench:
+    class Measurement:
         def __init__(self, works: Any, count: int, *given: Any) -> None:
             asked.append((dict(works), count, given))
 
-        def __enter__(self) -> Bench:
+        def __enter__(self) -> Measurement:
             return self
 
         def __exit__(self, *_: object) -> None: ...
@@ -209,7 +209,7 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
         assert (weight_bytes, available) == ((24 + 8) * 16 * 4, 3)
         return 2
 
-    monkeypatch.setattr(pairs, "Bench", Bench)
+    monkeypatch.setattr(pairs, "Measurement", Measurement)
     monkeypatch.setattr(pairs.measure, "layers_for", two_layers)
     with fake_cuda() as cuda:
         if not has_lane:

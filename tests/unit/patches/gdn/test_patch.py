@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from overlay.patches.gdn import patch as gdn
 from overlay.side_work import declaration
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 from tests.unit.linears import linear
 
 
@@ -67,5 +67,5 @@ def test_the_split_projections_of_lora_are_refused(monkeypatch: pytest.MonkeyPat
     layer = heads(16, 32, 128, 2)
     gdn.check(layer)
     del layer.in_proj_qkvz
-    with pytest.raises(Refused, match="split for LoRA"):
+    with pytest.raises(StaysStock, match="split for LoRA"):
         gdn.PROJECTIONS.check_new(layer)
