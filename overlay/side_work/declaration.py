@@ -10,7 +10,6 @@ layers it does not apply. Its verdict names the class and the methods. The rest 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,28 +26,24 @@ from overlay.side_work import adoption, gemms, lowering, ops, pairs
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.pairs import Pair
 from overlay.side_work.plan import Plan
+from overlay.side_work.stand_in import StandIn, with_stand_in
 from overlay.side_work.waiting import PAIR, Waiting
 from overlay.verdict import Verdict
 
 
-class StandIn:
-    """Stand-in for `self` in upstream's method: the real layer, but for main and side.
+class Projections(StandIn):
+    """The layer, but for main and side. Whichever is called first starts the side.
 
-    A plain class, because Dynamo traces through it (it does not trace wrapt.ObjectProxy or SimpleNamespace). Each patch has
-    a subclass, in which `_call_main` and `_call_side` have the names of its linears. Whichever is called first starts the
-    side.
+    Each patch has a subclass, in which `_call_main` and `_call_side` have the names of its linears.
     """
 
     MAIN: ClassVar[str]
     SIDE: ClassVar[str]
 
     def __init__(self, layer: torch.nn.Module, pair: Pair) -> None:
-        self._layer = layer
+        super().__init__(layer)
         self._pair = pair
         self._result_of_side: torch.Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
     def _start(self, x: torch.Tensor) -> torch.Tensor:
         if self._result_of_side is None:
@@ -73,10 +68,6 @@ class StandIn:
         return self._start(x), None
 
 
-def _applies(_layer: Any) -> None:
-    """The patch applies to every layer of the class."""
-
-
 @dataclass(frozen=True)
 class TwoLinears:
     """What a patch declares.
@@ -92,7 +83,7 @@ class TwoLinears:
     side: str
     sizes_by_heads: Callable[[Any], Mapping[str, int]]
     token_threshold: int
-    check: Callable[[Any], None] = _applies
+    check: Callable[[Any], None] = lambda _: None
 
     def sizes(self, layer: Any) -> dict[str, int]:
         """The columns of both linears per shard, by the names that the journal shows; main's first.
@@ -135,21 +126,17 @@ class TwoLinears:
         kinds = gemms.main_kind(main), kind
         return Pair(layer.prefix, main, side, main_columns, columns, *kinds, gemms.gate_of(main), plain)
 
-    def with_stand_in(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A plain function to set on the class in the place of `original`.
-
-        Plain, because Dynamo drops a wrapt wrapper from what it traces, without a word (torch 2.11).
-        """
+    def intercept(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A plain function to set on the class in the place of `original`."""
         names = {"MAIN": self.main, "SIDE": self.side}
-        calls = {self.main: StandIn._call_main, self.side: StandIn._call_side}
-        stand_in = type("StandIn", (StandIn,), names | calls)
+        calls = {self.main: Projections._call_main, self.side: Projections._call_side}
+        kind = type("Projections", (Projections,), names | calls)
 
-        @functools.wraps(original)
-        def method(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            pair = getattr(self, PAIR, None)
-            return original(self if pair is None else stand_in(self, pair), *args, **kwargs)
+        def make(layer: Any) -> Any:
+            pair = getattr(layer, PAIR, None)
+            return layer if pair is None else kind(layer, pair)
 
-        return method
+        return with_stand_in(original, make)
 
     def waiting(self, verdict: Verdict, settings: Settings) -> Waiting[dict[str, int], Pair]:
         """Where new layers wait for their model to be loaded."""
@@ -184,7 +171,7 @@ class TwoLinears:
 
         waiting.begin()
         for name, original in originals.items():
-            setattr(target, name, self.with_stand_in(original))
+            setattr(target, name, self.intercept(original))
         # Last, because everything before it changes nothing for a layer without a pair.
         wrapt.wrap_function_wrapper(target, "__init__", after_init)
         return verdict

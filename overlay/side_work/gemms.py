@@ -1,8 +1,8 @@
 """Which linears may be side work, and what a main linear is called in a plan.
 
-Main may be anything beside a side that is torch's GEMM: vLLM runs it as always. Another side needs a main that reads its input as it
-is (`check_beside`). Side runs at the same time, so its kernel must share no memory with main's. Two
-quantized GEMMs can share scratch memory, so this is an allowlist:
+Beside a side that is torch's GEMM main may be anything: vLLM runs it as always. Any other side needs a main that reads its input
+as it is (`check_beside`). The two run at the same time, so their kernels must share no memory. Two quantized GEMMs can share
+scratch memory, so the kernels of a side are an allowlist:
 
 * torch's own GEMM of an unquantized weight. cuBLAS has a workspace per handle and stream.
 * Marlin. Its locks belong to the layer (up to vLLM 0.30) or to the current stream (`get_marlin_workspace`, from 0.31 on).

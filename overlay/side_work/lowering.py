@@ -1,16 +1,15 @@
 """Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for.
 
-Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece, and where the host is
-the limit an op that is written in Python makes the first token wait for it, layer by layer. There is nothing to gain there:
-outside a CUDA graph the op is serial.
+Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece. Where the host is the
+limit, an op that is written in Python delays the first token in each layer. It gains nothing: outside a CUDA graph it is serial.
 
 Cause: vLLM traces once, and one compiled graph serves every number of tokens.
 
-Fix: vLLM compiles a graph per range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on). The
-largest captured size becomes one, unless the model's hidden size is above WIDEST_ROW. When a range above it is compiled, each op that a patch has registered here is replaced by
-stock's calls first, on a copy of the graph that Dynamo traced, so that everything behind it (Inductor, vLLM's passes and
-caches) sees what it sees in stock. It costs a second pass through Inductor at a cold start; a warm one finds both ranges in
-vLLM's cache.
+Fix: vLLM compiles one graph for each range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on).
+The largest captured size becomes an endpoint, unless the model's hidden size is above WIDEST_ROW. Before the range above it is
+compiled, stock's calls take the place of each op that is registered here, in a copy of the graph that Dynamo traced. So
+everything behind it (Inductor, vLLM's passes and caches) sees what it sees in stock. A cold start pays for a second pass through
+Inductor; a warm one finds both ranges in vLLM's cache.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
 NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
-#: The largest hidden size whose norms Inductor adds up in one order. Above it has two block sizes for a norm, and times both at the
-#: kernel's first launch (`add_persistent_rblock`, torch 2.13 and 2.14). In stock that is a step of the largest number of tokens.
-#: A graph for the captured sizes alone has its first launch at those, so it can choose otherwise, and then its bits are not stock's
-#: (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
+#: The largest hidden size for which Inductor adds up a norm in one order only. Above it Inductor has two block sizes for a norm, and
+#: times both at the kernel's first launch (`add_persistent_rblock`, torch 2.13 and 2.14). In stock that launch has the largest
+#: number of tokens. In a graph for the captured sizes alone it has one of those, so Inductor can choose the other block size, and
+#: then the bits are not stock's (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
 WIDEST_ROW = 2048
 
 _lowered: dict[str, Lower] = {}

@@ -1,11 +1,11 @@
 """Which strategy is fastest here: measured on this GPU, in CUDA graphs, on the model's own layers.
 
-Several layers stand in one graph, so that each finds the L2 cache as cold as in a step. Of what main does the GEMM alone is
-measured (`gemm_that_reads`): in a compiled step the quantization of its input is often part of the kernel before. Strategies take turns, replay by
-replay; medians are compared. The fastest wins if it is at least 1 % faster than serial.
+One graph holds several layers, so each finds the L2 cache as cold as in a step. Of main only the GEMM is measured
+(`gemm_that_reads`): in a compiled step the kernel before often quantizes its input. The strategies take turns, replay by replay,
+and their medians are compared. The fastest wins if it is at least 1 % faster than serial.
 
-What it costs: memory for the results of a few GEMMs, freed at the end together with its stream and (unless the process has
-CUDA graphs already) the libraries' work space on it; no number of torch's random generators.
+A measurement takes memory for the results of a few GEMMs. At the end it frees that, its stream, and the libraries' work space on
+this stream (unless the process has CUDA graphs already). It takes no number from torch's random generators.
 """
 
 from __future__ import annotations

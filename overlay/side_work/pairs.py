@@ -1,8 +1,8 @@
-"""When the pairs of a loaded model fork: measured on the loaded layers, read from disk, or fixed by the setting.
+"""Main and side of a layer, and at which sizes they fork: measured on the loaded layers, read from disk, or set.
 
 A plan is a choice at run time. It shapes no graph, no memory and no key of a cache, so it may follow the noise of a
-measurement. Layers of one shape and one kind of main share a plan. The ranks of a tensor-parallel group need not agree: every
-strategy has the same bits, and each rank measures for itself.
+measurement. Layers of one shape and one kind of main share a plan. Each rank measures for itself: every strategy has the same
+bits, so the ranks of a tensor-parallel group need not agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from overlay.engine import compile_cache
 from overlay.report.journal import PatchRecord, journal
 from overlay.report.log import logger
 from overlay.settings import Settings
-from overlay.side_work import lane, measure, ops, plan_file
+from overlay.side_work import lane, lowering, measure, ops, plan_file
 from overlay.side_work.measure import Measurement, Row
 from overlay.side_work.plan import Plan, SizePlan
 from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL, STRATEGIES
@@ -198,18 +198,13 @@ def captured_sizes(config: Any, settings: Settings) -> list[int]:
     are among them.
     """
     compilation = config.compilation_config
-    if _mode(config) == "NONE":
+    if not lowering.captures(compilation):
         return []
-    sizes = {int(size) for size in compilation.cudagraph_capture_sizes or []}
+    sizes = {int(size) for size in compilation.cudagraph_capture_sizes}
     per_request = 1 + (getattr(getattr(config, "speculative_config", None), "num_speculative_tokens", None) or 0)
     sizes |= {rounded for size in sizes if (rounded := -(-size // per_request) * per_request) <= max(sizes)}
     limit = settings.token_threshold
     return sorted(size for size in sizes if limit is None or size <= limit)
-
-
-def _mode(config: Any) -> str:
-    """The name of vLLM's CUDAGraphMode."""
-    return getattr(config.compilation_config.cudagraph_mode, "name", "")
 
 
 def _weight_bytes(pair: Pair) -> int:

@@ -1,7 +1,7 @@
-"""The layers that a patch has adopted and that wait for their model to be loaded: then each gets its pair, or stays stock.
+"""The layers that a patch has adopted wait until their model has been loaded. Then each gets its pair, or stays stock.
 
-A pair is made late because its kernels and weights are final only then: loading quantizes and repacks. It is made before vLLM
-sizes its KV cache and traces, so what it allocates is counted, and what it shapes is in the compile cache's key.
+A pair is made that late because loading quantizes and repacks: only then are kernels and weights final. It is made before vLLM
+sizes its KV cache and traces, so vLLM counts what it allocates, and what it shapes is in the compile cache's key.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class HasShape(Protocol):
 
 Given = TypeVar("Given")
 Pair = TypeVar("Pair", bound=HasShape)
-#: What a patch makes of the layers of one model, in their order: a pair, or the reason why a layer stays stock. Gets each layer
-#: with what adopting it gave, and vLLM's worker.
+#: Gets the layers of one model, each with what adopting it gave, and vLLM's worker. Gives for each, in this order, its pair or
+#: the reason why it stays stock.
 Make = Callable[[Sequence[tuple[Any, Given]], Any], Sequence[Pair | str]]
 
 
@@ -93,8 +93,8 @@ class Waiting(Generic[Given, Pair]):
         compilation = worker.vllm_config.compilation_config
         found: Sequence[Pair | str]
         try:
-            # A rank with other ranges would run other warm-up steps, and the others would wait. What is refused is so on all
-            # of them; an error may be one rank's own.
+            # All ranks need the same ranges: others would be other warm-up steps, and ranks would wait for each other. Every
+            # rank refuses the same layers, but an error may be one rank's own. So several ranks split before they know.
             several = getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1
             if several:
                 self._split_ranges(worker)

@@ -346,7 +346,7 @@ def intercept(patch: types.ModuleType, released: type[LayerBase]) -> None:
     for name in ("forward", "forward_cuda", "forward_hip", "forward_cpu"):
         method = released.__dict__.get(name)
         if method is not None and {"in_proj_qkvz", "in_proj_ba"} <= set(method.__code__.co_names):
-            setattr(released, name, patch.PROJECTIONS.with_stand_in(released.__dict__[name]))
+            setattr(released, name, patch.PROJECTIONS.intercept(released.__dict__[name]))
 
 
 def attach(patch: types.ModuleType, layer: LayerBase, plain: bool = False) -> Any:

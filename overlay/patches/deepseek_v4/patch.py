@@ -19,6 +19,7 @@ from overlay.settings import Settings
 from overlay.side_work.adoption import StaysStock, adopt, check_registered, inert_without_cuda, refuse_modes
 from overlay.side_work.gemms import gemm_of
 from overlay.side_work.plan import PASS_THROUGH, Plan
+from overlay.side_work.stand_in import StandIn, with_stand_in
 from overlay.side_work.streams import ParallelRegion
 from overlay.verdict import Verdict
 from overlay.vocabulary import DRIFTED
@@ -176,38 +177,25 @@ def answering_gemm(handover: Handover, compute: Gemm) -> Gemm:
     return gemm
 
 
-class TracedView:
-    """Stand-in for `self` in upstream's traced forward: the real layer, but without its one GEMM.
+class WithoutItsGemm(StandIn):
+    """Stand-in for `self` in upstream's traced forward. Its one GEMM gives a placeholder.
 
-    A plain class, because Dynamo traces through it. The placeholder has no rows and so no memory, and vLLM's CUDA graph
-    wrapper leaves it alone (it looks at tensors with elements only).
+    The placeholder has no rows and so no memory, and vLLM's CUDA graph wrapper leaves it alone (it looks at tensors with
+    elements only).
     """
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
     def fused_wqa_wkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
         layer = self._layer
         return hidden_states.new_empty((0, layer.q_lora_rank + layer.head_dim)), None
 
 
-def postpone_projection(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A plain function to set in the place of the traced forward. Plain, because Dynamo drops a wrapt wrapper."""
-
-    @functools.wraps(original)
-    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, STAGE, None) is None:
-            return original(self, *args, **kwargs)
-        return original(TracedView(self), *args, **kwargs)
-
-    return forward
+def postponing(layer: torch.nn.Module) -> Any:
+    """What upstream's traced forward gets for `self`."""
+    return layer if getattr(layer, STAGE, None) is None else WithoutItsGemm(layer)
 
 
 def project_at_once(original: Callable[..., None]) -> Callable[..., None]:
-    """A function to set in the place of attention_impl, which runs inside upstream's op."""
+    """A function to set on the class in the place of `attention_impl`, which upstream's op calls."""
 
     @functools.wraps(original)
     def attention_impl(
@@ -285,7 +273,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
         setattr(layer, STAGE, stage)
 
     setattr(compressors, KV_SCORE_GEMM, answering_gemm(handover, gemm))
-    target.forward = postpone_projection(target.__dict__["forward"])
+    target.forward = with_stand_in(target.__dict__["forward"], postponing)
     target.attention_impl = project_at_once(target.__dict__["attention_impl"])
     # Last, because everything before it changes nothing for a layer without a stage.
     wrapt.wrap_function_wrapper(target, "__init__", after_init)

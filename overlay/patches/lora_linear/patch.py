@@ -13,20 +13,13 @@ import wrapt
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import is_forward_context_available
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
-from overlay.side_work import adoption, lane, lowering, ops
+from overlay.side_work import adoption, gemms, lane, lowering, ops
 from overlay.side_work.adoption import StaysStock, refuse_modes
-from overlay.side_work.gemms import check_beside, gate_of
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import PAIR, Waiting
 from overlay.verdict import Verdict, class_at
@@ -39,7 +32,7 @@ NO_DEVICE = "dual CUDA streams are only supported on CUDA platforms, this is {de
 NO_ADAPTER = "no adapter active in the batch"
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
 #: vLLM's linears. A subclass with a forward of its own may give another shape or type than the adapters are made for.
-LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, ReplicatedLinear)
+LINEARS = (*gemms.LINEARS, QKVParallelLinear, RowParallelLinear)
 
 Apply = Callable[..., torch.Tensor]
 
@@ -86,8 +79,11 @@ class AddsNothing:
 
 @dataclass(frozen=True)
 class LoraPair:
-    """`base` is the layer without its adapters, for upstream's `apply`; `gate` names the base layer's parameter that its GEMM
-    reads. Without a gate, on a CPU, the shrink runs serially before the base layer."""
+    """Main and side of a layer with adapters: its base layer and the shrink.
+
+    `base` is the layer without its adapters, for upstream's `apply`. `gate` names the base layer's parameter that its GEMM reads.
+    Without a gate, on a CPU, the shrink runs serially before the base layer.
+    """
 
     base: torch.nn.Module
     gate: str | None
@@ -191,12 +187,12 @@ def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[LoraPair, dict
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
         raise StaysStock(f"{type(base).__name__} has a forward of its own")
-    check_beside(base)
+    gemms.check_beside(base)
     columns = getattr(base, "output_size_per_partition", base.output_size)
     found = sum(layer.output_slices)
     if found != columns:
         raise StaysStock(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
-    gate: str | None = gate_of(base)
+    gate: str | None = gemms.gate_of(base)
     if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
         take_over_shrink(layer.punica_wrapper)
     else:

@@ -198,7 +198,7 @@ def test_the_stand_in_gives_upstreams_result_and_counts(layer: Layer, record: Pa
     x = torch.randn(5, 16)
     expected = Layer.forward(layer, x)
     layer.order.clear()
-    assert torch.equal(DECLARED.with_stand_in(Layer.forward)(layer, x), expected)
+    assert torch.equal(DECLARED.intercept(Layer.forward)(layer, x), expected)
     assert record.calls.serial == {ops.PASS_THROUGH: 1}
     assert layer.order == (["qkvz"] if plain else ["ba", "qkvz"]), "main is called as always"
 
@@ -216,7 +216,7 @@ def test_start_is_gated_by_mains_weight_and_join_keeps_the_input(
             torch.ops.vllm_overlay, name, lambda *args, op=op, name=name: (given.update({name: args}), op(*args))[1]
         )
     x = torch.randn(5, 16)
-    DECLARED.with_stand_in(Layer.forward)(layer, x)
+    DECLARED.intercept(Layer.forward)(layer, x)
     main, side, name = layer.in_proj_qkvz.weight, layer.in_proj_ba.weight, pair_of(layer, plain).name
     assert list(given) == ["start" if plain else "start_layer", "join"]
     if plain:
@@ -231,7 +231,7 @@ def test_start_is_gated_by_mains_weight_and_join_keeps_the_input(
 def test_a_layer_without_a_pair_runs_stock(layer: Layer, record: PatchRecord) -> None:
     setattr(layer, PAIR, None)
     x = torch.randn(5, 16)
-    assert torch.equal(DECLARED.with_stand_in(Layer.forward)(layer, x), Layer.forward(layer, x))
+    assert torch.equal(DECLARED.intercept(Layer.forward)(layer, x), Layer.forward(layer, x))
     assert record.calls.total() == 0
 
 
@@ -241,7 +241,7 @@ def test_an_op_without_a_plan_gives_the_right_result(layer: Layer, plain: bool) 
     setattr(layer, PAIR, pair_of(layer, plain))
     x = torch.randn(5, 16)
     assert ops.pairs == {} or pair_of(layer, plain).name not in ops.pairs
-    assert torch.equal(DECLARED.with_stand_in(Layer.forward)(layer, x), Layer.forward(layer, x))
+    assert torch.equal(DECLARED.intercept(Layer.forward)(layer, x), Layer.forward(layer, x))
 
 
 @either
@@ -255,7 +255,7 @@ def test_it_compiles_into_one_graph(layer: Layer, record: PatchRecord, backend: 
         return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(DECLARED.with_stand_in(Layer.forward), backend=keep, fullgraph=True, dynamic=True)
+    compiled = torch.compile(DECLARED.intercept(Layer.forward), backend=keep, fullgraph=True, dynamic=True)
     x = torch.randn(5, 16)
     with torch.no_grad():
         assert torch.equal(compiled(layer, x), Layer.forward(layer, x))

@@ -150,7 +150,7 @@ class Compiled:
             config.compilation_config.static_forward_context[layer.prefix] = layer
             if record is not None:
                 setattr(layer, PAIR, pair_of(layer, plain))
-                layer.forward = types.MethodType(DECLARED.with_stand_in(Layer.forward), layer)
+                layer.forward = types.MethodType(DECLARED.intercept(Layer.forward), layer)
 
     def __call__(self, tokens: int) -> torch.Tensor:
         inputs = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
