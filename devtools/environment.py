@@ -261,7 +261,9 @@ def ensure() -> str:
         expected = fingerprint()
         if not (stamp.exists() and stamp.read_text(encoding="utf-8") == expected and Path(python).exists()):
             if VENV.is_symlink():  # it is another checkout's, whose own scripts would then point here
-                raise SetupError(f"{VENV} is a link to {VENV.resolve()}, and not made for this checkout: remove the link")
+                raise SetupError(
+                    f"{VENV} is a link to {VENV.resolve()}, and not made for this checkout: remove the link"
+                )
             started = time.monotonic()
             build()
             stamp.write_text(expected, encoding="utf-8")

@@ -1,36 +1,61 @@
-"""One layer at a time: a patch takes a layer, or leaves it stock and says why."""
+"""A patch takes a layer, or leaves it stock and says why; and so for a device on which it has nothing to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from overlay.engine import compile_cache, ranks, running_code
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings, outcome
-from overlay.vocabulary import REFUSED
+from overlay.verdict import Verdict
+from overlay.vocabulary import INERT, REFUSED
 
 Adopted = TypeVar("Adopted")
 #: vLLM names its own folder of compiled graphs by a hash, which knows of the overlay (overlay.engine.compile_cache).
 OWN_CACHE = "compilation_config.cache_dir is set: vLLM would not tell graphs with the op in there from stock's"
 
 
-class Refused(Exception):
+class StaysStock(Exception):
     """Why a layer stays stock: known, expected, and no problem."""
 
 
+def other_device() -> str | None:
+    """The type of this vLLM's device where it has no auxiliary streams, such as "cpu"; None for CUDA and ROCm."""
+    from vllm.platforms import current_platform
+
+    return None if current_platform.is_cuda_alike() else current_platform.device_type or "none"
+
+
+def inert_without_cuda(
+    verdict: Verdict, serial_pass_through: bool, why: str = "no CUDA-like device, but {device}"
+) -> Verdict | None:
+    """The verdict on a device that has no auxiliary streams, unless the patch is to show its way there, serially; else None."""
+    device = other_device()
+    if device is None or serial_pass_through:
+        return None
+    return replace(verdict, state=INERT, reason=why.format(device=device))
+
+
+def check_registered(layer: Any, name: str, config: Any) -> None:
+    """Raise StaysStock for a layer that vLLM's ops do not find by its name. `config` is a VllmConfig."""
+    if config.compilation_config.static_forward_context.get(name) is not layer:
+        raise StaysStock("the layer is not registered under its name in the static forward context")
+
+
 def refuse_modes(config: Any, batch_invariant: bool) -> None:
-    """Raise Refused where vLLM runs in a mode that no fork is safe or wanted in. `config` is a VllmConfig."""
+    """Raise StaysStock where vLLM runs in a mode that no fork is safe or wanted in. `config` is a VllmConfig."""
     if config.parallel_config.use_ubatching:
-        raise Refused("micro-batching (DBO): two main streams would share the auxiliary streams")
+        raise StaysStock("micro-batching (DBO): two main streams would share the auxiliary streams")
     # Each engine has a torch.distributed world of its own then, so overlay.engine.ranks does not compare it with those that
     # it runs steps together with, today's and those that join later (vLLM 0.17.1 to 0.33.0).
     if getattr(config.parallel_config, "enable_elastic_ep", False):
-        raise Refused("elastic expert parallelism: a rank that joins later is not compared with the others")
+        raise StaysStock("elastic expert parallelism: a rank that joins later is not compared with the others")
     if batch_invariant:
-        raise Refused("batch-invariant mode")
+        raise StaysStock("batch-invariant mode")
     if getattr(config.compilation_config, "cache_dir", ""):  # vLLM sets it itself when it compiles, and not before
-        raise Refused(OWN_CACHE)
+        raise StaysStock(OWN_CACHE)
 
 
 def adopt(
@@ -50,7 +75,7 @@ def adopt(
         return None
     try:
         adopted, shown = make()
-    except Refused as refused:
+    except StaysStock as refused:
         _leave_stock(patch, record, layer_name, str(refused))
         return None
     except Exception as error:

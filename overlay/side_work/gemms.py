@@ -1,8 +1,8 @@
 """Which linears may be side work, and what a main linear is called in a plan.
 
-Main may be anything beside a side that is torch's GEMM: vLLM runs it as always. Another side needs a main that reads its input as it
-is (`check_beside`). Side runs at the same time, so its kernel must share no memory with main's. Two
-quantized GEMMs can share scratch memory, so this is an allowlist:
+Beside a side that is torch's GEMM main may be anything: vLLM runs it as always. Any other side needs a main that reads its input
+as it is (`check_beside`). The two run at the same time, so their kernels must share no memory. Two quantized GEMMs can share
+scratch memory, so the kernels of a side are an allowlist:
 
 * torch's own GEMM of an unquantized weight. cuBLAS has a workspace per handle and stream.
 * Marlin. Its locks belong to the layer (up to vLLM 0.30) or to the current stream (`get_marlin_workspace`, from 0.31 on).
@@ -17,7 +17,7 @@ import torch
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
 
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 
 TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
 CPU_GEMM = "cpu_unquantized_gemm"
@@ -30,21 +30,21 @@ LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear)
 
 
 def check_side(linear: Any) -> None:
-    """Raise Refused, with the reason, where calling a linear may be more than its GEMM."""
+    """Raise StaysStock, with the reason, where calling a linear may be more than its GEMM."""
     if has_adapters(linear):
-        raise Refused(ADAPTERS)
+        raise StaysStock(ADAPTERS)
     if type(linear) not in LINEARS:
-        raise Refused(f"the side is a {type(linear).__qualname__} of {type(linear).__module__}")
+        raise StaysStock(f"the side is a {type(linear).__qualname__} of {type(linear).__module__}")
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
-        raise Refused("the side has a hook")
+        raise StaysStock("the side has a hook")
     if getattr(linear, "bias", None) is not None:
-        raise Refused("the side has a bias")
+        raise StaysStock("the side has a bias")
     if getattr(linear, "gather_output", False):
-        raise Refused("the side gathers its output")
+        raise StaysStock("the side gathers its output")
 
 
 def gemm_of(linear: Any) -> str:
-    """What the GEMM of a side linear is called, TORCH_GEMM for torch's own. Raises Refused for one that is not allowed."""
+    """What the GEMM of a side linear is called, TORCH_GEMM for torch's own. Raises StaysStock for one that is not allowed."""
     method = linear.quant_method
     name = type(method).__name__
     if name == "UnquantizedLinearMethod":
@@ -54,19 +54,19 @@ def gemm_of(linear: Any) -> str:
         gemm = str(getattr(implementation, "__name__", type(implementation).__name__))
         if gemm in (TORCH_GEMM, CPU_GEMM):
             return gemm
-        raise Refused(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
+        raise StaysStock(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
     kernel = _kernel(linear)
     detail = f" with {type(kernel).__name__}" if kernel is not None else ""
     if type(kernel).__name__ == "MarlinLinearKernel":
         mentioned = type(kernel).process_weights_after_loading.__code__.co_names
         if MARLIN_WORKSPACE.issubset(mentioned) or _marlin_locks_belong_to_a_stream():
             return f"{name}{detail}"
-        raise Refused(f"{name}: its Marlin kernel shares one workspace between layers")
-    raise Refused(f"quantization method {name}{detail} is not on the allowlist")
+        raise StaysStock(f"{name}: its Marlin kernel shares one workspace between layers")
+    raise StaysStock(f"quantization method {name}{detail} is not on the allowlist")
 
 
 def check_beside(main: Any) -> None:
-    """Raise Refused where a main linear may quantize its input, and the side is not torch's GEMM.
+    """Raise StaysStock where a main linear may quantize its input, and the side is not torch's GEMM.
 
     Inductor rounds the output of a norm to bf16 once an op has to read it from memory; code that it met before that op reads the
     value that was not rounded. Start is such an op, and stands before the quantization of main's input; in stock the side may
@@ -77,7 +77,9 @@ def check_beside(main: Any) -> None:
     kernel = _kernel(main)
     weights_only = any(kind.__name__ == "MPLinearKernel" for kind in type(kernel).__mro__)
     if method != "UnquantizedLinearMethod" and not (weights_only and kernel.config.act_type in PLAIN):
-        raise Refused(f"{main_kind(main)} may quantize its input, and Inductor would round it otherwise than in stock")
+        raise StaysStock(
+            f"{main_kind(main)} may quantize its input, and Inductor would round it otherwise than in stock"
+        )
 
 
 def has_adapters(linear: torch.nn.Module) -> bool:
@@ -94,10 +96,10 @@ def main_kind(linear: Any) -> str:
 
 
 def gate_of(linear: torch.nn.Module) -> str:
-    """The name of the largest parameter: the weight that main's GEMM reads. Raises Refused where there is none."""
+    """The name of the largest parameter: the weight that main's GEMM reads. Raises StaysStock where there is none."""
     named = dict(linear.named_parameters(recurse=False))
     if not named:
-        raise Refused(f"main is a {type(linear).__qualname__} without a parameter of its own")
+        raise StaysStock(f"main is a {type(linear).__qualname__} without a parameter of its own")
     return str(max(named, key=lambda name: named[name].nbytes))
 
 

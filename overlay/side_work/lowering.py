@@ -4,17 +4,16 @@ Steps above the captured sizes run stock's own graph: an op is replaced there by
 graphs of captured sizes alone an op may take over what follows from it (`overlay.side_work.followers`). The rest of this text is
 about the first.
 
-Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece, and where the host is
-the limit an op that is written in Python makes the first token wait for it, layer by layer. There is nothing to gain there:
-outside a CUDA graph the op is serial.
+Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece. Where the host is the
+limit, an op that is written in Python delays the first token in each layer. It gains nothing: outside a CUDA graph it is serial.
 
 Cause: vLLM traces once, and one compiled graph serves every number of tokens.
 
-Fix: vLLM compiles a graph per range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on). The
-largest captured size becomes one, unless the model's hidden size is above WIDEST_ROW. When a range above it is compiled, each op that a patch has registered here is replaced by
-stock's calls first, on a copy of the graph that Dynamo traced, so that everything behind it (Inductor, vLLM's passes and
-caches) sees what it sees in stock. It costs a second pass through Inductor at a cold start; a warm one finds both ranges in
-vLLM's cache.
+Fix: vLLM compiles one graph for each range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on).
+The largest captured size becomes an endpoint, unless the model's hidden size is above WIDEST_ROW. Before the range above it is
+compiled, stock's calls take the place of each op that is registered here, in a copy of the graph that Dynamo traced. So
+everything behind it (Inductor, vLLM's passes and caches) sees what it sees in stock. A cold start pays for a second pass through
+Inductor; a warm one finds both ranges in vLLM's cache.
 """
 
 from __future__ import annotations
@@ -29,21 +28,23 @@ import wrapt
 
 from overlay.report.journal import journal
 from overlay.settings import outcome
+from overlay.side_work.adoption import StaysStock
 
 #: Changes a graph in place at one node.
 Edit = Callable[[torch.fx.Graph, torch.fx.Node], None]
+NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
-#: The largest hidden size whose norms Inductor adds up in one order. Above it has two block sizes for a norm, and times both at the
-#: kernel's first launch (`add_persistent_rblock`, torch 2.13 and 2.14). In stock that is a step of the largest number of tokens.
-#: A graph for the captured sizes alone has its first launch at those, so it can choose otherwise, and then its bits are not stock's
-#: (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
+#: The largest hidden size for which Inductor adds up a norm in one order only. Above it Inductor has two block sizes for a norm, and
+#: times both at the kernel's first launch (`add_persistent_rblock`, torch 2.13 and 2.14). In stock that launch has the largest
+#: number of tokens. In a graph for the captured sizes alone it has one of those, so Inductor can choose the other block size, and
+#: then the bits are not stock's (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
 WIDEST_ROW = 2048
 
 #: By op. Above the captured sizes an edit puts stock's calls in the place of the node.
 _above: dict[str, Edit] = {}
 _captured: dict[str, Edit] = {}
-_watched = False
+_intercepted = False
 
 
 def register(op: Any, *, above: Edit | None = None, captured: Edit | None = None) -> None:
@@ -59,8 +60,18 @@ def largest_captured(compilation: Any) -> int:
 
 
 def captures(compilation: Any) -> bool:
-    """Whether vLLM is going to capture CUDA graphs, by its CompilationConfig."""
+    """Whether vLLM is going to capture CUDA graphs, by its CompilationConfig.
+
+    Graphs of pieces will do: start and join lie in one piece. What an op of vLLM's calls that splits the graph is captured in
+    full graphs alone; without those its calls are serial, as outside a capture.
+    """
     return getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE" and largest_captured(compilation) > 0
+
+
+def refuse_without_graphs(device: torch.device, config: Any) -> None:
+    """Raise StaysStock for a layer on a GPU for which no CUDA graph will be captured. `config` is a VllmConfig."""
+    if device.type == "cuda" and not captures(config.compilation_config):
+        raise StaysStock(NO_CAPTURE)
 
 
 def split_ranges(config: Any, strict: bool) -> bool:
@@ -87,13 +98,13 @@ def split_ranges(config: Any, strict: bool) -> bool:
     one_size = {limit - 1, limit + 1} & {0, *endpoints}
     if limit < max(endpoints) and not one_size:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
-    _watch(strict)
+    _intercept_compiler(strict)
     return True
 
 
-def _watch(strict: bool) -> None:
-    global _watched
-    if _watched:
+def _intercept_compiler(strict: bool) -> None:
+    global _intercepted
+    if _intercepted:
         return
     from vllm.compilation import backends
 
@@ -109,7 +120,7 @@ def _watch(strict: bool) -> None:
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(backends, "CompilerManager.compile", compile_range)
-    _watched = True
+    _intercepted = True
 
 
 def _with_edited_graph(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -7,9 +7,9 @@ No op takes the name of a layer unless it has to call one. A name as ``str`` mak
 
 An op is total. A graph from yesterday's cache may name a pair that has no plan today: start then computes the side work
 itself, on the current stream.
-"""
 
-from __future__ import annotations
+torch makes the ops' schemas from the annotations here, so they are types and not text: no ``from __future__ import annotations``.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,11 @@ from overlay.side_work.plan import PASS_THROUGH, Plan
 from overlay.vocabulary import SERIAL
 
 LIBRARY = "vllm_overlay"
+TAGS = (torch.Tag.flexible_layout,)
 NO_STREAM = "no auxiliary stream"
 
 # vLLM 0.20.0 and later with torch 2.11 and later; before that a plain str.
-LayerNameType = getattr(torch_utils, "LayerNameType", str)
+LayerNameType: Any = getattr(torch_utils, "LayerNameType", str)
 encode_layer_name = getattr(torch_utils, "_encode_layer_name", str)
 resolve_layer_name = getattr(torch_utils, "_resolve_layer_name", str)
 
@@ -40,19 +41,18 @@ def register(
     name: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
-    schema: dict[str, Any],
     mutates: Sequence[str] = (),
-    tags: tuple[torch.Tag, ...] = (),
 ) -> Any:
     """Define ``vllm_overlay::<name>`` for the platform's device, and give it.
 
-    `schema` has the type of each argument in order, and of ``return``. The types are real ones, from which torch makes the
-    op's schema; annotations in a file are text. `mutates` names the arguments that the op declares to write to.
+    `mutates` names the arguments that the op declares to write to. The tag ``flexible_layout`` lets Inductor choose the layout of
+    its inputs, as for stock's GEMMs. Without it Inductor puts the op's name into the kernel that makes the input, and times that
+    kernel apart from stock's kernel of the same text. At times it then took another block size, which adds in another order
+    (vLLM 0.33.0).
     """
-    implementation.__annotations__ = schema
     library = torch.library.Library(LIBRARY, "FRAGMENT")
     torch_utils.direct_register_custom_op(
-        name, implementation, mutates_args=list(mutates), fake_impl=fake, target_lib=library, tags=tags
+        name, implementation, mutates_args=list(mutates), fake_impl=fake, target_lib=library, tags=TAGS
     )
     _libraries.append(library)
     return getattr(getattr(torch.ops, LIBRARY), name)
@@ -98,7 +98,7 @@ def _reason_for_serial(x: torch.Tensor, plan: Plan, found: lane.Lane | None) -> 
     return reason
 
 
-def _start(x, weight, gate, columns, name):  # type: ignore[no-untyped-def]
+def _start(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, columns: int, name: str) -> torch.Tensor:
     strategy, found = choose(x, name)
     if strategy == SERIAL or x.dim() != 2 or found is None:
         result = torch.nn.functional.linear(x, weight)
@@ -110,7 +110,9 @@ def _start(x, weight, gate, columns, name):  # type: ignore[no-untyped-def]
     return result
 
 
-def _start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-untyped-def]
+def _start_layer(
+    x: torch.Tensor, gate: torch.Tensor, columns: int, side: str, name: str, layer_name: LayerNameType
+) -> torch.Tensor:
     strategy, found = choose(x, name)
     layer = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
 
@@ -127,7 +129,9 @@ def _start_layer(x, gate, columns, side, name, layer_name):  # type: ignore[no-u
     return found.start_and_give(work)
 
 
-def _start_into(x, weight, results, gate, name):  # type: ignore[no-untyped-def]
+def _start_into(
+    x: torch.Tensor, weight: torch.Tensor, results: list[torch.Tensor], gate: torch.Tensor, name: str
+) -> None:
     strategy, found = choose(x, name)
     parts = results[0]  # (parts, tokens, columns of a part)
     in_place = 1 in parts.shape[:2]  # the GEMM's result, a row per token, then lies in memory as the parts do
@@ -150,24 +154,21 @@ def _start_into(x, weight, results, gate, name):  # type: ignore[no-untyped-def]
         found.forget(parts)
 
 
-def _join(result, main, x):  # type: ignore[no-untyped-def]
+def _join(result: torch.Tensor, main: torch.Tensor, x: torch.Tensor) -> None:
     found = lane.lane_of(x.device) if x.is_cuda else None
     if found is not None:
         found.join(result)
 
 
-def _join_into(results, main, x):  # type: ignore[no-untyped-def]
-    _join(results[0], main, x)  # type: ignore[no-untyped-call]
+def _join_into(results: list[torch.Tensor], main: torch.Tensor, x: torch.Tensor) -> None:
+    _join(results[0], main, x)
 
 
 def define(declares_writes: bool) -> None:
-    """Define the ops, once per process. `declares_writes`: whether start and join declare the writes that give them their
-    place. Without a second stream there is no need, and vLLM's own graph pass for ops that write asks for kernels that its
-    build for a CPU does not have.
+    """Define the ops, once per process.
 
-    They have the tag ``flexible_layout``: Inductor may choose the layout of their inputs, as it may for stock's GEMMs. To bring
-    about a certain layout it would put the op's name into the kernel that makes the input, and time that kernel apart from
-    stock's kernel of the same text. It then found another block size at times, which adds in another order (vLLM 0.33.0).
+    `declares_writes`: whether start and join declare the writes that give them their place. A device without a second stream
+    needs none, and vLLM's graph pass for ops that write asks for kernels that its build for a CPU does not have.
     """
 
     if _libraries:
@@ -184,34 +185,19 @@ def define(declares_writes: bool) -> None:
     def fake_join(result, main, x):  # type: ignore[no-untyped-def]
         return None
 
-    tensor, tags = torch.Tensor, (torch.Tag.flexible_layout,)
-    schema: dict[str, Any] = {
-        "x": tensor,
-        "weight": tensor,
-        "gate": tensor,
-        "columns": int,
-        "name": str,
-        "return": tensor,
-    }
-    start = register("start", _start, fake_start, schema, ["gate"] if declares_writes else [], tags)
-    lowering.register(start, above=_lower_start)
-    schema = {"x": tensor, "gate": tensor, "columns": int, "side": str, "name": str}
-    schema |= {"layer_name": LayerNameType, "return": tensor}
-    register("start_layer", _start_layer, fake_start_layer, schema, ["gate"] if declares_writes else [], tags)
-    schema = {"result": tensor, "main": tensor, "x": tensor, "return": None}
-    join = register("join", _join, fake_join, schema, ["result"] if declares_writes else [], tags)
-    lowering.register(join, above=_lower_join)
-    if not declares_writes:
-        return
-
     def fake_start_into(x, weight, results, gate, name):  # type: ignore[no-untyped-def]
         _count_fake(name)
 
-    schema = {"x": tensor, "weight": tensor, "results": list[tensor], "gate": tensor, "name": str}  # type: ignore[valid-type]
-    schema["return"] = None
-    start_into = register("start_into", _start_into, fake_start_into, schema, ["results", "gate"], tags)
-    schema = {"results": list[tensor], "main": tensor, "x": tensor, "return": None}  # type: ignore[valid-type]
-    join_into = register("join_into", _join_into, fake_join, schema, ["results"], tags)
+    gate, result = (["gate"], ["result"]) if declares_writes else ([], [])
+    start = register("start", _start, fake_start, gate)
+    lowering.register(start, above=_lower_start)
+    register("start_layer", _start_layer, fake_start_layer, gate)
+    join = register("join", _join, fake_join, result)
+    lowering.register(join, above=_lower_join)
+    if not declares_writes:
+        return
+    start_into = register("start_into", _start_into, fake_start_into, ["results", "gate"])
+    join_into = register("join_into", _join_into, fake_join, ["results"])
 
     def take_followers(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         found = followers.find(node, start, join)
@@ -253,7 +239,7 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
 
     library = torch.library.Library(LIBRARY, "FRAGMENT")
     given, _, _ = str(stock.default._schema).partition("(")[2].rpartition(") -> ")
-    library.define(f"{name}({given}, Tensor(gate!) gate, str name) -> ()", tags=(torch.Tag.flexible_layout,))
+    library.define(f"{name}({given}, Tensor(gate!) gate, str name) -> ()", tags=TAGS)
     library.impl(name, start, dispatch_key=current_platform.dispatch_key)
     library._register_fake(name, lambda *given: _count_fake(given[-1]))
     _libraries.append(library)

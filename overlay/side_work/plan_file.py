@@ -38,45 +38,41 @@ def load(folder: str, key: Mapping[str, Any]) -> list[Row] | None:
     """The rows of a key, or None where there is no file. Raises Unusable."""
     path = path_of(folder, key)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("not a regular file")
+            return _checked(file.read(LARGEST_BYTES + 1), key)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Unusable(f"{path}: {error.strerror or error}") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Unusable(f"{path}: not a regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            raw = file.read(LARGEST_BYTES + 1)
-    except OSError as error:
-        raise Unusable(f"{path}: {error.strerror or error}") from error
-    finally:
-        os.close(descriptor)
+    except ValueError as error:
+        raise Unusable(f"{path}: {error}") from error
+
+
+def _checked(raw: bytes, key: Mapping[str, Any]) -> list[Row]:
+    """The rows in a file's content. Raises ValueError with the reason where it is no plan of this key."""
     if len(raw) > LARGEST_BYTES:
-        raise Unusable(f"{path}: larger than {LARGEST_BYTES} bytes")
+        raise ValueError(f"larger than {LARGEST_BYTES} bytes")
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise Unusable(f"{path}: not JSON: {error}") from error
-    return _checked(path, content, key)
-
-
-def _checked(path: str, content: Any, key: Mapping[str, Any]) -> list[Row]:
+        raise ValueError(f"not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise Unusable(f"{path}: not a plan of schema {SCHEMA}")
+        raise ValueError(f"not a plan of schema {SCHEMA}")
     if content.get("key") != json.loads(json.dumps(key)):
-        raise Unusable(f"{path}: measured for something else")
-    raw_rows = content.get("rows")
-    if not isinstance(raw_rows, list) or len(raw_rows) > MOST_ROWS:
-        raise Unusable(f"{path}: its rows are not as they should be")
+        raise ValueError("measured for something else")
+    found = content.get("rows")
+    if not isinstance(found, list) or len(found) > MOST_ROWS:
+        raise ValueError("its rows are not as they should be")
     rows = []
-    for number, raw in enumerate(raw_rows):
-        row = _row(raw)
+    for number, one in enumerate(found):
+        row = _row(one)
         if row is None:
-            raise Unusable(f"{path}: row {number} is not as it should be")
+            raise ValueError(f"row {number} is not as it should be")
         rows.append(row)
     if [row.tokens for row in rows] != sorted({row.tokens for row in rows}):
-        raise Unusable(f"{path}: its rows are not in order")
+        raise ValueError("its rows are not in order")
     return rows
 
 

@@ -6,6 +6,7 @@ stock and one WARNING says why; under strict the exception goes on and stops vLL
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -74,7 +75,10 @@ def _set_hooks(settings: Settings, watch: Watch) -> None:
     _fall_back_on_our_wrapt()
     from wrapt import register_post_import_hook
 
-    register_post_import_hook(guarded("logging", log.release_when_configured, settings), "vllm.logger")
+    def when_imported(module_name: str, what: str, hook: Callable[[ModuleType], None]) -> None:
+        register_post_import_hook(guarded(what, hook, settings), module_name)
+
+    when_imported("vllm.logger", "logging", log.release_when_configured)
     journal.open(settings.journal_folder)
     see_to_transformers(settings, watch)
     for patch, module_names in registry.TARGET_MODULES.items():
@@ -83,17 +87,14 @@ def _set_hooks(settings: Settings, watch: Watch) -> None:
             record.conclude(OFF, "switched off")
             continue
         for module_name in module_names:
-            hook = guarded(patch, lambda module, patch=patch: install(patch, module, settings), settings)  # type: ignore[misc]
-            register_post_import_hook(hook, module_name)
-    register_post_import_hook(guarded("metrics", _publish_metrics, settings), METRICS_MODULE)
-    for module_name in proof.WORKERS:
-        hook = guarded("agreement of the ranks", lambda module: ranks.compare_when_joined(module, settings), settings)
-        register_post_import_hook(hook, module_name)
-        hook = guarded("proof of effect", lambda module: proof.prove_after_warm_up(module, settings, judge), settings)
-        register_post_import_hook(hook, module_name)
-        register_post_import_hook(guarded("loaded models", loaded.decide_after_load, settings), module_name)
-    for module_name in loops.LOOPS if settings.patches else ():
-        register_post_import_hook(guarded("loops", loops.note_begin, settings), module_name)
+            when_imported(module_name, patch, functools.partial(install, patch, settings=settings))
+    when_imported(METRICS_MODULE, "metrics", _publish_metrics)
+    for name in proof.WORKERS:
+        when_imported(name, "agreement of the ranks", lambda module: ranks.compare_when_joined(module, settings))
+        when_imported(name, "proof of effect", lambda module: proof.prove_after_warm_up(module, settings, judge))
+        when_imported(name, "loaded models", loaded.decide_after_load)
+    for name in loops.LOOPS if settings.patches else ():
+        when_imported(name, "loops", loops.wrap_loops)
 
 
 def _fall_back_on_our_wrapt() -> None:

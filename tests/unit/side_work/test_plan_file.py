@@ -221,9 +221,10 @@ def test_a_disk_that_fails_is_a_reason(folder: str, monkeypatch: pytest.MonkeyPa
     def broken(*_: Any, **__: Any) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "fdopen", broken)
-    with pytest.raises(Unusable, match="Input/output error"):
-        load(folder, KEY)
+    with monkeypatch.context() as patch:  # pytest itself asks for files, too
+        patch.setattr(os, "fstat", broken)
+        with pytest.raises(Unusable, match="Input/output error"):
+            load(folder, KEY)
 
 
 GOOD = json.dumps(good()).encode()
