@@ -13,6 +13,9 @@ FAILED = 2
 #: As a shell counts them: 128 and the number of the signal.
 INTERRUPTED, BROKEN_PIPE = 128 + 2, 128 + 13
 
+#: Libraries of the extra `bench`; all others that are foreign are of `cli`.
+OF_BENCH = ("matplotlib", "numpy", "scipy")
+
 #: What stands before the @ of an address; the second form is an address that has been percent-encoded as a whole.
 _CREDENTIALS = re.compile(r"(?i)(://)[^\s/?#]*@|(%3A%2F%2F)(?:(?!%2F|%3F|%23)[^\s/?#])*%40")
 
@@ -63,4 +66,5 @@ def _missing_library(error: ModuleNotFoundError) -> Exception:
     name = (error.name or "").partition(".")[0]
     if name in ("", "overlay"):
         return error
-    return CommandError(f"this command needs {name}: pip install 'vllm-auxstream-overlay[cli]'")
+    extra = "bench" if name in OF_BENCH else "cli"
+    return CommandError(f"this command needs {name}: pip install 'vllm-auxstream-overlay[{extra}]'")

@@ -17,7 +17,8 @@
                            "stock_p99", "overlay_p99", …}], "start_seconds": {…}},
      "problems": ["…"], "unfinished": ["…"], "interrupted": true}
 
-`ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its 95 % bootstrap interval; the fields beside
+`ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its interval; `interval` is "bca" (95 %) or "range" (of
+fewer than six rounds, or of equal ones; results before 2026-11-29 have none, theirs is a percentile bootstrap). The fields beside
 `arms` are those of the arm `overlay`. `against` is the overlay to another arm. Only with `--phases timeline` is there `timeline`, in
 microseconds; timeline.py says what its rows hold.
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from overlay.cli.bench.results import CONTROL, arms_of, different, size
+from overlay.cli.bench.intervals import FEWEST, RANGE
+from overlay.cli.bench.results import CONTROL, arms_of, different, overlays_of, size
 from overlay.cli.bench.setup import OVERLAY, STOCK
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ FILE_COLUMNS = 170
 EVEN_HOST = 0.01
 #: All that a run without a GPU says about times.
 CPU = "CPU: says nothing about speed, for there are no streams; it shows whether tokens differ"
+#: What stands behind a ratio.
+INTERVALS = "95 % intervals; [range] of fewer than 6 rounds, or of equal ones"
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference shown"
 
 
@@ -48,10 +52,11 @@ def outcome(found: dict[str, Any], rounds: int | None = None) -> str:
 
 
 def ratio(found: dict[str, Any] | None) -> Text:
-    """A ratio with its interval: green where all of it is below 1, red where all of it is above."""
+    """A ratio with its interval, a range in square brackets: green where all of it is below 1, red where all of it is above."""
     if not found:
         return Text("-")
-    text = f"{found['ratio']:.3f} ({found['low']:.3f}..{found['high']:.3f})"
+    left, right = "[]" if found.get("interval") == RANGE else "()"
+    text = f"{found['ratio']:.3f} {left}{found['low']:.3f}..{found['high']:.3f}{right}"
     return Text(text, style=STYLES[outcome(found)])
 
 
@@ -59,7 +64,7 @@ def tables(data: dict[str, Any]) -> list[Any]:
     """Everything that a results file of `bench` holds, as rich renderables."""
     shown: list[Any] = [Text(head(data))]
     if data.get("cpu"):
-        return [*shown, *([tokens(data["tokens"])] if data.get("tokens") else []), Text(CPU), *notes(data)]
+        return [*shown, *([tokens(data["tokens"])] if data.get("tokens") else []), *notes(data), Text(CPU)]
     for key, make in (
         ("tokens", tokens),
         ("decode", decode),
@@ -70,7 +75,7 @@ def tables(data: dict[str, Any]) -> list[Any]:
         if data.get(key):
             shown.append(make(data[key]))
     shown += [timeline(row) for row in data.get("timeline") or []]
-    return [*shown, *(Text(text) for text in conclusions(data)), *notes(data)]
+    return [*shown, *(Text(text) for text in conclusions(data)), *notes(data), Text(headline(data), style="bold")]
 
 
 def conclusions(data: dict[str, Any]) -> list[str]:
@@ -91,6 +96,43 @@ def conclusions(data: dict[str, Any]) -> list[str]:
         f"{what}: " + "; ".join(f"{state} {', '.join(sizes)}" for state in STYLES if (sizes := line.get(state)))
         for what, line in found.items()
     ]
+
+
+#: What a person repeats is the first of these that was timed: the rows' place in the results, what is timed, and the key of the size.
+TIMED = (("decode", "decode step", "requests", "N"), ("first_token", "time to first token", "prompt", "prompt"))
+
+
+def headline(data: dict[str, Any]) -> str:
+    """The last line of a report: by how much the overlay is faster or slower over all sizes of the first thing that was timed."""
+    for place, what, key, label in TIMED:
+        rows = [row for row in data.get(place) or [] if overlays_of(row)]
+        if rows:
+            arms = overlays_of(rows[0])
+            arm = OVERLAY if OVERLAY in arms else next(iter(arms))
+            own = [{"rounds": row["rounds"], **overlays_of(row)[arm]} for row in rows if arm in overlays_of(row)]
+            sizes = ", ".join(size(row, key) for row in rows if arm in overlays_of(row))
+            of = f"{label} = {sizes}" + (", on average" if len(own) > 1 else "")
+            return f"{arm}, {what}: {verdict(own)} at {of}"
+    return "nothing was timed"
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """One outcome of the ratios of several sizes: their geometric mean, and an interval as wide as independent errors make it."""
+    logs = [math.log(row["ratio"]) for row in rows]
+    middle = sum(logs) / len(rows)
+
+    def edge(name: str) -> float:
+        distances = (math.log(row[name]) - log for row, log in zip(rows, logs, strict=True))
+        return math.hypot(*distances) / len(rows)
+
+    whole = {"ratio": math.exp(middle), "low": math.exp(middle - edge("low")), "high": math.exp(middle + edge("high"))}
+    fewest = min(row["rounds"] for row in rows)
+    found = outcome(whole, fewest)
+    if found == NO_DIFFERENCE:
+        return found
+    percent = sorted(abs(whole[name] - 1.0) * 100.0 for name in ("low", "high"))
+    few = f" in {fewest} rounds" if any(row.get("interval") == RANGE for row in rows) and fewest < FEWEST else ""
+    return f"{found} by {abs(whole['ratio'] - 1.0) * 100.0:.1f} % ({percent[0]:.1f} to {percent[1]:.1f}{few})"
 
 
 #: Environment variables by which Inductor's kernels add up in the same order in every process (torch 2.13 and 2.14).
@@ -193,11 +235,11 @@ def tokens(rows: list[dict[str, Any]]) -> Table:
 
 
 def decode(rows: list[dict[str, Any]]) -> Table:
-    return _ratios("decode step (ms; 95 % intervals)", "N", "requests", rows)
+    return _ratios(f"decode step (ms; {INTERVALS})", "N", "requests", rows)
 
 
 def first_token(rows: list[dict[str, Any]]) -> Table:
-    return _ratios("time to first token (ms; 95 % intervals)", "prompt", "prompt", rows)
+    return _ratios(f"time to first token (ms; {INTERVALS})", "prompt", "prompt", rows)
 
 
 def _ratios(title: str, label: str, key: str, rows: list[dict[str, Any]]) -> Table:

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench.engines import SEED
-from overlay.cli.bench.intervals import compare_sets
+from overlay.cli.bench.intervals import compare_sets, median, quantile
 from overlay.cli.bench.outside.bench_engine.extension import NAME, WEIGHT_SEED
 from overlay.cli.bench.results import Results, journal_summary
 from overlay.cli.bench.setup import STOCK, WITH_OVERLAY, Setup
@@ -258,19 +257,13 @@ def rows_of(samples: Mapping[float, Mapping[str, Sequence[Mapping[str, Any]]]], 
                 "metric": metric,
                 "arm": other,
                 **compare_sets(values[stock], values[other]).as_dict(),
-                "stock_p99": percentile(values[stock], 0.99),
-                "overlay_p99": percentile(values[other], 0.99),
+                "stock_p99": quantile(values[stock], 0.99),
+                "overlay_p99": quantile(values[other], 0.99),
                 "requests": {arm: len(values[arm]) for arm in arms},
                 "failed": {arm: sum(int(run.get("failed") or 0) for run in by_arm[arm]) for arm in arms},
                 "requests_per_second": {
-                    arm: statistics.median(float(run["request_throughput"]) for run in by_arm[arm]) for arm in arms
+                    arm: median([float(run["request_throughput"]) for run in by_arm[arm]]) for arm in arms
                 },
             }
             rows.append(row)
     return rows
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value with at least that share of the values at or below it."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from overlay.cli.bench import command, compare, engines, memory, plots, report, serving, shapes
+from overlay.cli.bench import command, compare, engines, intervals, memory, plots, report, serving, shapes
 from overlay.cli.bench.results import Results, different
 from overlay.cli.bench.setup import Setup
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, in_turn
@@ -480,7 +480,8 @@ def test_a_row_has_every_arm_and_the_overlay_against_each() -> None:
     row = engines.paired_row({"stock": [1.0, 2.0], "overlay": [0.9, 1.8], "fused": [0.5, 1.0]})
     assert (row["rounds"], row["stock"], row["ratio"]) == (2, 1.5, pytest.approx(0.9))
     assert row["arms"]["overlay"] == {key: pytest.approx(row[key]) for key in ("ratio", "low", "high")} | {
-        "seconds": row["overlay"]
+        "seconds": row["overlay"],
+        "interval": "range",
     }
     assert row["arms"]["fused"]["ratio"] == pytest.approx(0.5)
     assert set(row["against"]) == {"fused"} and row["against"]["fused"]["ratio"] == pytest.approx(1.8)
@@ -656,6 +657,7 @@ def test_a_cpu_says_nothing_about_speed(data: dict[str, Any], tmp_path: Path) ->
     assert shown.count(report.CPU) == 1
     for text in ("/ stock", "decode step", "first token", "TPOT", "compile s", "host: the same", "faster", "GPU"):
         assert text not in shown
+    assert shown.rstrip().endswith(report.CPU)
     assert "greedy tokens" in shown and "TOKENS DIFFER: overlay, N=2: 1 of 2 requests" in shown
     (tmp_path / "results.json").write_text(json.dumps(data))
     with pytest.raises(CommandError, match=r"results\.json is of a CPU, which says nothing about speed"):
@@ -682,6 +684,47 @@ def test_each_arm_has_one_line_of_what_was_shown(data: dict[str, Any]) -> None:
     ]
     data["decode"][1] = {"requests": 8, **engines.paired_row({"stock": [1.0] * 6, "overlay": [0.9] * 3 + [1.1] * 3})}
     assert report.conclusions(data)[0] == "overlay, decode step, N: faster 1; no difference shown 8"
+
+
+def _ratios(*ratios: tuple[float, float, float], rounds: int = 18) -> list[dict[str, Any]]:
+    kind = "bca" if rounds >= intervals.FEWEST else "range"
+    names = ("ratio", "low", "high")
+    return [{"rounds": rounds, "interval": kind, **dict(zip(names, one, strict=True))} for one in ratios]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (_ratios((0.959, 0.955, 0.964)), "faster by 4.1 % (3.6 to 4.5)"),
+        (_ratios((1.012, 1.008, 1.016)), "slower by 1.2 % (0.8 to 1.6)"),
+        (_ratios((0.99, 0.97, 1.01)), "no difference shown"),
+        (_ratios((0.959, 0.955, 0.964), rounds=4), "faster by 4.1 % (3.6 to 4.5 in 4 rounds)"),
+        (_ratios((0.9, 0.9, 0.9), rounds=1), "no difference shown"),
+        (_ratios((0.95, 0.95, 0.95), (1 / 0.95, 1 / 0.95, 1 / 0.95)), "no difference shown"),
+        (_ratios((0.96, 0.95, 0.97), (0.96, 0.95, 0.97)), "faster by 4.0 % (3.3 to 4.7)"),
+    ],
+)
+def test_the_last_line_is_one_that_a_person_can_repeat(rows: list[dict[str, Any]], said: str) -> None:
+    assert report.verdict(rows) == said
+    row = [{"requests": 2**index, "arms": {"overlay": one}, **one} for index, one in enumerate(rows)]
+    line = report.headline({"decode": row, "first_token": []})
+    assert line.startswith(f"overlay, decode step: {said} at N = 1") and ("on average" in line) == (len(rows) > 1)
+    assert report.headline({"tokens": []}) == "nothing was timed"
+
+
+@given(st.lists(st.tuples(st.floats(0.3, 3.0), st.floats(1.0, 1.5), st.floats(1.0, 1.5)), min_size=1, max_size=9))
+def test_the_average_of_sizes_that_are_all_faster_is_faster(
+    found: list[tuple[float, float, float]],
+) -> None:
+    """Where every size is shown to be faster, so is the average."""
+    rows = _ratios(*((ratio, ratio / below, ratio * above) for ratio, below, above in found))
+    said = report.verdict(rows)
+    if all(row["high"] < 1.0 for row in rows):
+        assert said.startswith("faster by ")
+    if all(row["low"] > 1.0 for row in rows):
+        assert said.startswith("slower by ")
+    if len(rows) == 1:
+        assert said.split(" by ")[0] == report.outcome(rows[0])
 
 
 def test_plots_are_written(data: dict[str, Any], tmp_path: Path) -> None:
