@@ -25,16 +25,12 @@ import wrapt
 
 from overlay.report.journal import journal
 from overlay.settings import outcome
+from overlay.side_work.rules import WIDEST_ROW
 
 #: Puts stock's calls into a graph in the place of a node.
 Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
-#: The largest hidden size whose norms Inductor adds up in one order. Above it has two block sizes for a norm, and times both at the
-#: kernel's first launch (`add_persistent_rblock`, torch 2.13 and 2.14). In stock that is a step of the largest number of tokens.
-#: A graph for the captured sizes alone has its first launch at those, so it can choose otherwise, and then its bits are not stock's
-#: (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
-WIDEST_ROW = 2048
 
 _lowered: dict[str, Lower] = {}
 _watched = False

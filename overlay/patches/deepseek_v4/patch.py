@@ -20,6 +20,7 @@ from overlay.settings import Settings
 from overlay.side_work.adoption import Refused, adopt, refuse_modes
 from overlay.side_work.gemms import gemm_of
 from overlay.side_work.plan import PASS_THROUGH, Plan
+from overlay.side_work.rules import NO_COMPRESSOR
 from overlay.side_work.streams import ParallelRegion
 from overlay.verdict import Verdict
 from overlay.vocabulary import DRIFTED, INERT
@@ -238,7 +239,7 @@ def make_stage(
     config = get_current_vllm_config()
     compressor, indexer = layer.compressor, layer.indexer
     if compressor is None:
-        raise Refused("no compressor: fused_wqa_wkv is the only input GEMM")
+        raise Refused(NO_COMPRESSOR)
     if config.compilation_config.static_forward_context.get(layer.layer_name) is not layer:
         raise Refused("the layer is not registered under its name in the static forward context")
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)

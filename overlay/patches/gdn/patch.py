@@ -31,6 +31,7 @@ from overlay.side_work.gemms import (
 )
 from overlay.side_work.pairs import NO_CAPTURE, Pair
 from overlay.side_work.plan import Plan
+from overlay.side_work.rules import SPLIT_FOR_LORA
 from overlay.side_work.waiting import Waiting
 from overlay.verdict import Verdict
 from overlay.vocabulary import INERT
@@ -120,7 +121,7 @@ def check_new(layer: torch.nn.Module) -> dict[str, int]:
     """
     config = get_current_vllm_config()
     if not hasattr(layer, "in_proj_qkvz"):
-        raise Refused("the projections are split for LoRA")
+        raise Refused(SPLIT_FOR_LORA)
     if config.compilation_config.static_forward_context.get(layer.prefix) is not layer:
         raise Refused("the layer is not registered under its name in the static forward context")
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
