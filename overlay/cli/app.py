@@ -77,16 +77,26 @@ def check(
             help="An unpacked vLLM, a wheel file, or a release, which is fetched; the installed vLLM when left out.",
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|CONFIG.JSON",
+            help="Also what each patch would do with this checkpoint, layer group by layer group, by its configuration.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="GPUs on which that checkpoint is served.")] = 1,
+    lora: Annotated[bool, typer.Option("--lora", help="That checkpoint is served with --enable-lora.")] = False,
     json: Json = False,
     cache: Cache = None,
 ) -> None:
-    """What each patch would do in one vLLM, without importing it.
+    """What each patch would do in one vLLM, and with one checkpoint, without importing it.
 
     Exit status: 0 all shapes are known, 1 something drifted, 2 bad input.
     """
     from overlay.cli import check
 
-    raise typer.Exit(check.run(vllm, json, cache))
+    raise typer.Exit(check.run(vllm, json, cache, model, tensor_parallel, lora))
 
 
 @app.command()
