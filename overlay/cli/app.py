@@ -189,6 +189,12 @@ def bench(
         str | None,
         typer.Option(metavar="R,R,…", help="Also real servers, at these requests per second.", show_default=False),
     ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…", help="Also real servers of all arms, with so many clients at a time.", show_default=False
+        ),
+    ] = None,
     phases: Annotated[
         str, typer.Option(help="What to measure, in this order; servers come last. Also: timeline (GPU kernels).")
     ] = "tokens,ttft,decode,serving",
@@ -248,6 +254,7 @@ def bench(
                 batches=command.parse_numbers("--batches", batches),
                 prompts=command.parse_numbers("--prompts", prompts),
                 rates=command.parse_rates(rates),
+                concurrency=command.parse_numbers("--concurrency", concurrency),
                 capture_sizes=command.parse_numbers("--capture-sizes", capture_sizes),
                 out=out,
                 work=work,

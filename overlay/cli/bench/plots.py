@@ -11,7 +11,7 @@ COLOURS = {"overlay": "tab:blue", "dual": "tab:green", "fused": "tab:orange", "s
 
 
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
-    """`ratio.png` for decode step and time to first token, `serving.png` for servers; what there are results for.
+    """`ratio.png` for decode step and time to first token, `concurrency.png` and `serving.png` for servers; what there are results for.
 
     Raises ModuleNotFoundError where matplotlib is missing.
     """
@@ -29,11 +29,16 @@ def write(data: dict[str, Any], folder: Path) -> list[Path]:
     panels.append((_series(data.get("first_token") or [], "prompt"), "time to first token", "prompt tokens"))
     if any(series for series, _, _ in panels):
         written.append(_draw([panel for panel in panels if panel[0]], data, folder / "ratio.png"))
-    rows = (data.get("serving") or {}).get("rows") or []
+    titles = {"tpot": "time per output token", "ttft": "time to first token"}
+    rows = (data.get("concurrency") or {}).get("rows") or []
     panels = [
-        (_serving_series(rows, metric), title, "requests per second")
-        for metric, title in (("tpot", "time per output token"), ("ttft", "time to first token"))
+        (_series([row for row in rows if row["metric"] == metric], "requests"), title, "clients")
+        for metric, title in titles.items()
     ]
+    if rows:
+        written.append(_draw([panel for panel in panels if panel[0]], data, folder / "concurrency.png"))
+    rows = (data.get("serving") or {}).get("rows") or []
+    panels = [(_serving_series(rows, metric), title, "requests per second") for metric, title in titles.items()]
     if rows:
         written.append(_draw([panel for panel in panels if panel[0]], data, folder / "serving.png"))
     return written

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FILE_COLUMNS = 170
 #: Processes whose Python is no further apart than this have equal CPUs.
 EVEN_HOST = 0.01
+CONCURRENCY = "concurrency"
 #: All that a run without a GPU says about times.
 CPU = "CPU: says nothing about speed, for there are no streams; it shows whether tokens differ"
 #: What stands behind a ratio.
@@ -64,16 +65,19 @@ def tables(data: dict[str, Any]) -> list[Any]:
     """Everything that a results file of `bench` holds, as rich renderables."""
     shown: list[Any] = [Text(head(data))]
     if data.get("cpu"):
-        return [*shown, *([tokens(data["tokens"])] if data.get("tokens") else []), *notes(data), Text(CPU)]
+        shown += [tokens(data["tokens"])] if data.get("tokens") else []
+        return [*shown, *answers(data), *notes(data), Text(CPU)]
     for key, make in (
         ("tokens", tokens),
         ("decode", decode),
         ("first_token", first_token),
         ("pair", starts),
         ("serving", serving),
+        (CONCURRENCY, closed_loop),
     ):
         if data.get(key):
             shown.append(make(data[key]))
+    shown += answers(data)
     shown += [timeline(row) for row in data.get("timeline") or []]
     return [*shown, *(Text(text) for text in conclusions(data)), *notes(data), Text(headline(data), style="bold")]
 
@@ -81,13 +85,10 @@ def tables(data: dict[str, Any]) -> list[Any]:
 def conclusions(data: dict[str, Any]) -> list[str]:
     """One line for each table of ratios and arm: at which sizes the arm is faster than stock, slower, or neither is shown."""
     found: dict[str, dict[str, list[str]]] = {}
-    for title, key, rows in (
-        ("decode step, N", "requests", data.get("decode") or []),
-        ("time to first token, prompt", "prompt", data.get("first_token") or []),
-    ):
+    for what, label, key, rows in timed(data):
         for row in rows:
             for arm, values in arms_of(row).items():
-                line = found.setdefault(f"{arm}, {title}", {})
+                line = found.setdefault(f"{arm}, {what}, {label}", {})
                 line.setdefault(outcome(values, row["rounds"]), []).append(size(row, key))
     for row in (data.get("serving") or {}).get("rows") or []:
         line = found.setdefault(f"{row['arm']}, servers, {row['metric'].upper()} at rate", {})
@@ -98,21 +99,32 @@ def conclusions(data: dict[str, Any]) -> list[str]:
     ]
 
 
-#: What a person repeats is the first of these that was timed: the rows' place in the results, what is timed, and the key of the size.
-TIMED = (("decode", "decode step", "requests", "N"), ("first_token", "time to first token", "prompt", "prompt"))
+def timed(data: dict[str, Any]) -> list[tuple[str, str, str, list[dict[str, Any]]]]:
+    """What was timed in pairs, first what a person asks for first: what it is, how its size is called, its key, the rows."""
+    loop = (data.get(CONCURRENCY) or {}).get("rows") or []
+    every = (
+        ("time per output token", "clients", "requests", [row for row in loop if row["metric"] == "tpot"]),
+        ("decode step", "N", "requests", data.get("decode") or []),
+        ("time to first token", "prompt", "prompt", data.get("first_token") or []),
+        ("time to first token", "clients", "requests", [row for row in loop if row["metric"] == "ttft"]),
+    )
+    return [one for one in every if one[-1]]
 
 
 def headline(data: dict[str, Any]) -> str:
     """The last line of a report: by how much the overlay is faster or slower over all sizes of the first thing that was timed."""
-    for place, what, key, label in TIMED:
-        rows = [row for row in data.get(place) or [] if overlays_of(row)]
-        if rows:
-            arms = overlays_of(rows[0])
-            arm = OVERLAY if OVERLAY in arms else next(iter(arms))
-            own = [{"rounds": row["rounds"], **overlays_of(row)[arm]} for row in rows if arm in overlays_of(row)]
-            sizes = ", ".join(size(row, key) for row in rows if arm in overlays_of(row))
-            of = f"{label} = {sizes}" + (", on average" if len(own) > 1 else "")
-            return f"{arm}, {what}: {verdict(own)} at {of}"
+    served = [
+        {**row, "rate": f"{row['rate']:g}", "arms": {row["arm"]: row}}
+        for row in (data.get("serving") or {}).get("rows") or []
+        if row["metric"] == "tpot"
+    ]
+    for what, label, key, rows in [*timed(data), ("time per output token", "requests/s", "rate", served)]:
+        arms = {arm: None for row in rows for arm in overlays_of(row)}
+        for arm in sorted(arms, key=lambda one: one != OVERLAY)[:1]:
+            own = [row for row in rows if arm in overlays_of(row)]
+            sizes = ", ".join(size(row, key) for row in own) + (", on average" if len(own) > 1 else "")
+            shown = verdict([{"rounds": row["rounds"], **overlays_of(row)[arm]} for row in own])
+            return f"{arm}, {what}: {shown} at {label} = {sizes}"
     return "nothing was timed"
 
 
@@ -337,6 +349,30 @@ def serving(found: dict[str, Any]) -> Table:
     shown.caption = "; ".join(f"{arm} answers after {value:.0f} s" for arm, value in seconds.items())
     shown.caption_justify = "left"
     return shown
+
+
+def closed_loop(found: dict[str, Any]) -> Table:
+    """Servers with a fixed number of clients."""
+    rows = found.get("rows") or []
+    arms = list(arms_of(rows[0])) if rows else []
+    columns = ("metric", "rounds", "stock", *(f"{arm} / stock" for arm in arms))
+    shown = table(f"servers, a fixed number of clients (median of a round in ms; {INTERVALS})", "clients", *columns)
+    for row in rows:
+        ratios = (ratio(arms_of(row).get(arm)) for arm in arms)
+        shown.add_row(
+            str(row["requests"]), row["metric"].upper(), str(row["rounds"]), milliseconds(row["stock"]), *ratios
+        )
+    return shown
+
+
+def answers(data: dict[str, Any]) -> list[Text]:
+    """How many answers differ from those of stock's first round, with stock's own later rounds as the control."""
+    found = data.get(CONCURRENCY) or {}
+    lines = [] if found.get("together", True) else ["the servers were alive one after the other"]
+    for row in found.get("answers") or []:
+        counts = ", ".join(f"{arm} {one['different']} of {one['of']}" for arm, one in row["arms"].items())
+        lines.append(f"clients {row['requests']}: answers that are not those of stock's first round: {counts}")
+    return [Text("\n".join(lines))] if lines else []
 
 
 def wide_console(file: IO[str] | None = None) -> Console:

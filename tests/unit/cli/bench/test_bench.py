@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from overlay.cli.bench import command, compare, engines, intervals, memory, plots, report, serving, shapes
+from overlay.cli.bench import closed_loop, command, compare, engines, intervals, memory, plots, report, serving, shapes
 from overlay.cli.bench.results import Results, different
 from overlay.cli.bench.setup import Setup
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, in_turn
@@ -710,6 +710,64 @@ def test_the_last_line_is_one_that_a_person_can_repeat(rows: list[dict[str, Any]
     line = report.headline({"decode": row, "first_token": []})
     assert line.startswith(f"overlay, decode step: {said} at N = 1") and ("on average" in line) == (len(rows) > 1)
     assert report.headline({"tokens": []}) == "nothing was timed"
+
+
+def test_the_last_line_is_of_what_a_person_asks_for_first(data: dict[str, Any]) -> None:
+    """Clients on servers before a bare decode step, and that before arrivals on servers."""
+    rows = [{"requests": 4, "metric": metric, **data["decode"][0]} for metric in ("ttft", "tpot")]
+    said = report.headline({**data, "concurrency": {"rows": rows}})
+    assert said.startswith("overlay, time per output token: faster by ") and said.endswith("at clients = 1")
+    assert report.headline(data).startswith("overlay, decode step: faster by ")
+    assert report.headline({"serving": data["serving"]}).startswith("overlay, time per output token: ")
+    assert report.headline({"serving": data["serving"]}).endswith("at requests/s = 4")
+    shown = report.tables(data)[-1]
+    assert shown.plain == report.headline(data)
+
+
+def _loop_run(scale: float, *texts: str) -> dict[str, Any]:
+    return {**_run(scale), "generated_texts": list(texts), "failed": 0}
+
+
+def test_a_closed_loop_is_paired_by_round_and_its_answers_have_a_control(data: dict[str, Any], tmp_path: Path) -> None:
+    stock = {0: _loop_run(1.0, "a", "b"), 1: _loop_run(2.0, "a", "b"), 2: _loop_run(9.0, "a", "c")}
+    overlay = {0: _loop_run(0.9, "a", "b"), 1: _loop_run(1.8, "x", "b")}
+    runs = {1: {"stock": stock, "overlay": overlay}, 4: {"stock": stock, "overlay": {}}}
+    tpot, ttft = closed_loop.rows_of(runs)
+    assert [(row["requests"], row["metric"], row["rounds"]) for row in (tpot, ttft)] == [(1, "tpot", 2), (1, "ttft", 2)]
+    assert tpot["ratio"] == pytest.approx(0.9) and tpot["interval"] == "range"
+    answers = closed_loop.answers_of(runs)
+    assert answers[0]["arms"] == {"stock": {"different": 1, "of": 4}, "overlay": {"different": 1, "of": 4}}
+    assert answers[1]["arms"]["overlay"] == {"different": 0, "of": 0}
+    found = {"rows": [tpot, ttft], "answers": answers, "together": False}
+    data |= {"concurrency": found, "tokens": []}
+    assert different(data) == []  # stock does not repeat itself here
+    report.show(data, Console(width=120, file=(tmp_path / "terminal").open("w")), tmp_path / "report.txt")
+    shown = (tmp_path / "report.txt").read_text()
+    for text in ("first round: stock 1 of 4, overlay 1 of 4", "one after the other", "output token, clients: faster 1"):
+        assert text in shown
+    pytest.importorskip("matplotlib")
+    assert "concurrency.png" in [path.name for path in plots.write(data, tmp_path)]
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_one_client_must_get_stocks_answers(clients: int) -> None:
+    """With several clients a batch depends on the moment, so there a difference is shown and fails nothing."""
+    same = {turn: _loop_run(1.0, "a", "b") for turn in range(2)}
+    other = {turn: _loop_run(1.0, "a", "c") for turn in range(2)}
+    answers = closed_loop.answers_of({clients: {"stock": same, "overlay": other, "control": other}})
+    said = ["overlay, one client: 2 of 4 answers"] if clients == 1 else []
+    assert different({"concurrency": {"answers": answers}}) == said
+    once = closed_loop.answers_of({clients: {"stock": {0: same[0]}, "overlay": other}})
+    assert different({"concurrency": {"answers": once}}) == []
+
+
+@given(st.integers(1, 12), st.booleans(), st.lists(st.sampled_from(["overlay", "serial", "control"]), unique=True))
+def test_every_arm_has_every_round_once(rounds: int, together: bool, others: list[str]) -> None:
+    arms = ["stock", *others]
+    schedule = closed_loop.turns(arms, rounds, together)
+    for arm in arms:
+        assert sorted(turn for alive, some in schedule if arm in alive for turn in some) == list(range(rounds))
+    assert together or all(len(alive) == 1 for alive, _ in schedule)
 
 
 @given(st.lists(st.tuples(st.floats(0.3, 3.0), st.floats(1.0, 1.5), st.floats(1.0, 1.5)), min_size=1, max_size=9))
