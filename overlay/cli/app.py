@@ -12,7 +12,6 @@ import typer.core
 
 from overlay import __version__
 from overlay.cli import failure
-from overlay.cli.options import parse_words
 
 
 class _Commands(typer.core.TyperGroup):
@@ -196,8 +195,15 @@ def bench(
         ),
     ] = None,
     phases: Annotated[
-        str, typer.Option(help="What to measure, in this order; servers come last. Also: timeline (GPU kernels).")
-    ] = "tokens,ttft,decode,serving",
+        str | None,
+        typer.Option(
+            help="What to measure, in this order; servers come last: tokens,ttft,decode,serving (the default), timeline.",
+            show_default=False,
+        ),
+    ] = None,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="The GPU kernels of a layer, as a table and a picture; alone, no times.")
+    ] = False,
     capture_sizes: Annotated[
         str | None, typer.Option(metavar="N,N,…", help="CUDA graph capture sizes.", show_default=False)
     ] = None,
@@ -250,7 +256,7 @@ def bench(
                 layers=layers,
                 tensor_parallel=tensor_parallel,
                 arms=command.parse_arms(arms),
-                phases=parse_words("--phases", phases, command.ALL_PHASES),
+                phases=command.parse_phases(phases, timeline),
                 batches=command.parse_numbers("--batches", batches),
                 prompts=command.parse_numbers("--prompts", prompts),
                 rates=command.parse_rates(rates),

@@ -182,6 +182,12 @@ def parse_arms(text: str) -> tuple[str, ...]:
     return (STOCK, *others)
 
 
+def parse_phases(text: str | None, timeline: bool) -> tuple[str, ...]:
+    """What to measure. `timeline` alone is the tokens and the timeline; beside phases it is one more of them."""
+    found = parse_words("--phases", text, ALL_PHASES) if text is not None else ("tokens",) if timeline else PHASES
+    return (*found, "timeline") if timeline and "timeline" not in found else found
+
+
 def parse_pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
     """NAME=VALUE words."""
     for word in words:

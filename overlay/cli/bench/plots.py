@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from overlay.cli.bench import timeline_picture
 from overlay.cli.bench.results import arms_of
 
 COLOURS = {"overlay": "tab:blue", "dual": "tab:green", "fused": "tab:orange", "serial": "tab:red", "auto": "tab:purple"}
 
 
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
-    """`ratio.png` for decode step and time to first token, `concurrency.png` and `serving.png` for servers; what there are results for.
+    """`ratio.png` for decode step and time to first token, `concurrency.png` and `serving.png` for servers, `timeline-N.svg` for kernels; what there are results for.
 
     Raises ModuleNotFoundError where matplotlib is missing.
     """
@@ -41,6 +42,9 @@ def write(data: dict[str, Any], folder: Path) -> list[Path]:
     panels = [(_serving_series(rows, metric), title, "requests per second") for metric, title in titles.items()]
     if rows:
         written.append(_draw([panel for panel in panels if panel[0]], data, folder / "serving.png"))
+    for row in data.get("timeline") or []:
+        title = f"a GDN layer and its MLP in a replayed decode step, N={row['requests']}\n{_title(data)}"
+        written.append(timeline_picture.draw(row, folder / f"timeline-{row['requests']}.svg", title))
     return written
 
 

@@ -11,6 +11,8 @@ from rich.text import Text
 from overlay.cli.bench.intervals import FEWEST, RANGE
 from overlay.cli.bench.results import CONTROL, arms_of, different, overlays_of, size
 from overlay.cli.bench.setup import OVERLAY, STOCK
+from overlay.cli.bench.timeline import Kernel, overlap
+from overlay.cli.bench.timeline_picture import hidden, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -78,7 +80,8 @@ def tables(data: dict[str, Any]) -> list[Any]:
         if data.get(key):
             shown.append(make(data[key]))
     shown += answers(data)
-    shown += [timeline(row) for row in data.get("timeline") or []]
+    for row in data.get("timeline") or []:
+        shown += [*(kernels(row, arm) for arm in row["arms"]), timeline(row)]
     return [*shown, *(Text(text) for text in conclusions(data)), *notes(data), Text(headline(data), style="bold")]
 
 
@@ -300,6 +303,20 @@ def starts(pair: dict[str, Any]) -> Table | str:
     return found
 
 
+def kernels(row: dict[str, Any], arm: str) -> Table:
+    """An arm's kernels of one layer by stream, with how long each runs beside one of another stream."""
+    found = table(
+        f"{arm}, a GDN layer and its MLP, N={row['requests']} (GPU us)", "stream", "number", "start", "takes", "beside"
+    )
+    found.add_column("kernel", no_wrap=True)
+    every = [(number, Kernel(**one)) for number, one in enumerate(row["arms"][arm]["kernels"], 1)]
+    for number, kernel in sorted(every, key=lambda one: (one[1].stream, one[1].start)):
+        beside = overlap(kernel, [other for _, other in every if other.stream != kernel.stream])
+        times = (f"{value:.2f}" for value in (kernel.start, kernel.duration, beside))
+        found.add_row(kernel.stream, str(number), *times, short(kernel.name, 90))
+    return found
+
+
 def timeline(row: dict[str, Any]) -> Table:
     """A GDN layer and its MLP at one number of requests, and below it which kernels are not stock's."""
     columns = ("segment", "5 to 95 %", "ratio", "like", "like, tuned", "side", "overlap", "hideable", "hidden share")
@@ -311,6 +328,7 @@ def timeline(row: dict[str, Any]) -> Table:
         cells = ("-" if other.get(key) is None else f"{other[key]:.3f}" for key in keys)
         found.add_row(arm, f"{segment['median']:.1f}", f"{segment['low']:.1f}..{segment['high']:.1f}", *cells)
         lines.append(f"{arm}: {segment['alike']} of {segment['all']} segments are alike")
+        lines += [f"{arm} {words}" for words in [hidden(other)] if words]
         for kernel in other.get("side", ()):
             same = kernel["stock"]
             stock = f"stock {same['duration']:.2f} after {same['gap']:.2f}" if same else "not in stock"

@@ -211,6 +211,19 @@ def test_stock_is_always_the_first_arm() -> None:
             command.parse_arms(text)
 
 
+@pytest.mark.parametrize(
+    ("phases", "timeline", "found"),
+    [
+        (None, False, command.PHASES),
+        (None, True, ("tokens", "timeline")),
+        ("decode", True, ("decode", "timeline")),
+        ("timeline,decode", True, ("timeline", "decode")),
+    ],
+)
+def test_the_timeline_is_one_more_phase(phases: str | None, timeline: bool, found: tuple[str, ...]) -> None:
+    assert command.parse_phases(phases, timeline) == found
+
+
 def test_rates_and_pairs() -> None:
     assert command.parse_rates("4,0.5") == (0.5, 4.0)
     assert command.parse_rates(None) == ()
