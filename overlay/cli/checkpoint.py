@@ -34,8 +34,8 @@ from overlay.vocabulary import APPLY
 STOCK, UNKNOWN = "stock", "unknown"
 WHEN_SERVED = "when served with --enable-lora"
 #: A configuration is a few kilobytes, with the names of all layers some hundred.
-LARGEST_FILE = 64 << 20
-MOST_LAYERS = 10_000
+LARGEST_FILE = 16 << 20
+MOST_LAYERS = 1_000
 CONFIG, MODELOPT_CONFIG, INDEX = "config.json", "hf_quant_config.json", "model.safetensors.index.json"
 ALLOWED = "allowed are a checkpoint's folder and its config.json"
 

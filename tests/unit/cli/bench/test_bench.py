@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from overlay.cli.bench import closed_loop, command, compare, engines, intervals, memory, plots, report, serving, shapes
+from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import Results, different
 from overlay.cli.bench.setup import Setup
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, in_turn
@@ -772,6 +775,47 @@ def test_one_client_must_get_stocks_answers(clients: int) -> None:
     assert different({"concurrency": {"answers": answers}}) == said
     once = closed_loop.answers_of({clients: {"stock": {0: same[0]}, "overlay": other}})
     assert different({"concurrency": {"answers": once}}) == []
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_servers_take_turns_and_what_fails_is_a_problem(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[tuple[str, ...]] = []
+    asked: list[tuple[str, str, int]] = []
+
+    @contextlib.contextmanager
+    def running(_setup: Any, _results: Any, _progress: Any, _engine: Any, _tokenizer: Any, arms: Any, *_: Any) -> Any:
+        alive.append(tuple(arms))
+        yield {arm: arm for arm in arms}
+
+    def run_client(
+        _setup: Any, server: str, _tokenizer: Any, name: str, load: list[str], **given: Any
+    ) -> dict[str, Any]:
+        asked.append((server, load[1], int(name.split("-")[2])))
+        return {**_loop_run(1.0 if server == "stock" else 0.9, "a", "b"), "failed": int(server == "overlay")}
+
+    monkeypatch.setattr(closed_loop, "running", running)
+    monkeypatch.setattr(closed_loop, "run_client", run_client)
+    results = Results(tmp_path / "results.json", lambda text: None)
+    loop = closed_loop.Loop((1, 4), rounds=2, waves=2, prompt=8, output=4)
+    setup = Setup(tmp_path, tmp_path, None, 100.0)
+    progress: Any = Progress(Console(file=io.StringIO()))
+    arms = ("stock", "overlay")
+    closed_loop.measure(setup, results, progress, {}, tmp_path, arms, loop, together)
+    assert alive == ([arms] if together else [("stock",), ("overlay",), ("stock",)])
+    assert sorted(asked) == sorted((arm, clients, turn) for arm in arms for clients in "14" for turn in (0, 1))
+    if together:
+        assert [arm for arm, clients, _ in asked if clients == "1"] == ["stock", "overlay", "overlay", "stock"]
+    found = results.data["concurrency"]
+    assert found["together"] == together and [row["rounds"] for row in found["rows"]] == [2] * 4
+    assert all(row["ratio"] == pytest.approx(0.9) for row in found["rows"])
+    assert results.data["problems"][0] == "closed loop, N=1, overlay: 1 requests have failed"
+    setup.budget = 0.0
+    closed_loop.measure(setup, results, progress, {}, tmp_path, arms, loop, together)
+    assert results.data["unfinished"] == [
+        f"closed loop: out of time before {'stock, overlay' if together else 'stock'}"
+    ]
 
 
 @given(st.integers(1, 12), st.booleans(), st.lists(st.sampled_from(["overlay", "serial", "control"]), unique=True))
