@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from overlay.cli.failure import CommandError
-from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, find
+from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, find, shown
 from overlay.side_work.rules import (
     ADAPTERS,
     MARLIN,
@@ -115,9 +115,7 @@ class Configuration:
         self.text = nested or self.content
 
     def wrong(self, key: str, value: object, allowed: str) -> CommandError:
-        shown = repr(value) if not isinstance(value, (Mapping, list)) else f"a {type(value).__name__}"
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        return CommandError(f"--model: {self.file}: {key} is {shown}; allowed is {allowed}")
+        return CommandError(f"--model: {self.file}: {key} is {shown(value)}; allowed is {allowed}")
 
     def size(self, key: str, most: int = 1 << 30) -> int:
         """A size of the language model, which has to be there."""

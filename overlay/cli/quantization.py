@@ -142,7 +142,7 @@ def _text(config: Mapping[str, Any], key: str, default: str | None = None) -> st
     if found is None and default is not None:
         return default
     if not isinstance(found, str):
-        raise Unusable(f"{key} is {_shown(found)}; allowed is a text")
+        raise Unusable(f"{key} is {shown(found)}; allowed is a text")
     return found
 
 
@@ -150,7 +150,7 @@ def _number(config: Mapping[str, Any], *keys: str, default: int | None = None) -
     key = next((key for key in keys if config.get(key) is not None), keys[0])
     found = config.get(key, default)
     if isinstance(found, bool) or not isinstance(found, int) or not -1 <= found <= 1 << 20:
-        raise Unusable(f"{key} is {_shown(found)}; allowed is a whole number")
+        raise Unusable(f"{key} is {shown(found)}; allowed is a whole number")
     return found
 
 
@@ -166,7 +166,7 @@ def _list(config: Mapping[str, Any], *keys: str) -> list[str]:
         return []
     elif isinstance(found, str):
         return [part.strip() for part in found.split(",")]
-    raise Unusable(f"{key} is {_shown(found)}; allowed is a list of names")
+    raise Unusable(f"{key} is {shown(found)}; allowed is a list of names")
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
@@ -175,11 +175,12 @@ def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]
     if found is None:
         return {}
     if not isinstance(found, Mapping) or not all(isinstance(value, Mapping) for value in found.values()):
-        raise Unusable(f"{key} is {_shown(found)}; allowed is an object of objects")
+        raise Unusable(f"{key} is {shown(found)}; allowed is an object of objects")
     return dict(found)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in a message: a number or a text as it is, cut to 80 letters; of anything else its kind."""
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -188,7 +189,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise Unusable(f"{_shown(text)} is no pattern ({error}); allowed is a regular expression") from error
+        raise Unusable(f"{shown(text)} is no pattern ({error}); allowed is a regular expression") from error
 
 
 def _one_of(entries: Sequence[str]) -> Callable[[str], bool]:
@@ -208,7 +209,7 @@ def _fp8(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str
         said, detail = "FP8 per tensor", f"per tensor, {_text(config, 'activation_scheme', 'dynamic')} inputs"
     else:
         if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-            raise Unusable(f"weight_block_size is {_shown(block)}; allowed are two whole numbers")
+            raise Unusable(f"weight_block_size is {shown(block)}; allowed are two whole numbers")
         said, detail = "FP8 in blocks", f"blocks of {block[0]} x {block[1]}"
     return Format(
         f"fp8, {detail}", lambda name: plain if names.is_left_alone(name, skipped.__contains__) else _quantized(said)
@@ -218,7 +219,7 @@ def _fp8(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str
 def _modelopt(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
     inner = config.get("quantization", config)
     if not isinstance(inner, Mapping):
-        raise Unusable(f"quantization is {_shown(inner)}; allowed is an object")
+        raise Unusable(f"quantization is {shown(inner)}; allowed is an object")
     algorithm = _text(inner, "quant_algo").upper()
     entries = _list(inner, "ignore") if "ignore" in inner else _list(inner, "exclude_modules")
     excluded: list[str] = []
@@ -295,7 +296,7 @@ def _scheme(group: Mapping[str, Any], form: str) -> Linear:
     """What a group of compressed-tensors makes of its linears."""
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
-        raise Unusable(f"weights is {_shown(weights)}; allowed is an object with num_bits and type")
+        raise Unusable(f"weights is {shown(weights)}; allowed is an object with num_bits and type")
     bits, kind = _number(weights, "num_bits"), _text(weights, "type", "int")
     inputs = group.get("input_activations")
     if kind == "float" and bits == 4:

@@ -125,6 +125,11 @@ class Options:
     variables: tuple[str, ...] = ()
     overlay_variables: tuple[str, ...] = ()
 
+    @property
+    def alive_at_once(self) -> int:
+        """Engines that have to fit beside each other: all arms; one where only servers are asked for, which can take turns."""
+        return 1 if set(self.phases) == {"serving"} else len(self.arms)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -228,6 +233,8 @@ def settle(options: Options) -> Plan:
     """Look at the machine and the model. Raises CommandError for everything that cannot work."""
     if importlib.util.find_spec("vllm") is None:
         raise CommandError("there is no vLLM in this Python; run it where vLLM is, or put its folder on PYTHONPATH")
+    if set(options.phases) == {"serving"} and not (options.rates or options.concurrency):
+        raise CommandError("--phases=serving: allowed is to name the servers' load, by --concurrency or --rates")
     check_engine(parse_engine(options.engine))
     gpus = memory.visible(memory.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     cpu = not gpus
@@ -262,7 +269,7 @@ def settle(options: Options) -> Plan:
         raise CommandError(
             f"{model.name} takes {most} tokens at most; the longest --prompts and its answer need {load.prompt}"
         )
-    arms = len(options.arms)
+    arms = options.alive_at_once
     if options.layers is None and model.checkpoint is None and options.memory_check:
         fitting = memory.largest_layers(model, load, arms, free, shards, cpu)
         model = model if fitting is None else model.with_layers(fitting)
@@ -410,7 +417,7 @@ def _describe(plan: Plan, results: Results, progress: Progress) -> None:
             "config": dict(model.configuration),
         },
     )
-    results.put("memory", value={"engine": plan.need.as_dict(), "engines": len(options.arms), "free": plan.free})
+    results.put("memory", value={"engine": plan.need.as_dict(), "engines": options.alive_at_once, "free": plan.free})
     if plan.cpu:
         progress.say(f"no NVIDIA GPU is visible. {report.CPU}")
     progress.say(

@@ -227,6 +227,14 @@ def test_the_timeline_is_one_more_phase(phases: str | None, timeline: bool, foun
     assert command.parse_phases(phases, timeline) == found
 
 
+@pytest.mark.parametrize(
+    ("phases", "engines"), [(command.PHASES, 3), (("tokens",), 3), (("serving",), 1), (("serving", "tokens"), 3)]
+)
+def test_servers_alone_need_not_fit_beside_each_other(phases: tuple[str, ...], engines: int) -> None:
+    """40 layers of the 35B in bf16 fit on one card once."""
+    assert command.Options(arms=("stock", "overlay", "serial"), phases=phases).alive_at_once == engines
+
+
 def test_rates_and_pairs() -> None:
     assert command.parse_rates("4,0.5") == (0.5, 4.0)
     assert command.parse_rates(None) == ()
@@ -900,6 +908,8 @@ def _cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         (("--arms", "stock"), "--arms="),
         (("--model", "/no/such/model"), "neither a named shape"),
         (("--model", "tiny", "--layers", "3"), "multiples"),
+        (("--model", "tiny", "--phases", "serving"), "--concurrency or --rates"),
+        (("--concurrency", "0,1"), "--concurrency='0,1': allowed are whole numbers from 1 on"),
         (
             ("--model", "Qwen3-Next-80B-A3B", "--layers", "48"),
             "engines of Qwen3-Next-80B-A3B with 48 layers need about",
