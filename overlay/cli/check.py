@@ -15,7 +15,7 @@ JSON (schema 1)::
 
 `model` is there with ``--model`` only; `unknown` is the state where the checkpoint has a format that check does not know. `sizes` are
 columns per shard (gdn), `linears` what the group is of (lora_linear); `modes` says how vLLM may be served so that every layer stays
-stock.
+stock; none where no layer would fork.
 
 `removable` is true where every patch is landed or absent: then the overlay has nothing to do in this vLLM. frame_stack, which
 mends Python and lands in no vLLM, may be apply.
@@ -36,7 +36,7 @@ from overlay.cli.failure import CommandError
 from overlay.cli.vllms import Vllm
 from overlay.patches import registry
 from overlay.verdict import Upstream, Verdict
-from overlay.vocabulary import APPLY, DRIFTED, WITH_IT_GOES, loses_by_removal
+from overlay.vocabulary import DRIFTED, WITH_IT_GOES, loses_by_removal
 from overlay.vocabulary import is_removable as nothing_to_do
 
 if TYPE_CHECKING:
@@ -193,5 +193,5 @@ def show_checkpoint(found: Checkpoint, console: Console) -> None:
         console.print(table)
     for note in found.notes:
         console.print(visible(note), soft_wrap=True)
-    if any(group.state == APPLY for group in found.groups):
+    if found.modes:
         console.print(f"stock all the same, however it is quantized: {'; '.join(found.modes)}", soft_wrap=True)

@@ -47,6 +47,8 @@ DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 POOLING = re.compile(r"(ForTextEncoding|For\w*Classification|ForRewardModeling|(?<!Chat)(?<!LMHead)Model)$")
 #: What a folder of Sentence Transformers has: then vLLM pools, whatever the architecture.
 POOLS = "modules.json"
+#: Fields of models with latent attention, whose linears have other names.
+OTHER_LINEARS = ("q_lora_rank", "kv_lora_rank", "compress_ratios")
 ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 MLP = {"gate_up_proj": ("gate_proj", "up_proj")}
 GDN = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
@@ -86,7 +88,7 @@ class Checkpoint:
     shards: int
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -251,13 +253,20 @@ def judge(
         groups += asked.deepseek_v4()
     if POOLING.search(architecture) or (config.file.parent / POOLS).is_file():
         groups += asked.pooling()
+    elif any(config.text.get(key) is not None for key in OTHER_LINEARS):
+        notes.append(
+            f"lora_linear: how {architecture} names its linears is not known here; the journal of a server tells"
+        )
     else:
         groups += asked.lora_linear()
-    if not any(group.state == APPLY for group in groups):
+    states = {group.state for group in groups}
+    if not states & {APPLY, UNKNOWN}:
         notes.append(f"no patch applies to this checkpoint ({architecture}, {name})")
-    elif all(group.patch == "lora_linear" for group in groups if group.state == APPLY) and not lora:
+    elif {group.patch for group in groups if group.state == APPLY} == {"lora_linear"} and not lora:
         notes.append(f"no patch applies to {architecture} but lora_linear, {WHEN_SERVED}")
-    return Checkpoint(str(config.file), architecture, name, shards, tuple(groups), tuple(notes))
+    # pooling asks for none of them: it forks nothing.
+    modes = MODES if any(group.state == APPLY and group.patch != "pooling" for group in groups) else ()
+    return Checkpoint(str(config.file), architecture, name, shards, tuple(groups), tuple(notes), modes)
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,7 @@ def test_other_models(tmp_path: Path) -> None:
     bert = {"architectures": ["BertModel"]}
     (pooling,) = judged(tmp_path, bert).groups
     assert (pooling.patch, pooling.layers, pooling.state) == ("pooling", 1, APPLY) and "async" in pooling.reason
+    assert judged(tmp_path, bert).modes == () and judged(tmp_path, LLAMA).modes == rules.MODES
     (tmp_path / "modules.json").write_text("[]")
     assert [one.patch for one in judged(tmp_path, LLAMA).groups] == ["pooling"]
 
@@ -262,9 +263,14 @@ def test_other_models(tmp_path: Path) -> None:
         "num_hidden_layers": 5,
         "compress_ratios": [0, 4, 128, 4, 128, 4],
     }
-    groups = [one for one in judged(tmp_path, ratios).groups if one.patch == "deepseek_v4"]
+    (tmp_path / "modules.json").unlink()
+    groups = judged(tmp_path, ratios).groups
+    assert "the journal of a server tells" in judged(tmp_path, ratios).notes[0]
     assert [(one.layers, one.state) for one in groups] == [(1, "stock"), (2, APPLY), (2, APPLY)]
     assert groups[0].reason == rules.NO_COMPRESSOR
+
+    unknown = judged(tmp_path, LLAMA | {"quantization_config": {"quant_method": "quark"}})
+    assert [one.state for one in unknown.groups] == ["unknown"] and unknown.notes == ()
 
 
 @pytest.mark.parametrize(
