@@ -96,7 +96,7 @@ def overlap(layers: Sequence[LoraLinear]) -> tuple[Callable[..., torch.Tensor], 
         lane.prepare(device)
     for layer in layers:
         lora_linear.take_over_shrink(layer.punica_wrapper)
-        setattr(layer, lora_linear.PAIR, lora_linear.Pair(lora_linear.without_adapters(layer), "weight"))
+        setattr(layer, lora_linear.PAIR, lora_linear.LoraPair(lora_linear.without_adapters(layer), "weight"))
     return lora_linear.overlap_adapters(serial), record
 
 

@@ -2,8 +2,8 @@
 
 vLLM's cache key knows nothing of a monkey patch: a warm cache of an unpatched run is loaded with the patch installed and
 the op is never called; and the reverse. vLLM hashes every entry of ``vllm.envs.environment_variables``, in JIT and in AOT
-mode, so a fingerprint goes in there (seen in 0.20.0 and 0.33.0: ``compile_factors``). A layer that stays stock counts, too:
-the next start may patch it.
+mode, so a fingerprint goes in there (seen in 0.20.0 and 0.33.0: ``compile_factors``). Layers that stay stock count, too: the
+next start may patch them.
 
 A process in which nothing is applied adds no entry, and shares its cache with stock vLLM. In a ``cache_dir`` of the user's
 own vLLM takes whatever graph is there, so every layer stays stock (`overlay.side_work.adoption.refuse_modes`).
@@ -27,31 +27,30 @@ _stock: dict[str, set[str]] = {}
 _source = ""
 
 
-def add(patch: str, detail: Iterable[str]) -> str | None:
-    """Enter an applied patch with what of it shapes the graph; gives the fingerprint of all patches so far."""
+def add(patch: str, detail: Iterable[str]) -> None:
+    """Enter an applied patch, with what of it shapes the graph."""
     global _source
     _source = source_hash()
     _applied[patch] = " ".join(detail)
-    return _enter()
+    _enter()
 
 
-def note_layer(patch: str, layer_name: str, *, stock: bool) -> str | None:
-    """A layer has been made, and is patched or stays `stock`. Gives the fingerprint if that has changed it."""
+def note_layer(patch: str, layer_name: str, *, stock: bool) -> None:
+    """A layer has been made, and is patched or stays `stock`."""
     layers = _stock.setdefault(patch, set())
-    if patch not in _applied or stock == (layer_name in layers):
-        return None
-    (layers.add if stock else layers.remove)(layer_name)
-    return _enter()
+    if patch in _applied and stock != (layer_name in layers):
+        (layers.add if stock else layers.remove)(layer_name)
+        _enter()
 
 
-def remove(patch: str) -> str | None:
-    """Take a patch out that was not applied after all; None when none is left."""
+def remove(patch: str) -> None:
+    """Take a patch out that was not applied after all."""
     _applied.pop(patch, None)
-    return _enter()
+    _enter()
 
 
-def _enter() -> str | None:
-    """Put the fingerprint where vLLM reads it and where people read it. Nobody else does."""
+def _enter() -> None:
+    """Put the fingerprint where vLLM reads it and where people read it. Nobody else does. Without a patch there is none."""
     entries = sys.modules["vllm.envs"].environment_variables
     current = _fingerprint() if _applied else None
     if current is None:
@@ -59,7 +58,6 @@ def _enter() -> str | None:
     else:
         entries[ENTRY] = lambda: current
     journal.fingerprint = current
-    return current
 
 
 def _fingerprint() -> str:

@@ -1,7 +1,7 @@
 """When a worker has loaded its model: the moment between the weights and the first trace.
 
-A patch that has to see the weights before it can decide (overlay.patches.gdn.patch) is called here. What it decides may still
-shape the graph that vLLM traces later, and its key in the compile cache.
+A patch that has to see the weights before it can decide (overlay.side_work.waiting) is called here. What it decides can still
+shape the graph that vLLM traces later, and that graph's key in the compile cache.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ _waiting: list[Callable[[Any], None]] = []
 
 
 def when_loaded(decide: Callable[[Any], None]) -> None:
-    """Have `decide` called with each worker of this process that has loaded its model. It lets no exception out that
-    should not end vLLM."""
+    """Have `decide` called with each worker of this process that has loaded its model.
+
+    Anything that `decide` raises stops vLLM, so it handles everything else itself.
+    """
     _waiting.append(decide)
 
 
@@ -44,8 +46,8 @@ def _allocated_bytes() -> int:
 
 
 def _count_as_the_models(worker: Any, taken: int) -> None:
-    """vLLM has measured the model's memory already, and sizes its KV cache by that. What stays allocated here (the workspace of
-    the auxiliary stream) belongs to it. From vLLM 0.27 on it asks the device instead, and this changes one log line."""
+    """Add what stays allocated here (the workspace of the auxiliary stream) to the model's memory, by which vLLM sizes its KV
+    cache. From vLLM 0.27 on it asks the device instead, and this changes one log line."""
     runner: Any = getattr(worker, "model_runner", None)
     if taken > 0 and hasattr(runner, "model_memory_usage"):
         runner.model_memory_usage += taken

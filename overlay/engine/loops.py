@@ -1,4 +1,4 @@
-"""The loops in which processes of vLLM spend their lives, and the moment when one begins."""
+"""The loops in which processes of vLLM spend their lives. Each is wrapped once; who runs it may be exchanged."""
 
 from __future__ import annotations
 
@@ -17,29 +17,35 @@ LOOPS = {
 
 #: What runs a loop: it is given the loop's name and a call that does not return before the loop ends.
 Runner = Callable[[str, Callable[[], Any]], Any]
+_runners: dict[str, Runner] = {}  #: by module
+
+
+def check_loops(module: ModuleType) -> None:
+    """Raise AttributeError where this module lacks one of its loops."""
+    import wrapt
+
+    for name in LOOPS[module.__name__]:
+        wrapt.resolve_path(module, name)
+
+
+def wrap_loops(module: ModuleType) -> None:
+    """Have the journal name the loop of this module that begins. A module that lacks one stays as it is (frame_stack's
+    verdict says so)."""
+    import wrapt
+
+    with contextlib.suppress(AttributeError):
+        check_loops(module)
+        for name in LOOPS[module.__name__]:
+
+            def loop(wrapped: Callable[..., Any], _: object, args: Any, kwargs: Any, name: str = name) -> Any:
+                journal.entered(name)
+                run = _runners.get(module.__name__)
+                return wrapped(*args, **kwargs) if run is None else run(name, lambda: wrapped(*args, **kwargs))
+
+            wrapt.wrap_function_wrapper(module, name, loop)
 
 
 def run_loops_by(module: ModuleType, run: Runner) -> None:
-    """Have `run` run each loop of this module. Raises AttributeError where one is missing, and changes none then."""
-    import wrapt
-
-    names = LOOPS[module.__name__]
-    for name in names:
-        wrapt.resolve_path(module, name)
-    for name in names:
-
-        def loop(wrapped: Callable[..., Any], _: object, args: Any, kwargs: Any, name: str = name) -> Any:
-            return run(name, lambda: wrapped(*args, **kwargs))
-
-        wrapt.wrap_function_wrapper(module, name, loop)
-
-
-def note_begin(module: ModuleType) -> None:
-    """Have the journal name the loop of this module that begins, if all of them are there (frame_stack's verdict says so)."""
-
-    def run(name: str, loop: Callable[[], Any]) -> Any:
-        journal.entered(name)
-        return loop()
-
-    with contextlib.suppress(AttributeError):
-        run_loops_by(module, run)
+    """Have `run` run each loop of this module that begins from now on. Raises AttributeError where one is missing."""
+    check_loops(module)
+    _runners[module.__name__] = run

@@ -32,7 +32,7 @@ from overlay.engine import compile_cache
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
 
-#: The function of effect.WORKERS' modules after which a worker is in its world, and before which no runner or layer
+#: The function of proof.WORKERS' modules after which a worker is in its world. Before it no runner and no layer
 #: exists. The second module imports it from the first by name (vLLM 0.17.1 to 0.33.0).
 JOINS_WORLD = "init_worker_distributed_environment"
 

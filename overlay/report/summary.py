@@ -12,7 +12,7 @@ from typing import Any
 
 from overlay import __version__
 from overlay.report import log
-from overlay.report.journal import Journal, PatchRecord, role
+from overlay.report.journal import FUSED_CALLS, Journal, PatchRecord, role
 from overlay.vocabulary import API_SERVER, APPLY, INERT, NOT_SEEN, WITH_IT_GOES, is_removable, loses_by_removal
 
 REMOVABLE = "nothing to do in this vLLM, it can be removed"
@@ -71,7 +71,7 @@ class _Patch:
             "layers_refused": dict(Counter(self.record.refused.values())),
             "calls_traced": calls.fake,
             "calls_dual_stream": calls.dual_stream,
-            "calls_fused": calls.fused,
+            "calls_fused": FUSED_CALLS,
             "calls_serial": dict(calls.serial),
         }
 
@@ -92,7 +92,7 @@ class _Patch:
         calls = self.record.calls
         if not calls.total():
             return "op has not run yet" + (f" (traced {_count(calls.fake, 'time')})" if calls.fake else "")
-        ways = {"dual stream": calls.dual_stream, "fused": calls.fused, "serial": sum(calls.serial.values())}
+        ways = {"dual stream": calls.dual_stream, "serial": sum(calls.serial.values())}
         return f"op ran {_count(calls.total(), 'time')} ({', '.join(f'{n} {way}' for way, n in ways.items() if n)})"
 
     def _refused(self) -> list[str]:

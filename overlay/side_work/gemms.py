@@ -9,7 +9,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumn
 from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
 
 from overlay.side_work import rules
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 
 TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
 CPU_GEMM = "cpu_unquantized_gemm"
@@ -22,21 +22,21 @@ LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear)
 
 
 def check_side(linear: Any) -> None:
-    """Raise Refused, with the reason, where calling a linear may be more than its GEMM."""
+    """Raise StaysStock, with the reason, where calling a linear may be more than its GEMM."""
     if has_adapters(linear):
-        raise Refused(ADAPTERS)
+        raise StaysStock(ADAPTERS)
     if type(linear) not in LINEARS:
-        raise Refused(f"the side is a {type(linear).__qualname__} of {type(linear).__module__}")
+        raise StaysStock(f"the side is a {type(linear).__qualname__} of {type(linear).__module__}")
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
-        raise Refused("the side has a hook")
+        raise StaysStock("the side has a hook")
     if getattr(linear, "bias", None) is not None:
-        raise Refused("the side has a bias")
+        raise StaysStock("the side has a bias")
     if getattr(linear, "gather_output", False):
-        raise Refused("the side gathers its output")
+        raise StaysStock("the side gathers its output")
 
 
 def gemm_of(linear: Any) -> str:
-    """What the GEMM of a side linear is called, TORCH_GEMM for torch's own. Raises Refused for one that is not allowed."""
+    """What the GEMM of a side linear is called, TORCH_GEMM for torch's own. Raises StaysStock for one that is not allowed."""
     method = linear.quant_method
     name = type(method).__name__
     if name == "UnquantizedLinearMethod":
@@ -46,28 +46,27 @@ def gemm_of(linear: Any) -> str:
         gemm = str(getattr(implementation, "__name__", type(implementation).__name__))
         if gemm in (TORCH_GEMM, CPU_GEMM):
             return gemm
-        raise Refused(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
+        raise StaysStock(f"unquantized GEMM {gemm} has not been shown to be safe next to another one")
     kernel = _kernel(linear)
     detail = f" with {type(kernel).__name__}" if kernel is not None else ""
     if type(kernel).__name__ == "MarlinLinearKernel":
         mentioned = type(kernel).process_weights_after_loading.__code__.co_names
         if MARLIN_WORKSPACE.issubset(mentioned) or _marlin_locks_belong_to_a_stream():
             return f"{name}{detail}"
-        raise Refused(f"{name}: its Marlin kernel shares one workspace between layers")
-    raise Refused(rules.NOT_ALLOWED.format(f"{name}{detail}"))
+        raise StaysStock(f"{name}: its Marlin kernel shares one workspace between layers")
+    raise StaysStock(rules.NOT_ALLOWED.format(f"{name}{detail}"))
 
 
 def check_beside(main: Any) -> None:
-    """Raise Refused where a main linear may quantize its input, and the side is not torch's GEMM (`rules.reason_against_main`)."""
-    method = type(main.quant_method).__name__
+    """Raise StaysStock where a main linear may quantize its input, and the side is not torch's GEMM (`rules.reason_against_main`)."""
     kernel = _kernel(main)
+    unquantized = type(main.quant_method).__name__ == "UnquantizedLinearMethod"
     weights_only = any(kind.__name__ == "MPLinearKernel" for kind in type(kernel).__mro__)
-    unquantized = method == "UnquantizedLinearMethod"
     reads_input = unquantized or (weights_only and kernel.config.act_type in PLAIN)
     gemm = rules.TORCH if unquantized else rules.OTHER
     reason = rules.reason_against_main(rules.Linear(main_kind(main), gemm, reads_input))
     if reason is not None:
-        raise Refused(reason)
+        raise StaysStock(reason)
 
 
 def has_adapters(linear: torch.nn.Module) -> bool:
@@ -84,10 +83,10 @@ def main_kind(linear: Any) -> str:
 
 
 def gate_of(linear: torch.nn.Module) -> str:
-    """The name of the largest parameter: the weight that main's GEMM reads. Raises Refused where there is none."""
+    """The name of the largest parameter: the weight that main's GEMM reads. Raises StaysStock where there is none."""
     named = dict(linear.named_parameters(recurse=False))
     if not named:
-        raise Refused(f"main is a {type(linear).__qualname__} without a parameter of its own")
+        raise StaysStock(f"main is a {type(linear).__qualname__} without a parameter of its own")
     return str(max(named, key=lambda name: named[name].nbytes))
 
 

@@ -26,15 +26,24 @@ def lane_of(device: torch.device) -> Lane | None:
 def prepare(device: torch.device) -> Lane | None:
     """Make this thread's lane on a device, once. Not allowed during a capture.
 
-    None where torch has no free stream, and with an allocator other than torch's own, which may give memory from one
-    stream to another.
+    None where no auxiliary stream can be had (`streams.auxiliary_stream`).
     """
     key = (device, threading.get_ident())
     if key not in _lanes:
-        stream = streams.unused_stream(device) if torch.cuda.get_allocator_backend() == "native" else None
-        _lanes[key] = None if stream is None else Lane(stream)
-        streams.take(stream)
+        stream = streams.auxiliary_stream(device, key)
+        _lanes[key] = None if stream == torch.cuda.current_stream() else Lane(stream)
     return _lanes[key]
+
+
+def use_once(device: torch.device, start: Callable[[Lane], torch.Tensor]) -> None:
+    """Prepare this thread's lane and have `start` fork on it, once; it gives the result to join.
+
+    What libraries allocate on a stream's first use is allocated now, where vLLM counts it, and not during a capture.
+    """
+    found = prepare(device)
+    if found is not None:
+        with torch.inference_mode():
+            found.join(start(found))
 
 
 class Lane:

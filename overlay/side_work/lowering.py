@@ -1,16 +1,15 @@
 """Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for.
 
-Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece, and where the host is
-the limit an op that is written in Python makes the first token wait for it, layer by layer. There is nothing to gain there:
-outside a CUDA graph the op is serial.
+Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece. Where the host is the
+limit, an op that is written in Python delays the first token in each layer. It gains nothing: outside a CUDA graph it is serial.
 
 Cause: vLLM traces once, and one compiled graph serves every number of tokens.
 
-Fix: vLLM compiles a graph per range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on). The
-largest captured size becomes one, unless the model's hidden size is above WIDEST_ROW. When a range above it is compiled, each op that a patch has registered here is replaced by
-stock's calls first, on a copy of the graph that Dynamo traced, so that everything behind it (Inductor, vLLM's passes and
-caches) sees what it sees in stock. It costs a second pass through Inductor at a cold start; a warm one finds both ranges in
-vLLM's cache.
+Fix: vLLM compiles one graph for each range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on).
+The largest captured size becomes an endpoint, unless the model's hidden size is above WIDEST_ROW. Before the range above it is
+compiled, stock's calls take the place of each op that is registered here, in a copy of the graph that Dynamo traced. So
+everything behind it (Inductor, vLLM's passes and caches) sees what it sees in stock. A cold start pays for a second pass through
+Inductor; a warm one finds both ranges in vLLM's cache.
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ import wrapt
 
 from overlay.report.journal import journal
 from overlay.settings import outcome
+from overlay.side_work.adoption import StaysStock
 from overlay.side_work.rules import WIDEST_ROW
 
 #: Puts stock's calls into a graph in the place of a node.
 Lower = Callable[[torch.fx.Graph, torch.fx.Node], None]
+NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
 
 _lowered: dict[str, Lower] = {}
-_watched = False
+_intercepted = False
 
 
 def register(op: Any, lower: Lower) -> None:
@@ -47,8 +48,18 @@ def largest_captured(compilation: Any) -> int:
 
 
 def captures(compilation: Any) -> bool:
-    """Whether vLLM is going to capture CUDA graphs, by its CompilationConfig."""
+    """Whether vLLM is going to capture CUDA graphs, by its CompilationConfig.
+
+    Graphs of pieces will do: start and join lie in one piece. What an op of vLLM's calls that splits the graph is captured in
+    full graphs alone; without those its calls are serial, as outside a capture.
+    """
     return getattr(compilation.cudagraph_mode, "name", "NONE") != "NONE" and largest_captured(compilation) > 0
+
+
+def refuse_without_graphs(device: torch.device, config: Any) -> None:
+    """Raise StaysStock for a layer on a GPU for which no CUDA graph will be captured. `config` is a VllmConfig."""
+    if device.type == "cuda" and not captures(config.compilation_config):
+        raise StaysStock(NO_CAPTURE)
 
 
 def split_ranges(config: Any, strict: bool) -> bool:
@@ -75,13 +86,13 @@ def split_ranges(config: Any, strict: bool) -> bool:
     one_size = {limit - 1, limit + 1} & {0, *endpoints}
     if limit < max(endpoints) and not one_size:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
-    _watch(strict)
+    _intercept_compiler(strict)
     return True
 
 
-def _watch(strict: bool) -> None:
-    global _watched
-    if _watched:
+def _intercept_compiler(strict: bool) -> None:
+    global _intercepted
+    if _intercepted:
         return
     from vllm.compilation import backends
 
@@ -97,7 +108,7 @@ def _watch(strict: bool) -> None:
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(backends, "CompilerManager.compile", compile_range)
-    _watched = True
+    _intercepted = True
 
 
 def _with_stocks_calls(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,11 +1,11 @@
 """Which strategy is fastest here: measured on this GPU, in CUDA graphs, on the model's own layers.
 
-Several layers stand in one graph, so that each finds the L2 cache as cold as in a step. Of what main does the GEMM alone is
-measured (`gemm_that_reads`): in a compiled step the quantization of its input is often part of the kernel before. Strategies take turns, replay by
-replay; medians are compared. The fastest wins if it is at least 1 % faster than serial.
+One graph holds several layers, so each finds the L2 cache as cold as in a step. Of main only the GEMM is measured
+(`gemm_that_reads`): in a compiled step the kernel before often quantizes its input. The strategies take turns, replay by replay,
+and their medians are compared. The fastest wins if it is at least 1 % faster than serial.
 
-What it costs: memory for the results of a few GEMMs, freed at the end together with its stream and (unless the process has
-CUDA graphs already) the libraries' work space on it; no number of torch's random generators.
+A measurement takes memory for the results of a few GEMMs. At the end it frees that, its stream, and the libraries' work space on
+this stream (unless the process has CUDA graphs already). It takes no number from torch's random generators.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Row:
 
 
 @dataclass
-class Bench:
+class Measurement:
     """A stream of its own, and the works by strategy; "serial" is one of them. A work is called with the number of one of
     `layers` layers and an input of (tokens, hidden).
 
     Two uses::
 
-        with Bench({"serial": ..., "dual": ...}, layers=8, hidden=2048, dtype=torch.bfloat16, device=device) as bench:
-            row = bench.row(64)
+        with Measurement({"serial": ..., "dual": ...}, layers=8, hidden=2048, dtype=torch.bfloat16, device=device) as measurement:
+            row = measurement.row(64)
 
-        rows = bench.rows(sizes, seconds=3.0)
+        rows = measurement.rows(sizes, seconds=3.0)
     """
 
     works: Mapping[str, Work]
@@ -72,7 +72,7 @@ class Bench:
         self._random = torch.Generator(self.device)
         self._random.manual_seed(0)
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Measurement:
         self._keeps_workspaces = _graphs_exist()
         self.stream = streams.unused_stream(self.device) or torch.cuda.Stream(self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

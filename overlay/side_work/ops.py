@@ -132,13 +132,14 @@ def _join(result, main, x):  # type: ignore[no-untyped-def]
 
 
 def define(declares_writes: bool) -> None:
-    """Define the ops, once per process. `declares_writes`: whether start and join declare the writes that give them their
-    place. Without a second stream there is no need, and vLLM's own graph pass for ops that write asks for kernels that its
-    build for a CPU does not have.
+    """Define the ops, once per process.
 
-    They have the tag ``flexible_layout``: Inductor may choose the layout of their inputs, as it may for stock's GEMMs. To bring
-    about a certain layout it would put the op's name into the kernel that makes the input, and time that kernel apart from
-    stock's kernel of the same text. It then found another block size at times, which adds in another order (vLLM 0.33.0).
+    `declares_writes`: whether start and join declare the writes that give them their place. A device without a second stream
+    needs none, and vLLM's graph pass for ops that write asks for kernels that its build for a CPU does not have.
+
+    The tag ``flexible_layout`` lets Inductor choose the layout of their inputs, as for stock's GEMMs. Without it Inductor puts the
+    op's name into the kernel that makes the input, and times that kernel apart from stock's kernel of the same text. At times
+    it then took another block size, which adds in another order (vLLM 0.33.0).
     """
 
     if _libraries:

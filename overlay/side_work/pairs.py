@@ -1,8 +1,8 @@
-"""When the pairs of a loaded model fork: measured on the loaded layers, read from disk, or fixed by the setting.
+"""Main and side of a layer, and at which sizes they fork: measured on the loaded layers, read from disk, or set.
 
 A plan is a choice at run time. It shapes no graph, no memory and no key of a cache, so it may follow the noise of a
-measurement. Layers of one shape and one kind of main share a plan. The ranks of a tensor-parallel group need not agree: every
-strategy has the same bits, and each rank measures for itself.
+measurement. Layers of one shape and one kind of main share a plan. Each rank measures for itself: every strategy has the same
+bits, so the ranks of a tensor-parallel group need not agree.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from overlay.engine import compile_cache
 from overlay.report.journal import PatchRecord, journal
 from overlay.report.log import logger
 from overlay.settings import Settings
-from overlay.side_work import lane, measure, ops, plan_file
-from overlay.side_work.measure import Bench, Row
+from overlay.side_work import lane, lowering, measure, ops, plan_file
+from overlay.side_work.measure import Measurement, Row
 from overlay.side_work.plan import Plan, SizePlan
 from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL, STRATEGIES
 
-NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: Seconds for one shape before what is left is taken from its neighbours.
 SECONDS_PER_SHAPE = 2.0
 
@@ -91,18 +90,14 @@ def settle(pairs: Sequence[Pair], worker: Any, settings: Settings, record: Patch
         sizes = captured_sizes(worker.vllm_config, settings)
         plans |= {name: _measured(group, sizes, worker, record) for name, group in on_gpu.items()}
     for group in on_gpu.values():  # last, because measuring gives the workspaces of all streams back
-        _use_the_lane_once(group[0])
+        lane.use_once(group[0].device, functools.partial(_first_use, group[0]))
     for name, plan in plans.items():
         ops.pairs[name] = ops.PlannedPair(plan, record)
 
 
-def _use_the_lane_once(pair: Pair) -> None:
-    """What libraries allocate on a stream's first use is allocated now and not during a capture."""
-    found = lane.prepare(pair.device)
-    if found is not None:
-        with torch.inference_mode():
-            x = torch.zeros((1, pair.hidden), device=pair.device, dtype=pair.dtype)
-            found.join(start_side(pair, x, DUAL, found))
+def _first_use(pair: Pair, on: lane.Lane) -> torch.Tensor:
+    x = torch.zeros((1, pair.hidden), device=pair.device, dtype=pair.dtype)
+    return start_side(pair, x, DUAL, on)
 
 
 def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: PatchRecord) -> SizePlan:
@@ -164,15 +159,15 @@ def _measure(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
 
         return run
 
-    with Bench(
+    with Measurement(
         {strategy: work(strategy) for strategy in strategies},
         len(probes),
         first.hidden,
         first.dtype,
         first.device,
         prepare,
-    ) as bench:
-        return bench.rows(sizes, SECONDS_PER_SHAPE)
+    ) as measurement:
+        return measurement.rows(sizes, SECONDS_PER_SHAPE)
 
 
 def run_pair(
@@ -203,18 +198,13 @@ def captured_sizes(config: Any, settings: Settings) -> list[int]:
     are among them.
     """
     compilation = config.compilation_config
-    if _mode(config) == "NONE":
+    if not lowering.captures(compilation):
         return []
-    sizes = {int(size) for size in compilation.cudagraph_capture_sizes or []}
+    sizes = {int(size) for size in compilation.cudagraph_capture_sizes}
     per_request = 1 + (getattr(getattr(config, "speculative_config", None), "num_speculative_tokens", None) or 0)
     sizes |= {rounded for size in sizes if (rounded := -(-size // per_request) * per_request) <= max(sizes)}
     limit = settings.token_threshold
     return sorted(size for size in sizes if limit is None or size <= limit)
-
-
-def _mode(config: Any) -> str:
-    """The name of vLLM's CUDAGraphMode."""
-    return getattr(config.compilation_config.cudagraph_mode, "name", "")
 
 
 def _weight_bytes(pair: Pair) -> int:

@@ -1,19 +1,8 @@
-"""Fork and join: independent work of one step on auxiliary CUDA streams.
+"""Fork and join of one step's independent work, within one custom op (`ParallelRegion`); and who has which CUDA stream.
 
-Memory contract, for readers who change anything here:
-
-* An auxiliary stream does nothing outside a fork. Every fork begins with a wait for an event that was recorded on the
-  current (main) stream, every fork is joined before `run` returns, and all of it happens inside one custom op, so no
-  fork spans a piecewise or breakable CUDA graph segment.
-* Inputs therefore stay alive: the main stream cannot pass the join before the auxiliary work has read them.
-* Results of a slot are allocated on its auxiliary stream and read on the main stream after the join. When they are
-  freed, the caching allocator may give the block to the next work on that auxiliary stream at once. That work waits for
-  the next fork's start event, which the main stream records after the last read. So `Tensor.record_stream` is not needed.
-  torch's own allocator keeps blocks per stream; cudaMallocAsync gives them to any stream, and no fork is made with it.
-* This holds for one main stream per auxiliary stream. So every main stream has auxiliary streams of its own (two engines
-  in one process), and a region keeps those of the stream on which it was prepared. Target and drafter model share a main
-  stream, and with it the auxiliary ones. Where the main streams take turns within a layer (DBO and other
-  micro-batching), patches run serially.
+The memory contract is in `overlay.side_work`. A region joins every fork before `run` returns, so no fork spans a piecewise or
+breakable CUDA graph segment, and inputs stay alive: the main stream cannot pass the join before the auxiliary work has read
+them. Results of a slot are allocated on its auxiliary stream.
 
 Streams are made per device, main stream and slot, on first use, never at import (that would initialise CUDA before a
 fork of the process) and never during capture. Events belong to one region (one layer), because a captured graph refers
@@ -22,7 +11,7 @@ to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +21,12 @@ Work = Callable[[], Any]
 #: torch has so many streams per device, and hands them out in turn.
 STREAMS_OF_TORCH = 32
 
-_streams: dict[tuple[torch.device, torch.cuda.Stream, int], torch.cuda.Stream] = {}
-_taken: list[torch.cuda.Stream] = []  #: auxiliary streams that are kept elsewhere
+#: By device, main stream and slot: the auxiliary stream, or the main stream itself where none could be had.
+_streams: dict[tuple[torch.device, torch.cuda.Stream, Hashable], torch.cuda.Stream] = {}
 
 
-def auxiliary_stream(device: torch.device, slot: int) -> torch.cuda.Stream:
-    """The auxiliary stream next to the current stream for a slot; made on first use, shared by the regions of a process.
+def auxiliary_stream(device: torch.device, slot: Hashable) -> torch.cuda.Stream:
+    """The auxiliary stream next to the current stream for a slot; made on first use, shared by all who ask for that slot.
 
     Never one that is a main stream, or belongs to another slot or main stream. Where torch has no such stream left, and
     with an allocator that is not torch's own, it is the current stream itself: right, and serial.
@@ -50,15 +39,9 @@ def auxiliary_stream(device: torch.device, slot: int) -> torch.cuda.Stream:
     return _streams[key]
 
 
-def take(stream: torch.cuda.Stream | None) -> None:
-    """An auxiliary stream is kept elsewhere (overlay.side_work.lane): nobody else is to get it."""
-    if stream is not None:
-        _taken.append(stream)
-
-
 def unused_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A stream that is not the current one, and no main or auxiliary stream of this process; None where torch has none."""
-    taken = {torch.cuda.current_stream(), *_taken, *_streams.values(), *(main for _, main, _ in _streams)}
+    taken = {torch.cuda.current_stream(), *_streams.values(), *(main for _, main, _ in _streams)}
     made = (torch.cuda.Stream(device=device) for _ in range(STREAMS_OF_TORCH))
     return next((stream for stream in made if stream not in taken), None)
 

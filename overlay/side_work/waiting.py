@@ -1,7 +1,7 @@
-"""The layers that a patch has adopted and that wait for their model to be loaded: then each gets its pair, or stays stock.
+"""The layers that a patch has adopted wait until their model has been loaded. Then each gets its pair, or stays stock.
 
-A pair is made late because its kernels and weights are final only then: loading quantizes and repacks. It is made before vLLM
-sizes its KV cache and traces, so what it allocates is counted, and what it shapes is in the compile cache's key.
+A pair is made that late because loading quantizes and repacks: only then are kernels and weights final. It is made before vLLM
+sizes its KV cache and traces, so vLLM counts what it allocates, and what it shapes is in the compile cache's key.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from overlay.engine import compile_cache
+from overlay.engine import compile_cache, loaded
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings, outcome
-from overlay.side_work import adoption, lowering
+from overlay.side_work import adoption, lowering, ops
 from overlay.verdict import Verdict
 
+#: The attribute that holds a layer's pair, or None where the layer stays stock.
+PAIR = "_overlay_pair"
 FAILED = "the plan could not be made"
 
 
@@ -28,13 +30,13 @@ class HasShape(Protocol):
 
 Given = TypeVar("Given")
 Pair = TypeVar("Pair", bound=HasShape)
-#: What a patch makes of the layers of one model, in their order: a pair, or the reason why a layer stays stock. Gets each layer
-#: with what adopting it gave, and vLLM's worker.
+#: Gets the layers of one model, each with what adopting it gave, and vLLM's worker. Gives for each, in this order, its pair or
+#: the reason why it stays stock.
 Make = Callable[[Sequence[tuple[Any, Given]], Any], Sequence[Pair | str]]
 
 
 class Waiting(Generic[Given, Pair]):
-    """The waiting layers of one patch. `attribute` is where a layer keeps its pair; None there means stock."""
+    """The waiting layers of one patch."""
 
     def __init__(
         self,
@@ -42,37 +44,40 @@ class Waiting(Generic[Given, Pair]):
         verdict: Verdict,
         record: PatchRecord,
         settings: Settings,
-        attribute: str,
         make: Make[Given, Pair],
     ) -> None:
         self._patch = patch
         self._verdict = verdict
         self._record = record
         self._settings = settings
-        self._attribute = attribute
         self._make = make
         self._layers: list[tuple[weakref.ref[Any], str, Given]] = []
         #: What shapes the graph of each layer that has been decided, by name.
         self._shapes: dict[str, str] = {}
         self._unexpected = False
 
+    def begin(self) -> None:
+        """Define the ops, and wait for models to be loaded. Changes nothing for a layer without a pair."""
+        ops.define(declares_writes=adoption.other_device() is None)
+        loaded.when_loaded(self.decide)
+
     def adopt(self, layer: Any, name: str, check: Callable[[], tuple[Given, dict[str, Any]]]) -> None:
         """Take a layer that has just been made, or leave it stock. Only strict lets an exception out.
 
-        `check` gives what the pair will be made of, beside what the journal shows; it raises Refused for a layer that stays
+        `check` gives what the pair will be made of, beside what the journal shows; it raises StaysStock for a layer that stays
         stock.
         """
 
         def checked() -> tuple[Given, dict[str, Any]]:
             try:
                 return check()
-            except adoption.Refused:
+            except adoption.StaysStock:
                 raise
             except Exception:
                 self._unexpected = True
                 raise
 
-        setattr(layer, self._attribute, None)
+        setattr(layer, PAIR, None)
         given = adoption.adopt(self._patch, self._record, name, checked, self._settings)
         if given is not None:
             self._layers.append((weakref.ref(layer), name, given))
@@ -88,14 +93,14 @@ class Waiting(Generic[Given, Pair]):
         compilation = worker.vllm_config.compilation_config
         found: Sequence[Pair | str]
         try:
-            # A rank with other ranges would run other warm-up steps, and the others would wait. What is refused is so on all
-            # of them; an error may be one rank's own.
+            # All ranks need the same ranges: others would be other warm-up steps, and ranks would wait for each other. Every
+            # rank refuses the same layers, but an error may be one rank's own. So several ranks split before they know.
             several = getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1
             if several:
-                lowering.split_ranges(worker.vllm_config, self._settings.strict)
+                self._split_ranges(worker)
             found = self._make([(layer, given) for layer, _, given in waiting], worker)
             if not several and not all(isinstance(pair, str) for pair in found):
-                lowering.split_ranges(worker.vllm_config, self._settings.strict)
+                self._split_ranges(worker)
         except Exception as error:
             said = outcome(self._settings.strict)
             journal.problem(f"{self._patch}: {FAILED}, {said}: {type(error).__name__}: {error}")
@@ -105,13 +110,19 @@ class Waiting(Generic[Given, Pair]):
             del self._record.plans[plans:]
         shapes: dict[str, set[str]] = {}
         for (layer, name, _), pair in zip(waiting, found, strict=True):
-            setattr(layer, self._attribute, None if isinstance(pair, str) else pair)
+            setattr(layer, PAIR, None if isinstance(pair, str) else pair)
             if isinstance(pair, str):
                 self._record.patched.pop(name, None)
                 self._record.refuse(name, pair)
             shapes.setdefault(name, set()).add("stock" if isinstance(pair, str) else pair.shape)
         self._shapes |= {name: " and ".join(sorted(them)) for name, them in shapes.items()}
-        shaping = sorted(f"{name}={shape}" for name, shape in self._shapes.items())
-        ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
-        compile_cache.add(self._patch, (*self._verdict.methods, *shaping, ranges))
+        if self._verdict.shapes_graph:
+            shaping = sorted(f"{name}={shape}" for name, shape in self._shapes.items())
+            ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
+            compile_cache.add(self._patch, (*self._verdict.methods, *shaping, ranges))
         journal.write()
+
+    def _split_ranges(self, worker: Any) -> None:
+        """Where a compiled graph shows the ops, its largest range gets stock's calls."""
+        if self._verdict.shapes_graph:
+            lowering.split_ranges(worker.vllm_config, self._settings.strict)

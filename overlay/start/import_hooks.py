@@ -93,7 +93,7 @@ def _set_hooks(settings: Settings, watch: Watch) -> None:
         register_post_import_hook(hook, module_name)
         register_post_import_hook(guarded("loaded models", loaded.decide_after_load, settings), module_name)
     for module_name in loops.LOOPS if settings.patches else ():
-        register_post_import_hook(guarded("loops", loops.note_begin, settings), module_name)
+        register_post_import_hook(guarded("loops", loops.wrap_loops, settings), module_name)
 
 
 def _fall_back_on_our_wrapt() -> None:

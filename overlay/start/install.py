@@ -24,10 +24,8 @@ def install(patch: str, module: ModuleType, settings: Settings) -> None:
     found = registry.judge(patch, tree)
     if found.module != module.__name__ and not (found.module and module.__name__.startswith(f"{found.module}.")):
         return  # it is about another of the patch's modules
-    if found.state == APPLY and found.without_layers:
-        found = _install_judged(patch, module, found, settings)
-    elif found.state == APPLY:
-        stranger = running_code.remember(patch, module, found, tree.texts)
+    if found.state == APPLY:
+        stranger = None if found.without_layers else running_code.remember(patch, module, found, tree.texts)
         if stranger is None:
             found = _install_judged(patch, module, found, settings)
         else:

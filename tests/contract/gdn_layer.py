@@ -26,6 +26,8 @@ from .released import releases, tree
 torch = pytest.importorskip("torch")
 
 HIDDEN = 16
+#: The attribute that holds a layer's pair: `overlay.side_work.waiting.PAIR`, which needs vLLM.
+PAIR = "_overlay_pair"
 START, START_LAYER, JOIN = "start", "start_layer", "join"
 
 # ---------------------------------------------------------------------------------------------- the surroundings
@@ -329,7 +331,7 @@ def overlay_patch() -> Iterator[types.ModuleType]:
         _run_layer_name_code(stand_ins["vllm.utils.torch_utils"])
     try:
         patch = importlib.import_module("overlay.patches.gdn.patch")
-        patch.ops.define(declares_writes=True)
+        importlib.import_module("overlay.side_work.ops").define(declares_writes=True)
         yield patch
     finally:
         forget_modules()
@@ -344,7 +346,7 @@ def intercept(patch: types.ModuleType, released: type[LayerBase]) -> None:
     for name in ("forward", "forward_cuda", "forward_hip", "forward_cpu"):
         method = released.__dict__.get(name)
         if method is not None and {"in_proj_qkvz", "in_proj_ba"} <= set(method.__code__.co_names):
-            setattr(released, name, patch.overlap_in_projections(released.__dict__[name]))
+            setattr(released, name, patch.PROJECTIONS.intercept(released.__dict__[name]))
 
 
 def attach(patch: types.ModuleType, layer: LayerBase, plain: bool = False) -> Any:
@@ -353,14 +355,16 @@ def attach(patch: types.ModuleType, layer: LayerBase, plain: bool = False) -> An
     A `plain` side is a GEMM of its weight, which start runs; else start calls the projection.
     """
     from overlay.report.journal import PatchRecord
+    from overlay.side_work import ops
+    from overlay.side_work.pairs import Pair
     from overlay.side_work.plan import Plan
 
-    qkvz, ba = patch.shard_sizes(layer)
+    qkvz, ba = patch.PROJECTIONS.sizes(layer).values()
     layer.in_proj_qkvz.input_size = HIDDEN
-    pair = patch.Pair(layer.prefix, layer.in_proj_qkvz, layer.in_proj_ba, qkvz, ba, "main", "side", "weight", plain)
+    pair = Pair(layer.prefix, layer.in_proj_qkvz, layer.in_proj_ba, qkvz, ba, "main", "side", "weight", plain)
     record = PatchRecord()
-    patch.ops.pairs[pair.name] = patch.ops.PlannedPair(Plan("dual", 256), record)
-    setattr(layer, patch.PAIR, pair)
+    ops.pairs[pair.name] = ops.PlannedPair(Plan("dual", 256), record)
+    setattr(layer, PAIR, pair)
     return record
 
 

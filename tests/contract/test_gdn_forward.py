@@ -153,7 +153,7 @@ def test_a_layer_without_a_pair_stays_stock(
     gdn_layer.intercept(patch, released)
     layer = released(shape, method)
     if refused:
-        setattr(layer, patch.PAIR, None)
+        setattr(layer, gdn_layer.PAIR, None)
     result = gdn_layer.run(layer, backend)
     assert_same_bits(run_released(None, node, path, method, shape), result)
     assert result.projections == [["qkvz", "ba", "out"]] * 2
@@ -169,7 +169,7 @@ def test_split_projections_stay_stock(patch: ModuleType, version: str, backend: 
     released = gdn_layer.compile_class(node, method, path, shape.aiter)
     gdn_layer.intercept(patch, released)
     layer = released(shape, method)
-    setattr(layer, patch.PAIR, None)
+    setattr(layer, gdn_layer.PAIR, None)
     result = gdn_layer.run(layer, backend)
     assert_same_bits(run_released(None, node, path, method, shape), result)
     assert result.projections == [["qkv", "ba", "z", "out"]] * 2

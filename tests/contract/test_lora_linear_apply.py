@@ -24,7 +24,7 @@ from overlay.patches.lora_linear import patch as lora_linear
 from overlay.patches.registry import judge
 from overlay.report.journal import PatchRecord
 from overlay.side_work import ops
-from overlay.side_work.adoption import Refused
+from overlay.side_work.adoption import StaysStock
 from overlay.side_work.plan import Plan
 
 from . import lora_layers
@@ -204,7 +204,7 @@ def test_compiled_start_comes_before_the_base_layer_and_join_before_expand(versi
 @pytest.mark.parametrize("name", [MERGED, REPLICATED])
 @pytest.mark.parametrize("version", FORMS)
 def test_a_base_layer_with_its_own_forward_stays_stock(version: str, name: str) -> None:
-    with pytest.raises(Refused, match="has a forward of its own"):
+    with pytest.raises(StaysStock, match="has a forward of its own"):
         both(version, name, lora_layers.LinearWithItsOwnForward)
 
 
@@ -215,7 +215,7 @@ def test_sharded_classes_are_refused_by_class(version: str) -> None:
     sharded = [name for name in released if name.endswith("ShardedLoRA")]
     assert len(sharded) >= 5
     for name in sharded:
-        with pytest.raises(Refused, match="has an apply of its own"):
+        with pytest.raises(StaysStock, match="has an apply of its own"):
             lora_linear.check_class(released[name], targets)
     for name in (COLUMN, ROW, MERGED, REPLICATED):
         lora_linear.check_class(released[name], targets)

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from overlay.patches.registry import judge
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings
-from overlay.side_work.adoption import Refused
+from overlay.side_work import adoption
+from overlay.side_work.adoption import StaysStock
 
 from .released import tree
 
@@ -46,7 +47,7 @@ ASYNCHRONOUS = [("wait", "copy stream", "main"), ("copy", "copy stream"), ("reco
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     """A fresh record, and a platform with CUDA's name."""
     monkeypatch.setattr(journal, "patches", {})
-    monkeypatch.setattr(pooling, "current_platform", types.SimpleNamespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(adoption, "other_device", lambda: None)
     return journal.patch("pooling")
 
 
@@ -342,7 +343,7 @@ def test_multiproc_takes_the_output_of_the_rank_that_is_adopted(
         runner = types.SimpleNamespace(
             use_async_scheduling=False, async_output_copy_stream=None, parallel_config=parallel
         )
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(StaysStock):
             adopted.append((pooling.executor_of(runner), rank))
     assert adopted == [("mp", namespace["_get_output_rank"](executor))]
 
@@ -371,8 +372,7 @@ def test_what_the_patch_asks_is_there(version: str) -> None:
 
 @each_version
 def test_no_cuda_means_nothing_is_touched(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    platform = types.SimpleNamespace(is_cuda_alike=lambda: False, device_type="cpu")
-    monkeypatch.setattr(pooling, "current_platform", platform)
+    monkeypatch.setattr(adoption, "other_device", lambda: "cpu")
     module = released(version, overlay=False)
     before = dict(vars(module.GPUModelRunner))
     for pass_through in (False, True):

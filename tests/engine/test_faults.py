@@ -71,7 +71,8 @@ RAISING = {
     "the patch's import": Fault("sys.modules['overlay.patches.gdn.patch'] = None", "gdn"),
     "the patch's op": Fault("when('overlay.side_work.ops', lambda ops: setattr(ops, 'register', broken))", "gdn"),
     "a layer": Fault(
-        "when('overlay.patches.gdn.patch', lambda gdn: setattr(gdn, 'make_pair', broken))", "injected fault"
+        "when('overlay.side_work.declaration', lambda found: setattr(found.TwoLinears, 'pair_of', broken))",
+        "injected fault",
     ),
     "the proof of effect": Fault("import overlay.engine.proof as e; e._after_warm_up = broken", "proof", patched=True),
 }

@@ -82,7 +82,6 @@ def fake_cuda() -> Iterator[FakeCuda]:
     cuda = FakeCuda()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "_streams", {})
-        patch.setattr(streams, "_taken", [])
         patch.setattr(lane, "_lanes", {})
         patch.setattr(torch.cuda, "Stream", cuda.make_stream)
         patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(cuda.log, enable_timing))

@@ -356,7 +356,7 @@ def test_sizes_that_disagree_with_the_heads_are_an_error(
     layer = make(module, world)
     layer.num_v_heads *= 2
     with pytest.raises(ValueError, match=r"104.*heads say"):
-        example("patch").check(layer)
+        example("patch").PROJECTIONS.check_new(layer)
 
 
 def test_on_another_device_the_class_stays_as_it_is(example: Callable[[str], Any], module: types.ModuleType) -> None:

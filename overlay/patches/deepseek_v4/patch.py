@@ -13,17 +13,17 @@ import torch
 import wrapt
 from vllm import envs
 from vllm.config import get_current_vllm_config
-from vllm.platforms import current_platform
 
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings
-from overlay.side_work.adoption import Refused, adopt, refuse_modes
+from overlay.side_work.adoption import StaysStock, adopt, check_registered, inert_without_cuda, refuse_modes
 from overlay.side_work.gemms import gemm_of
 from overlay.side_work.plan import PASS_THROUGH, Plan
 from overlay.side_work.rules import NO_COMPRESSOR
+from overlay.side_work.stand_in import StandIn, with_stand_in
 from overlay.side_work.streams import ParallelRegion
 from overlay.verdict import Verdict
-from overlay.vocabulary import DRIFTED, INERT
+from overlay.vocabulary import DRIFTED
 
 NAME = "deepseek_v4"
 #: Tokens; what upstream chose in #41061 (VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD).
@@ -178,38 +178,25 @@ def answering_gemm(handover: Handover, compute: Gemm) -> Gemm:
     return gemm
 
 
-class TracedView:
-    """Stand-in for `self` in upstream's traced forward: the real layer, but without its one GEMM.
+class WithoutItsGemm(StandIn):
+    """Stand-in for `self` in upstream's traced forward. Its one GEMM gives a placeholder.
 
-    A plain class, because Dynamo traces through it. The placeholder has no rows and so no memory, and vLLM's CUDA graph
-    wrapper leaves it alone (it looks at tensors with elements only).
+    The placeholder has no rows and so no memory, and vLLM's CUDA graph wrapper leaves it alone (it looks at tensors with
+    elements only).
     """
-
-    def __init__(self, layer: torch.nn.Module) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
     def fused_wqa_wkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
         layer = self._layer
         return hidden_states.new_empty((0, layer.q_lora_rank + layer.head_dim)), None
 
 
-def postpone_projection(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A plain function to set in the place of the traced forward. Plain, because Dynamo drops a wrapt wrapper."""
-
-    @functools.wraps(original)
-    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, STAGE, None) is None:
-            return original(self, *args, **kwargs)
-        return original(TracedView(self), *args, **kwargs)
-
-    return forward
+def postponing(layer: torch.nn.Module) -> Any:
+    """What upstream's traced forward gets for `self`."""
+    return layer if getattr(layer, STAGE, None) is None else WithoutItsGemm(layer)
 
 
 def project_at_once(original: Callable[..., None]) -> Callable[..., None]:
-    """A function to set in the place of attention_impl, which runs inside upstream's op."""
+    """A function to set on the class in the place of `attention_impl`, which upstream's op calls."""
 
     @functools.wraps(original)
     def attention_impl(
@@ -234,21 +221,20 @@ def make_stage(
 ) -> tuple[InputGemms, dict[str, int]]:
     """The stage of a freshly made layer, and its sizes for the journal: columns of each GEMM.
 
-    Raises Refused with the reason where the layer must stay stock, and ValueError where its sizes do not agree.
+    Raises StaysStock with the reason where the layer must stay stock, and ValueError where its sizes do not agree.
     """
     config = get_current_vllm_config()
     compressor, indexer = layer.compressor, layer.indexer
     if compressor is None:
-        raise Refused(NO_COMPRESSOR)
-    if config.compilation_config.static_forward_context.get(layer.layer_name) is not layer:
-        raise Refused("the layer is not registered under its name in the static forward context")
+        raise StaysStock(NO_COMPRESSOR)
+    check_registered(layer, layer.layer_name, config)
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     compressors = [compressor] if indexer is None else [compressor, indexer.compressor]
     if indexer is not None and type(indexer) is not module.DeepseekV4Indexer:
-        raise Refused(f"its indexer is a {type(indexer).__qualname__} of {type(indexer).__module__}")
+        raise StaysStock(f"its indexer is a {type(indexer).__qualname__} of {type(indexer).__module__}")
     for part in compressors:
         if type(part) is not module.DeepseekCompressor:
-            raise Refused(f"its compressor is a {type(part).__qualname__} of {type(part).__module__}")
+            raise StaysStock(f"its compressor is a {type(part).__qualname__} of {type(part).__module__}")
     sizes = {"qr_kv": layer.fused_wqa_wkv.output_size_per_partition}  # not sharded: whole on every rank
     if sizes["qr_kv"] != layer.q_lora_rank + layer.head_dim:
         raise ValueError(
@@ -265,10 +251,9 @@ def make_stage(
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
     """Intercept the class of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
-    if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
-        return replace(
-            verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}"
-        )
+    inert = inert_without_cuda(verdict, settings.serial_pass_through)
+    if inert is not None:
+        return inert
     compressors = sys.modules[module.DeepseekCompressor.__module__]
     gemm: Gemm = getattr(compressors, KV_SCORE_GEMM)
     owner = getattr(gemm, "__globals__", {}).get("__name__")
@@ -289,7 +274,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
         setattr(layer, STAGE, stage)
 
     setattr(compressors, KV_SCORE_GEMM, answering_gemm(handover, gemm))
-    target.forward = postpone_projection(target.__dict__["forward"])
+    target.forward = with_stand_in(target.__dict__["forward"], postponing)
     target.attention_impl = project_at_once(target.__dict__["attention_impl"])
     # Last, because everything before it changes nothing for a layer without a stage.
     wrapt.wrap_function_wrapper(target, "__init__", after_init)

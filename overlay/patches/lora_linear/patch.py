@@ -13,37 +13,26 @@ import wrapt
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import is_forward_context_available
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
-from vllm.platforms import current_platform
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
-from overlay.engine import loaded
 from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
-from overlay.side_work import lane, lowering, ops
-from overlay.side_work.adoption import Refused, refuse_modes
-from overlay.side_work.gemms import check_beside, gate_of
-from overlay.side_work.pairs import NO_CAPTURE
+from overlay.side_work import adoption, gemms, lane, lowering, ops
+from overlay.side_work.adoption import StaysStock, refuse_modes
 from overlay.side_work.plan import Plan
-from overlay.side_work.waiting import Waiting
+from overlay.side_work.waiting import PAIR, Waiting
 from overlay.verdict import Verdict, class_at
-from overlay.vocabulary import DUAL, INERT, LANDED
+from overlay.vocabulary import DUAL, LANDED
 
 NAME = "lora_linear"
 #: Tokens; measured on an H200 (benchmarks/results/). At 512 serial wins.
 TOKEN_THRESHOLD = 256
-#: The attribute that holds a layer's `Pair`, or None where the layer stays stock.
-PAIR = "_overlay_lora_pair"
+NO_DEVICE = "dual CUDA streams are only supported on CUDA platforms, this is {device}"
 NO_ADAPTER = "no adapter active in the batch"
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
 #: vLLM's linears. A subclass with a forward of its own may give another shape or type than the adapters are made for.
-LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, ReplicatedLinear)
+LINEARS = (*gemms.LINEARS, QKVParallelLinear, RowParallelLinear)
 
 Apply = Callable[..., torch.Tensor]
 
@@ -89,9 +78,12 @@ class AddsNothing:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """`base` is the layer without its adapters, for upstream's `apply`; `gate` names the base layer's parameter that its GEMM
-    reads. Without a gate, on a CPU, the shrink runs serially before the base layer."""
+class LoraPair:
+    """Main and side of a layer with adapters: its base layer and the shrink.
+
+    `base` is the layer without its adapters, for upstream's `apply`. `gate` names the base layer's parameter that its GEMM reads.
+    Without a gate, on a CPU, the shrink runs serially before the base layer.
+    """
 
     base: torch.nn.Module
     gate: str | None
@@ -136,13 +128,13 @@ def overlap_adapters(original: Apply) -> Apply:
 
 
 def take_over_shrink(wrapper: Any) -> None:
-    """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Raises Refused where that is not so."""
+    """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Raises StaysStock where that is not so."""
     known = getattr(type(wrapper).add_shrink, "__globals__", {})
     found, stock = known.get(SHRINK), getattr(torch.ops.vllm, SHRINK, None)
     if found is lora_shrink:
         return
     if found is None or found is not stock or not hasattr(wrapper, "token_mapping_meta"):
-        raise Refused(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
+        raise StaysStock(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
     define_start(found)
     known[SHRINK] = lora_shrink
 
@@ -166,17 +158,16 @@ def without_adapters(layer: Any) -> Any:
 
 
 def check_engine(layer: Any) -> None:
-    """Raise Refused where all LoRA layers of an engine stay stock: on one rank as on all others."""
+    """Raise StaysStock where all LoRA layers of an engine stay stock: on one rank as on all others."""
     config = get_current_vllm_config()
     if layer.lora_config.fully_sharded_loras:
-        raise Refused(FULLY_SHARDED)
+        raise StaysStock(FULLY_SHARDED)
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
-    if layer.lora_a_stacked[0].is_cuda and not lowering.captures(config.compilation_config):
-        raise Refused(NO_CAPTURE)
+    lowering.refuse_without_graphs(layer.lora_a_stacked[0].device, config)
 
 
 def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
-    """Raise Refused for a class that goes another way than through an intercepted `apply` and upstream's helpers."""
+    """Raise StaysStock for a class that goes another way than through an intercepted `apply` and upstream's helpers."""
     classes = layer_class.__mro__
     linear_class = next(target for target in classes if target.__name__ == BASE[1])
     helpers = {name for name in linear_class.__dict__ if name.startswith("_") and not name.startswith("__")}
@@ -184,64 +175,58 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
     for number, owner in enumerate(classes[: classes.index(linear_class)]):
         own = owner.__dict__.get("apply") if number < first else None
         if own is not None and not (isinstance(own, FunctionType) and {"super", "apply"} <= set(own.__code__.co_names)):
-            raise Refused(f"{owner.__name__} has an apply of its own")
+            raise StaysStock(f"{owner.__name__} has an apply of its own")
         changed = sorted(helpers & set(owner.__dict__))
         if changed:
-            raise Refused(f"{owner.__name__} has {', '.join(changed)} of its own")
+            raise StaysStock(f"{owner.__name__} has {', '.join(changed)} of its own")
 
 
-def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[Pair, dict[str, Any]]:
-    """The pair of a layer that has its weights, and what the journal shows. Raises Refused where it must stay stock."""
+def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[LoraPair, dict[str, Any]]:
+    """The pair of a layer that has its weights, and what the journal shows. Raises StaysStock where it must stay stock."""
     check_class(type(layer), intercepted)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
-        raise Refused(f"{type(base).__name__} has a forward of its own")
-    check_beside(base)
+        raise StaysStock(f"{type(base).__name__} has a forward of its own")
+    gemms.check_beside(base)
     columns = getattr(base, "output_size_per_partition", base.output_size)
     found = sum(layer.output_slices)
     if found != columns:
-        raise Refused(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
-    gate: str | None = gate_of(base)
-    if current_platform.is_cuda_alike() or hasattr(layer.punica_wrapper, "token_mapping_meta"):
+        raise StaysStock(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
+    gate: str | None = gemms.gate_of(base)
+    if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
         take_over_shrink(layer.punica_wrapper)
     else:
         gate = None
     shown = {"output": found, "slices": len(layer.output_slices), "class": type(layer).__name__}
-    return Pair(without_adapters(layer), gate), shown
+    return LoraPair(without_adapters(layer), gate), shown
 
 
-def decide(layers: Sequence[tuple[Any, Pair]], _worker: Any) -> list[Pair]:
+def decide(layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
     """The pairs of a loaded model's layers, once the lane of their device is ready."""
-    for layer, _ in layers:
-        if layer.lora_a_stacked[0].is_cuda:
-            _use_the_lane_once(layer.lora_a_stacked[0].device)
-            break
+    on_gpu = [layer.lora_a_stacked[0].device for layer, _ in layers if layer.lora_a_stacked[0].is_cuda]
+    for device in on_gpu[:1]:
+        lane.use_once(device, functools.partial(_first_use, device))
     return [pair for _, pair in layers]
 
 
-def _use_the_lane_once(device: torch.device) -> None:
-    """A stream's first use allocates memory. It happens now, where vLLM counts it, and not during a capture."""
-    found = lane.prepare(device)
-    if found is not None:
-        result = torch.zeros(1, device=device)
-        found.start(result, DUAL, result.zero_)
-        found.join(result)
+def _first_use(device: torch.device, on: lane.Lane) -> torch.Tensor:
+    result = torch.zeros(1, device=device)
+    on.start(result, DUAL, result.zero_)
+    return result
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
     """Intercept the classes of `verdict` in a package that has just been imported. Gives the verdict that holds here."""
     if verdict.upstream is not None and getattr(envs, SWITCH, False):
         return replace(verdict, state=LANDED, reason=f"{SWITCH} is set: upstream's own dual stream", methods=())
-    if not current_platform.is_cuda_alike() and not settings.serial_pass_through:
-        device = current_platform.device_type or "none"
-        return replace(
-            verdict, state=INERT, reason=f"dual CUDA streams are only supported on CUDA platforms, this is {device}"
-        )
+    inert = adoption.inert_without_cuda(verdict, settings.serial_pass_through, NO_DEVICE)
+    if inert is not None:
+        return inert
     linear_class: Any = class_at(module, ".".join(BASE))
     ancestor: Any = class_at(module, ".".join(ANCESTOR))
     targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
     record = journal.patch(NAME)
-    waiting: Waiting[Pair, Pair] = Waiting(NAME, verdict, record, settings, PAIR, decide)
+    waiting: Waiting[LoraPair, LoraPair] = Waiting(NAME, verdict, record, settings, decide)
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
@@ -249,7 +234,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
             return
         name = getattr(layer.base_layer, "prefix", type(layer).__name__)
 
-        def check() -> tuple[Pair, dict[str, Any]]:
+        def check() -> tuple[LoraPair, dict[str, Any]]:
             check_engine(layer)
             return make_pair(layer, targets)
 
@@ -259,9 +244,8 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
             if settings.strict:
                 raise ValueError(FULLY_SHARDED)
 
-    ops.define(declares_writes=current_platform.is_cuda_alike())
+    waiting.begin()
     ops.pairs[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
-    loaded.when_loaded(waiting.decide)
     setattr(linear_class, PAIR, None)
     for target in targets:
         target.apply = overlap_adapters(target.__dict__["apply"])

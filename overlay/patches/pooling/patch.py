@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 import wrapt
-from vllm.platforms import current_platform
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from overlay.report.journal import journal
 from overlay.settings import Settings
-from overlay.side_work.adoption import Refused, adopt
+from overlay.side_work.adoption import StaysStock, adopt, inert_without_cuda
 from overlay.verdict import Verdict
-from overlay.vocabulary import INERT
 
 NAME = "pooling"
 #: vLLM's own executors. Each knows the asynchronous output; somebody's own class may not.
@@ -27,33 +24,32 @@ ADOPTED = "_overlay_gives_asynchronous_output"
 
 
 def executor_of(runner: Any) -> str:
-    """The name of the executor that will ask this runner's output for its result at once. Raises Refused if none does.
+    """The name of the executor that will ask this runner's output for its result at once. Raises StaysStock if none does.
 
     Raises AttributeError where the runner lacks what the patch flips or fills.
     """
     if {"use_async_scheduling", "async_output_copy_stream"} - set(vars(runner)):
         raise AttributeError("the runner has no flag or no copy stream of its own")
     if runner.use_async_scheduling:
-        raise Refused("async scheduling is on: vLLM gives the asynchronous output itself")
+        raise StaysStock("async scheduling is on: vLLM gives the asynchronous output itself")
     parallel = runner.parallel_config
     executor = parallel.distributed_executor_backend
     if executor not in EXECUTORS:
-        raise Refused(f"executor {executor!r} is not known to take an asynchronous output")
+        raise StaysStock(f"executor {executor!r} is not known to take an asynchronous output")
     ranks_of_a_stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
     first_of_the_last_stage = parallel.world_size - ranks_of_a_stage
     if parallel.pipeline_parallel_size > 1 and parallel.rank < first_of_the_last_stage:
-        raise Refused("the pooler runs in another pipeline stage")
+        raise StaysStock("the pooler runs in another pipeline stage")
     if executor == "mp" and parallel.rank != first_of_the_last_stage:
-        raise Refused("the executor takes another rank's output, and nothing would wait for this one's")
+        raise StaysStock("the executor takes another rank's output, and nothing would wait for this one's")
     return str(executor)
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
     """Intercept the runner of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
-    if not current_platform.is_cuda_alike():
-        return replace(
-            verdict, state=INERT, reason=f"no CUDA-like device, but {current_platform.device_type or 'none'}"
-        )
+    inert = inert_without_cuda(verdict, serial_pass_through=False)
+    if inert is not None:
+        return inert
     target = getattr(module, verdict.class_name or "")
     record = journal.patch(NAME)
     record.runs_in_warm_up = False  # vLLM's warm-up runs the pooler, but not `_pool`

@@ -9,6 +9,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -43,14 +44,20 @@ def test_no_patch_no_entry(entries: Entries) -> None:
     assert compile_cache.ENTRY not in entries
 
 
+def key_after(entries: Entries, change: Callable[..., None], *given: Any, **named: Any) -> object:
+    """What vLLM reads after a change; None where there is no entry."""
+    change(*given, **named)
+    entry = entries.get(compile_cache.ENTRY)
+    return entry and entry()
+
+
 def test_each_set_of_patches_has_an_identity_of_its_own(entries: Entries) -> None:
-    one = compile_cache.add("gdn", ["forward_cuda"])
-    assert entries[compile_cache.ENTRY]() == one
-    two = compile_cache.add("lora_linear", ["apply"])
-    assert entries[compile_cache.ENTRY]() == two
-    assert compile_cache.add("gdn", ["forward_cuda", "forward_hip"]) not in (one, two)
-    assert compile_cache.add("gdn", ["forward_cuda"]) == two
-    assert compile_cache.remove("lora_linear") == one
+    one = key_after(entries, compile_cache.add, "gdn", ["forward_cuda"])
+    two = key_after(entries, compile_cache.add, "lora_linear", ["apply"])
+    three = key_after(entries, compile_cache.add, "gdn", ["forward_cuda", "forward_hip"])
+    assert len({one, two, three, None}) == 4
+    assert key_after(entries, compile_cache.add, "gdn", ["forward_cuda"]) == two
+    assert key_after(entries, compile_cache.remove, "lora_linear") == one
 
 
 def test_the_journal_has_what_vllm_reads(entries: Entries) -> None:
@@ -69,30 +76,33 @@ def test_the_journal_has_what_vllm_reads(entries: Entries) -> None:
 
 def test_removing_the_last_one_leaves_stocks_key(entries: Entries) -> None:
     compile_cache.add("gdn", ["forward"])
-    assert compile_cache.remove("gdn") is None
+    compile_cache.remove("gdn")
     assert list(entries) == ["VLLM_PORT"]
 
 
 def test_which_layers_stay_stock_counts(entries: Entries) -> None:
     """A start in which a layer could not be patched must not find the graph of one in which it was, and the reverse."""
-    all_patched = compile_cache.add("gdn", ["forward"])
-    assert compile_cache.note_layer("gdn", "layer.0", stock=False) is None
-    one = compile_cache.note_layer("gdn", "layer.0", stock=True)
-    two = compile_cache.note_layer("gdn", "layer.1", stock=True)
-    assert len({all_patched, one, two}) == 3 and entries[compile_cache.ENTRY]() == two
-    assert compile_cache.note_layer("gdn", "layer.1", stock=True) is None
-    other = compile_cache.note_layer("gdn", "layer.0", stock=False)  # the next engine of the process
+
+    def note(number: int, stock: bool) -> object:
+        return key_after(entries, compile_cache.note_layer, "gdn", f"layer.{number}", stock=stock)
+
+    all_patched = key_after(entries, compile_cache.add, "gdn", ["forward"])
+    assert note(0, stock=False) == all_patched
+    one, two = note(0, stock=True), note(1, stock=True)
+    assert len({all_patched, one, two}) == 3
+    assert note(1, stock=True) == two
+    other = note(0, stock=False)  # the next engine of the process
     assert other not in (None, all_patched, one, two)
-    assert compile_cache.note_layer("gdn", "layer.1", stock=False) == all_patched
+    assert note(1, stock=False) == all_patched
 
 
-@pytest.mark.parametrize("fault", [adoption.Refused("known"), ValueError("unknown"), None], ids=repr)
+@pytest.mark.parametrize("fault", [adoption.StaysStock("known"), ValueError("unknown"), None], ids=repr)
 def test_the_key_follows_what_becomes_of_a_layer(
     fault: Exception | None, entries: Entries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adoption, "journal", Journal())
     monkeypatch.setattr(adoption.ranks, "reason_for_stock", lambda _: None)
-    all_patched = compile_cache.add("lora_linear", ["apply"])
+    all_patched = key_after(entries, compile_cache.add, "lora_linear", ["apply"])
 
     def make() -> tuple[str, dict[str, object]]:
         if fault is not None:
@@ -111,7 +121,9 @@ def test_every_layer_stays_stock_where_ranks_may_join_that_nobody_has_compared(e
         parallel_config=types.SimpleNamespace(use_ubatching=False, enable_elastic_ep=elastic),
         compilation_config=types.SimpleNamespace(cache_dir=""),
     )
-    with pytest.raises(adoption.Refused, match="elastic expert parallelism") if elastic else contextlib.nullcontext():
+    with (
+        pytest.raises(adoption.StaysStock, match="elastic expert parallelism") if elastic else contextlib.nullcontext()
+    ):
         adoption.refuse_modes(config, batch_invariant=False)
 
 
@@ -122,7 +134,7 @@ def test_every_layer_stays_stock_where_the_user_has_named_the_folder_of_graphs(f
         parallel_config=types.SimpleNamespace(use_ubatching=False),
         compilation_config=types.SimpleNamespace(cache_dir=folder),
     )
-    with pytest.raises(adoption.Refused, match="cache_dir is set") if folder else contextlib.nullcontext():
+    with pytest.raises(adoption.StaysStock, match="cache_dir is set") if folder else contextlib.nullcontext():
         adoption.refuse_modes(config, batch_invariant=False)
 
 
@@ -150,9 +162,9 @@ def test_a_patch_that_is_not_installed_after_all_leaves_stocks_key(
 
 
 def test_layers_of_a_patch_that_no_graph_shows_do_not_count(entries: Entries) -> None:
-    compile_cache.add("gdn", ["forward"])
-    assert compile_cache.note_layer("pooling", "GPUModelRunner", stock=True) is None
-    assert compile_cache.add("gdn", ["forward"]) == entries[compile_cache.ENTRY]()
+    before = key_after(entries, compile_cache.add, "gdn", ["forward"])
+    assert key_after(entries, compile_cache.note_layer, "pooling", "GPUModelRunner", stock=True) == before
+    assert key_after(entries, compile_cache.add, "gdn", ["forward"]) == before
 
 
 def test_the_overlays_own_source_counts(
@@ -162,10 +174,10 @@ def test_the_overlays_own_source_counts(
     source = tmp_path / "patches" / "gdn.py"
     source.write_text("1")
     monkeypatch.setattr(overlay, "__file__", str(tmp_path / "__init__.py"))
-    before = compile_cache.add("gdn", ["forward"])
-    assert compile_cache.add("gdn", ["forward"]) == before
+    before = key_after(entries, compile_cache.add, "gdn", ["forward"])
+    assert key_after(entries, compile_cache.add, "gdn", ["forward"]) == before
     source.write_text("2")
-    assert compile_cache.add("gdn", ["forward"]) != before
+    assert key_after(entries, compile_cache.add, "gdn", ["forward"]) != before
 
 
 def test_the_source_is_that_of_the_whole_overlay_without_its_command_line(

@@ -20,12 +20,12 @@ def test_the_journal_has_the_name_when_the_loop_begins(monkeypatch: pytest.Monke
     entered: list[str] = []
     monkeypatch.setattr(journal, "entered", entered.append)
     module = worker_module(worker_busy_loop=lambda self, cancel=None: (cancel, list(entered)))
-    loops.note_begin(module)
+    loops.wrap_loops(module)
     assert entered == []
     assert module.WorkerProc().worker_busy_loop(cancel=3) == (3, ["WorkerProc.worker_busy_loop"])
 
 
 def test_a_module_without_its_loop_stays_as_it_is() -> None:
     module = worker_module()
-    loops.note_begin(module)
+    loops.wrap_loops(module)
     assert not hasattr(module.WorkerProc, "worker_busy_loop")

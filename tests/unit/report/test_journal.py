@@ -179,7 +179,7 @@ def test_a_problem_is_said_once_and_written_at_once(
 def test_each_engine_of_a_process_begins_with_what_was_settled_and_nothing_else() -> None:
     record = PatchRecord(verdict="apply", reason="one after the other")
     for _ in range(2):
-        record.patched["layer.0"], record.calls.fused = {}, 1
+        record.patched["layer.0"], record.calls.dual_stream = {}, 1
         record.refuse("layer.1", "batch-invariant mode")
         record.plans.append({})
         assert record.calls.total() == 1

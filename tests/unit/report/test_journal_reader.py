@@ -92,7 +92,7 @@ def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -
     record.patched["layers.0"] = {"qkvz": 1}
     record.refuse("layers.1", "quantized")
     record.calls.count_serial("prefill")
-    record.calls.fused += 2
+    record.calls.dual_stream += 2
     record.plans.append(PLAN)
     journal.problem("a problem")
     ((found,), skipped) = journal_reader.load(journal_folder)
@@ -105,7 +105,7 @@ def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -
         {"prefill": 1},
     )
     assert (patch.verdict, patch.methods, found.problems) == ("apply", ("forward_cuda",), ("a problem",))
-    assert patch.fused_calls == 2 and patch.calls == record.calls.total() == 3
+    assert patch.dual_stream_calls == 2 and patch.calls == record.calls.total() == 3
     assert [plan.shape for plan in patch.plans] == ["2048 to 12288 + 64"]
     assert writer.SCHEMA == journal_reader.SCHEMA
 

@@ -43,9 +43,7 @@ def journal_of(**patches: PatchRecord) -> Journal:
 
 
 def test_a_worker_sums_up_all_patches_with_proof(caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path) -> None:
-    calls = Calls(
-        fake=2, dual_stream=18, fused=4, serial={"above the token threshold": 6, "not capturing a CUDA graph": 3}
-    )
+    calls = Calls(fake=2, dual_stream=22, serial={"above the token threshold": 6, "not capturing a CUDA graph": 3})
     gdn = PatchRecord("apply", "one after the other", patched=layers(9), calls=calls)
     gdn.refused = {"layer.9": "batch-invariant mode", "layer.10": "batch-invariant mode"}
     journal = journal_of(
@@ -57,7 +55,7 @@ def test_a_worker_sums_up_all_patches_with_proof(caplog: pytest.LogCaptureFixtur
     journal.fingerprint = "abc"
     record = said(journal, caplog, tmp_path)
     assert record.getMessage() == (
-        f"overlay {__version__} on vLLM 0.32.0: gdn: apply, 9 layers patched, op ran 31 times (18 dual stream, 4 fused, "
+        f"overlay {__version__} on vLLM 0.32.0: gdn: apply, 9 layers patched, op ran 31 times (22 dual stream, "
         "9 serial), 2 layers stock (batch-invariant mode); lora_linear: apply, no such layer in this model; deepseek_v4: absent; "
         "pooling: landed"
     )
@@ -68,8 +66,8 @@ def test_a_worker_sums_up_all_patches_with_proof(caplog: pytest.LogCaptureFixtur
         "layers_patched": 9,
         "layers_refused": {"batch-invariant mode": 2},
         "calls_traced": 2,
-        "calls_dual_stream": 18,
-        "calls_fused": 4,
+        "calls_dual_stream": 22,
+        "calls_fused": 0,
         "calls_serial": {"above the token threshold": 6, "not capturing a CUDA graph": 3},
     }
     assert {name: patch["state"] for name, patch in fields.pop("patches").items()} == {

@@ -22,16 +22,18 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
-from overlay.patches.gdn import patch as gdn
 from overlay.report.journal import Journal, PatchRecord
 from overlay.side_work import lowering, ops
+from overlay.side_work.declaration import TwoLinears
 from overlay.side_work.pairs import Pair
 from overlay.side_work.plan import Plan
+from overlay.side_work.waiting import PAIR
 from overlay.vocabulary import DUAL
 from tests.unit import side_work_ops
 
 HIDDEN, MAIN, SIDE, LAYERS = 64, 96, 16, 2
 CAPTURED, LARGEST = 8, 64
+DECLARED = TwoLinears("a patch", "in_proj_qkvz", "in_proj_ba", lambda layer: {"main": MAIN, "side": SIDE}, 256)
 
 
 class Projection(torch.nn.Module):
@@ -91,7 +93,7 @@ def kernels_of_a_gpu() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def watched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test wraps vLLM's compilation itself, and leaves it as it was."""
-    monkeypatch.setattr(lowering, "_watched", False)
+    monkeypatch.setattr(lowering, "_intercepted", False)
     monkeypatch.setattr(backends.CompilerManager, "compile", backends.CompilerManager.compile)
 
 
@@ -147,8 +149,8 @@ class Compiled:
         for layer in self.model.layers:
             config.compilation_config.static_forward_context[layer.prefix] = layer
             if record is not None:
-                setattr(layer, gdn.PAIR, pair_of(layer, plain))
-                layer.forward = types.MethodType(gdn.overlap_in_projections(Layer.forward), layer)
+                setattr(layer, PAIR, pair_of(layer, plain))
+                layer.forward = types.MethodType(DECLARED.intercept(Layer.forward), layer)
 
     def __call__(self, tokens: int) -> torch.Tensor:
         inputs = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
@@ -313,7 +315,7 @@ def test_no_range_of_one_size_comes_about(captured: list[int], endpoints: list[i
     config.cudagraph_capture_sizes, config.compile_ranges_endpoints = captured, sorted(endpoints)
     before = config.get_compile_ranges()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "_watch", lambda strict: None)
+        patch.setattr(lowering, "_intercept_compiler", lambda strict: None)
         assert split(config, strict=False, mode=CUDAGraphMode.FULL)
     after = config.get_compile_ranges()
     assert [one for one in after if one.is_single_size()] == [one for one in before if one.is_single_size()]

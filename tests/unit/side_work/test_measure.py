@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.side_work import measure, streams
-from overlay.side_work.measure import ADVANTAGE, FEWEST_LAYERS, MILESTONES, MOST_LAYERS, Bench, Row, best
+from overlay.side_work.measure import ADVANTAGE, FEWEST_LAYERS, MILESTONES, MOST_LAYERS, Measurement, Row, best
 from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL
 
 OTHERS = (DUAL, DUAL_MAIN_FIRST)
@@ -108,8 +108,8 @@ def test_as_many_layers_as_leave_the_cache_cold(
 # ---------------------------------------------------------------- rows, with times of our own
 
 
-class Measured(Bench):
-    """A bench whose GPU is a table: the strategy that is best at a size."""
+class Measured(Measurement):
+    """A measurement whose GPU is a table: the strategy that is best at a size."""
 
     winner: Callable[[int], str]
 
@@ -124,30 +124,30 @@ def nothing(layer: int, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def measured(winner: Callable[[int], str]) -> Any:
-    bench: Any = Measured(dict.fromkeys((SERIAL, *OTHERS), nothing), 1, 8, torch.float32, CPU)
-    bench.winner, bench.measured = winner, []
-    return bench
+    measurement: Any = Measured(dict.fromkeys((SERIAL, *OTHERS), nothing), 1, 8, torch.float32, CPU)
+    measurement.winner, measurement.measured = winner, []
+    return measurement
 
 
 CAPTURED = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]
 
 
 def test_sizes_between_different_strategies_are_measured_until_the_border_is_found() -> None:
-    bench = measured(lambda tokens: DUAL_MAIN_FIRST if tokens <= 136 else DUAL if tokens < 400 else SERIAL)
-    rows = bench.rows(CAPTURED, seconds=60)
+    measurement = measured(lambda tokens: DUAL_MAIN_FIRST if tokens <= 136 else DUAL if tokens < 400 else SERIAL)
+    rows = measurement.rows(CAPTURED, seconds=60)
     assert [row.tokens for row in rows] == CAPTURED
     assert all(
         row.strategy == (DUAL_MAIN_FIRST if row.tokens <= 136 else DUAL if row.tokens < 400 else SERIAL) for row in rows
     )
-    assert {136, 144, 384, 400} <= set(bench.measured)
-    assert len(bench.measured) == len(set(bench.measured)) < len(CAPTURED) / 2
-    assert all(bool(row.microseconds) == (row.tokens in bench.measured) for row in rows)
+    assert {136, 144, 384, 400} <= set(measurement.measured)
+    assert len(measurement.measured) == len(set(measurement.measured)) < len(CAPTURED) / 2
+    assert all(bool(row.microseconds) == (row.tokens in measurement.measured) for row in rows)
 
 
 def test_out_of_time_the_milestones_are_all_that_is_measured() -> None:
-    bench = measured(lambda tokens: DUAL_MAIN_FIRST if tokens <= 136 else SERIAL)
-    rows = bench.rows(CAPTURED, seconds=0)
-    assert bench.measured == measure._milestones(CAPTURED)
+    measurement = measured(lambda tokens: DUAL_MAIN_FIRST if tokens <= 136 else SERIAL)
+    rows = measurement.rows(CAPTURED, seconds=0)
+    assert measurement.measured == measure._milestones(CAPTURED)
     between = {row.tokens: row.strategy for row in rows if 128 < row.tokens < 192}
     assert set(between.values()) == {SERIAL}, "between two strategies, and not measured"
     assert {row.strategy for row in rows if row.tokens <= 128} == {DUAL_MAIN_FIRST}
@@ -156,9 +156,11 @@ def test_out_of_time_the_milestones_are_all_that_is_measured() -> None:
 def test_the_deadline_is_looked_at_between_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
-    bench = measured(lambda tokens: (DUAL, SERIAL)[sum(tokens > border for border in (70, 140, 200, 300, 400)) % 2])
-    bench.rows(CAPTURED, seconds=4)  # begins at 0, and looks at 1, 2, 3 and 4
-    assert len(bench.measured) == len(measure._milestones(CAPTURED)) + 3
+    measurement = measured(
+        lambda tokens: (DUAL, SERIAL)[sum(tokens > border for border in (70, 140, 200, 300, 400)) % 2]
+    )
+    measurement.rows(CAPTURED, seconds=4)  # begins at 0, and looks at 1, 2, 3 and 4
+    assert len(measurement.measured) == len(measure._milestones(CAPTURED)) + 3
 
 
 # ---------------------------------------------------------------- turns
@@ -192,11 +194,11 @@ class FakeEvent:
 def test_replays_take_turns_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(log))
-    bench = Bench({SERIAL: nothing, DUAL: nothing}, 2, 8, torch.float32, CPU)
-    bench.stream = types.SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
-    monkeypatch.setattr(bench, "_capture", lambda work, inputs: Replayed(next(names), log))
+    measurement = Measurement({SERIAL: nothing, DUAL: nothing}, 2, 8, torch.float32, CPU)
+    measurement.stream = types.SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
+    monkeypatch.setattr(measurement, "_capture", lambda work, inputs: Replayed(next(names), log))
     names = iter([SERIAL, DUAL])
-    times = bench._times(bench.works, torch.zeros(1, 8))
+    times = measurement._times(measurement.works, torch.zeros(1, 8))
     assert times == pytest.approx({SERIAL: 12.0, DUAL: 8.0}), "microseconds per layer, without the first replay"
     rounds = [tuple(log[place : place + 2]) for place in range(0, len(log), 2)]
     assert len(rounds) == measure.ROUNDS + 1
@@ -206,12 +208,12 @@ def test_replays_take_turns_and_the_first_does_not_count(monkeypatch: pytest.Mon
 
 def test_no_number_of_torchs_own_generator_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    bench = Bench({SERIAL: nothing}, 1, 8, torch.float32, CPU)
-    bench.stream = None  # type: ignore[assignment]
+    measurement = Measurement({SERIAL: nothing}, 1, 8, torch.float32, CPU)
+    measurement.stream = None  # type: ignore[assignment]
     given: list[torch.Tensor] = []
-    monkeypatch.setattr(bench, "_times", lambda works, inputs: given.append(inputs) or {SERIAL: 1.0})
+    monkeypatch.setattr(measurement, "_times", lambda works, inputs: given.append(inputs) or {SERIAL: 1.0})
     state = torch.get_rng_state()
-    bench.row(4)
+    measurement.row(4)
     assert torch.equal(torch.get_rng_state(), state) and given[0].any()
 
 
@@ -234,9 +236,9 @@ class FakeGraph:
 def test_a_graph_has_every_layer_once_after_a_call_outside(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """A kernel's first use may allocate. A capture that stays open would spoil everything after it."""
     log: list[Any] = []
-    bench = Bench({SERIAL: nothing}, 3, 8, torch.float32, CPU)
-    bench.stream = types.SimpleNamespace(synchronize=lambda: log.append("synchronize"))  # type: ignore[assignment]
-    bench._pool = (0, 9)
+    measurement = Measurement({SERIAL: nothing}, 3, 8, torch.float32, CPU)
+    measurement.stream = types.SimpleNamespace(synchronize=lambda: log.append("synchronize"))  # type: ignore[assignment]
+    measurement._pool = (0, 9)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(log))
 
     def work(layer: int, inputs: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -246,7 +248,7 @@ def test_a_graph_has_every_layer_once_after_a_call_outside(monkeypatch: pytest.M
         return ()
 
     with pytest.raises(RuntimeError, match="no memory") if fails else contextlib.nullcontext():
-        bench._capture(work, torch.zeros(1, 8))
+        measurement._capture(work, torch.zeros(1, 8))
     layers = [0, 1] if fails else [0, 1, 2]
     assert log == [0, "synchronize", ("begin", (0, 9)), *layers, "end"]
 
@@ -272,7 +274,7 @@ def test_work_space_of_captured_graphs_is_left_alone(
     monkeypatch.setattr(cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: calls.append("clear"), raising=False)
     monkeypatch.setattr(streams, "unused_stream", lambda device: made)
-    with pytest.raises(RuntimeError, match="half way"), Bench({SERIAL: nothing}, 1, 8, torch.float32, CPU):
+    with pytest.raises(RuntimeError, match="half way"), Measurement({SERIAL: nothing}, 1, 8, torch.float32, CPU):
         raise RuntimeError("half way")
     assert calls == ["wait", "synchronize", *["clear"] * cleared, "empty"]
 

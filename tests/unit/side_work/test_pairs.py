@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -86,7 +87,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Gpu:
     made = Gpu()
     monkeypatch.setattr(ops, "pairs", {})
     monkeypatch.setattr(pairs, "_measure", made.measure)
-    monkeypatch.setattr(pairs, "_use_the_lane_once", lambda pair: made.order.append("lane"))
+    monkeypatch.setattr(lane, "use_once", lambda device, start: made.order.append("lane"))
     monkeypatch.setattr(Pair, "device", torch.device("cuda", 0))
     monkeypatch.setattr(pairs, "_machine", lambda device: {"gpu": "made up"})
     monkeypatch.setattr(pairs, "_folder", lambda: str(tmp_path / "plans"))
@@ -192,11 +193,11 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
     """Serial beside all that a pair can do, on layers whose weights are another each, enough of them for a cold cache."""
     asked: list[Any] = []
 
-    class Bench:
+    class Measurement:
         def __init__(self, works: Any, count: int, *given: Any) -> None:
             asked.append((dict(works), count, given))
 
-        def __enter__(self) -> Bench:
+        def __enter__(self) -> Measurement:
             return self
 
         def __exit__(self, *_: object) -> None: ...
@@ -208,7 +209,7 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
         assert (weight_bytes, available) == ((24 + 8) * 16 * 4, 3)
         return 2
 
-    monkeypatch.setattr(pairs, "Bench", Bench)
+    monkeypatch.setattr(pairs, "Measurement", Measurement)
     monkeypatch.setattr(pairs.measure, "layers_for", two_layers)
     with fake_cuda() as cuda:
         if not has_lane:
@@ -236,7 +237,7 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
 def test_the_lane_is_used_once_before_a_capture(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     (pair,) = layers(1, plain=plain)
     with fake_cuda() as cuda:
-        pairs._use_the_lane_once(pair)
+        lane.use_once(pair.device, functools.partial(pairs._first_use, pair))
         waits = [entry for entry in cuda.log if entry[0] == "wait"]
     assert [who for _, who, _ in waits] == ["aux0", "main"], "forked once, and joined"
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from overlay.side_work import streams
+from overlay.side_work import lane, streams
 from overlay.side_work.streams import ParallelRegion
 from tests.unit.fake_cuda import FakeCuda, FakeStream, Log, check_makes_nothing, fake_cuda
 
@@ -177,10 +177,10 @@ def test_an_allocator_that_shares_blocks_between_streams_means_serial() -> None:
 def test_a_stream_for_something_else_is_nobodys() -> None:
     """A measurement's main stream, or a lane's: never one that is somebody's already."""
     with fake_cuda() as cuda, pytest.MonkeyPatch.context() as patch:
-        region = cuda.prepared(slots=2)
-        kept = FakeStream("kept", cuda.log)
-        streams.take(kept)
-        taken = [cuda.main, kept, *region._auxiliary_streams]
+        region, of_a_thread = cuda.prepared(slots=2), lane.prepare(torch.device("cuda:0"))
+        assert of_a_thread is not None
+        taken = [cuda.main, of_a_thread.stream, *region._auxiliary_streams]
+        assert len(set(taken)) == 4
         pool = [*taken, FakeStream("free", cuda.log)]
         turn = itertools.cycle(pool)
         patch.setattr(torch.cuda, "Stream", lambda device: next(turn))

@@ -18,7 +18,8 @@ from overlay.patches.deepseek_v4 import patch as deepseek_v4  # noqa: E402
 from overlay.patches.deepseek_v4.patch import Handover, HandoverError, InputGemms  # noqa: E402
 from overlay.report.journal import PatchRecord  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
-from overlay.side_work.adoption import Refused  # noqa: E402
+from overlay.side_work import adoption  # noqa: E402
+from overlay.side_work.adoption import StaysStock  # noqa: E402
 from overlay.side_work.plan import ABOVE_THRESHOLD, NOT_CAPTURING, SERIAL_PLAN, Plan  # noqa: E402
 from overlay.verdict import Verdict  # noqa: E402
 from overlay.vocabulary import APPLY  # noqa: E402
@@ -93,7 +94,7 @@ def test_the_journal_shows_the_columns_of_each_gemm(stage_of: Callable[..., Any]
 
 
 def test_a_layer_with_one_gemm_is_refused(stage_of: Callable[..., Any]) -> None:
-    with pytest.raises(Refused, match="only input GEMM"):
+    with pytest.raises(StaysStock, match="only input GEMM"):
         stage_of(layer_of(1))
 
 
@@ -109,7 +110,7 @@ def test_a_layer_with_one_gemm_is_refused(stage_of: Callable[..., Any]) -> None:
 def test_circumstances_that_are_refused(
     stage_of: Callable[..., Any], ratio: int, circumstances: dict[str, bool], reason: str
 ) -> None:
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(StaysStock, match=reason):
         stage_of(layer_of(ratio), **circumstances)
 
 
@@ -127,7 +128,7 @@ def test_parts_of_somebody_else_are_refused_by_name(stage_of: Callable[..., Any]
         owner = layer if which == "compressor" else layer.indexer
         owner.compressor = Foreign(8)
         expected = "compressor is a Foreign"
-    with pytest.raises(Refused, match=expected):
+    with pytest.raises(StaysStock, match=expected):
         stage_of(layer)
 
 
@@ -140,7 +141,7 @@ def test_quantized_work_next_to_the_quantized_gemm_is_refused(stage_of: Callable
         "indexer.compressor": layer.indexer.compressor.fused_wkv_wgate,
     }
     parts[which].quant_method = method_named("Fp8LinearMethod")
-    with pytest.raises(Refused, match="Fp8LinearMethod"):
+    with pytest.raises(StaysStock, match="Fp8LinearMethod"):
         stage_of(layer)
 
 
@@ -429,7 +430,7 @@ def test_the_plan_is_upstreams_which_forks_in_eager_steps_as_well(
     released: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, settings: Settings, mode: str, threshold: int
 ) -> None:
     attention, _ = released
-    monkeypatch.setattr(deepseek_v4, "current_platform", namespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(adoption, "other_device", lambda: None)
     monkeypatch.setattr(deepseek_v4, "adopt", lambda name, record, layer, make, settings: make())
     monkeypatch.setattr(deepseek_v4, "make_stage", lambda *given: given)
     monkeypatch.setattr(attention.Wrapper, "layer_name", "a layer", raising=False)

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from overlay.engine import compile_cache, proof, running_code
+from overlay.engine import compile_cache, loops, proof, running_code
 from overlay.patches.frame_stack import patch as frame_stack
 from overlay.patches.frame_stack import room
 from overlay.report.journal import PatchRecord, journal
@@ -25,6 +25,7 @@ VERDICT = Verdict(APPLY, "can have room", "vllm.v1", shapes_graph=False, without
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     monkeypatch.setattr(journal, "patches", {})
     monkeypatch.setattr(room, "is_needed", lambda: True)
+    monkeypatch.setattr(loops, "_runners", {})
     return journal.patch("frame_stack")
 
 
@@ -51,8 +52,13 @@ def engine_core() -> types.ModuleType:
     return module
 
 
+def with_loops_wrapped(module: types.ModuleType) -> types.ModuleType:
+    loops.wrap_loops(module)
+    return module
+
+
 def test_each_loop_runs_above_the_frame_and_the_record_says_which(record: PatchRecord) -> None:
-    module = engine_core()
+    module = with_loops_wrapped(engine_core())
     record.judged(found := frame_stack.install(module, VERDICT, Settings()))
     assert found == VERDICT and (record.verdict, record.reason) == (APPLY, "can have room")
     assert module.EngineCoreProc().run_busy_loop() == (1, 1)
@@ -63,7 +69,7 @@ def test_each_loop_runs_above_the_frame_and_the_record_says_which(record: PatchR
 
 def test_a_python_that_does_not_need_it_leaves_the_loops_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "is_needed", lambda: False)
-    module = engine_core()
+    module = with_loops_wrapped(engine_core())
     found = frame_stack.install(module, VERDICT, Settings())
     assert found.state == INERT and f"{platform.python_version()} maps no memory" in found.reason
     assert module.EngineCoreProc().run_busy_loop() == (1, 0)
@@ -95,6 +101,6 @@ def test_it_enters_no_fingerprint_and_asks_nobody_who_has_written_the_loop(
     monkeypatch.setattr(room, "is_needed", lambda: needed)
     loaded = engine_core()
     loaded.EngineCoreProc.run_busy_loop = lambda _: ("somebody's", depth_of_room())
-    install.install("frame_stack", loaded, Settings(strict=True))
+    install.install("frame_stack", with_loops_wrapped(loaded), Settings(strict=True))
     assert record.verdict == (APPLY if needed else INERT) and asked == []
     assert loaded.EngineCoreProc().run_busy_loop() == ("somebody's", int(needed))

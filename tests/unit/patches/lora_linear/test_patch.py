@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import operator
 import types
@@ -24,9 +25,9 @@ from overlay.engine import compile_cache, loaded
 from overlay.patches.lora_linear import patch as lora_linear
 from overlay.report.journal import Journal, PatchRecord
 from overlay.settings import Settings
-from overlay.side_work import lowering, ops
-from overlay.side_work.adoption import Refused
-from overlay.side_work.pairs import NO_CAPTURE
+from overlay.side_work import adoption, lane, lowering, ops
+from overlay.side_work.adoption import StaysStock
+from overlay.side_work.lowering import NO_CAPTURE
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import FAILED
 from overlay.verdict import Upstream, Verdict
@@ -237,7 +238,7 @@ def test_a_layer_that_fits(engine: Any) -> None:
 def test_the_copy_shares_modules_and_parameters_and_has_no_pair(engine: Any) -> None:
     engine()
     layer = adopted(BaseLinearLayerWithLoRA())
-    base = adopted(layer)._overlay_lora_pair.base
+    base = getattr(adopted(layer), lora_linear.PAIR).base
     assert type(base) is type(layer) and getattr(base, lora_linear.PAIR) is None
     assert base.base_layer is layer.base_layer and base._modules is layer._modules
     assert [name for name, _ in layer.named_modules()] == ["", "base_layer"]
@@ -250,12 +251,12 @@ def test_slices_that_disagree_with_the_base_layer_name_both(engine: Any) -> None
     engine()
     layer = BaseLinearLayerWithLoRA(8)
     layer.output_slices = (8, 4)
-    with pytest.raises(Refused, match="12 columns, but the base layer has 8"):
+    with pytest.raises(StaysStock, match="12 columns, but the base layer has 8"):
         lora_linear.make_pair(layer, INTERCEPTED)
     layer.output_slices = (8,)
     del layer.base_layer.output_size_per_partition  # then the whole size counts
     layer.base_layer.output_size = 9
-    with pytest.raises(Refused, match="8 columns, but the base layer has 9"):
+    with pytest.raises(StaysStock, match="8 columns, but the base layer has 9"):
         lora_linear.make_pair(layer, INTERCEPTED)
 
 
@@ -264,7 +265,7 @@ def test_slices_that_disagree_with_the_base_layer_name_both(engine: Any) -> None
 )
 def test_modes_that_are_refused(engine: Any, options: dict[str, bool], reason: str) -> None:
     engine(**options)
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(StaysStock, match=reason):
         lora_linear.check_engine(BaseLinearLayerWithLoRA())
 
 
@@ -272,8 +273,8 @@ def test_without_a_capture_a_gpu_stays_stock(engine: Any) -> None:
     engine(mode="NONE")
     layer: Any = BaseLinearLayerWithLoRA()
     lora_linear.check_engine(layer)
-    layer.lora_a_stacked = (namespace(is_cuda=True),)
-    with pytest.raises(Refused, match=NO_CAPTURE):
+    layer.lora_a_stacked = (namespace(device=torch.device("cuda")),)
+    with pytest.raises(StaysStock, match=NO_CAPTURE):
         lora_linear.check_engine(layer)
     engine()
     lora_linear.check_engine(layer)
@@ -283,7 +284,7 @@ def test_fully_sharded_adapters_are_refused_in_upstreams_words(engine: Any) -> N
     engine()
     layer = BaseLinearLayerWithLoRA()
     layer.lora_config.fully_sharded_loras = True
-    with pytest.raises(Refused, match=SHARDED_WORDS):
+    with pytest.raises(StaysStock, match=SHARDED_WORDS):
         lora_linear.check_engine(layer)
 
 
@@ -292,7 +293,7 @@ def test_fully_sharded_adapters_are_refused_in_upstreams_words(engine: Any) -> N
     [(OtherApply, "OtherApply has an apply of its own"), (OtherHelper, "OtherHelper has _apply_sync of its own")],
 )
 def test_classes_that_go_another_way_are_refused(layer_class: type, reason: str) -> None:
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(StaysStock, match=reason):
         lora_linear.check_class(layer_class, INTERCEPTED)
 
 
@@ -303,7 +304,7 @@ def test_classes_that_go_to_an_intercepted_one_are_taken() -> None:
 
 def test_a_base_layer_with_its_own_forward_is_refused(engine: Any) -> None:
     engine()
-    with pytest.raises(Refused, match="GateLinear has a forward of its own"):
+    with pytest.raises(StaysStock, match="GateLinear has a forward of its own"):
         lora_linear.make_pair(BaseLinearLayerWithLoRA(base=GateLinear), INTERCEPTED)
 
 
@@ -311,7 +312,9 @@ def test_a_base_layer_that_may_quantize_its_input_is_refused(engine: Any) -> Non
     engine()
     layer = BaseLinearLayerWithLoRA()
     layer.base_layer.quant_method = type("Fp8LinearMethod", (), {})()
-    with pytest.raises(Refused, match="Fp8LinearMethod may quantize its input, and Inductor would round it otherwise"):
+    with pytest.raises(
+        StaysStock, match="Fp8LinearMethod may quantize its input, and Inductor would round it otherwise"
+    ):
         lora_linear.make_pair(layer, INTERCEPTED)
 
 
@@ -319,7 +322,7 @@ def test_a_base_layer_without_a_parameter_is_refused(engine: Any) -> None:
     engine()
     layer: Any = BaseLinearLayerWithLoRA()
     layer.base_layer._parameters.clear()
-    with pytest.raises(Refused, match="without a parameter of its own"):
+    with pytest.raises(StaysStock, match="without a parameter of its own"):
         lora_linear.make_pair(layer, INTERCEPTED)
 
 
@@ -329,14 +332,14 @@ def test_a_wrapper_without_upstreams_op_is_refused(engine: Any, monkeypatch: pyt
     layer.set_mapping(Punica())
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "lora_shrink", print)
-        with pytest.raises(Refused, match="Punica does not shrink by vLLM's own op"):
+        with pytest.raises(StaysStock, match="Punica does not shrink by vLLM's own op"):
             lora_linear.make_pair(layer, INTERCEPTED)
     del layer.punica_wrapper.token_mapping_meta
-    monkeypatch.setattr(lora_linear, "current_platform", namespace(is_cuda_alike=lambda: True))
-    with pytest.raises(Refused, match="Punica does not shrink by vLLM's own op"):
+    monkeypatch.setattr(adoption, "other_device", lambda: None)
+    with pytest.raises(StaysStock, match="Punica does not shrink by vLLM's own op"):
         lora_linear.make_pair(layer, INTERCEPTED)
     layer.set_mapping(CpuPunica())
-    with pytest.raises(Refused, match="CpuPunica does not shrink by vLLM's own op"):
+    with pytest.raises(StaysStock, match="CpuPunica does not shrink by vLLM's own op"):
         lora_linear.make_pair(layer, INTERCEPTED)
 
 
@@ -573,7 +576,7 @@ def package(monkeypatch: pytest.MonkeyPatch, engine: Any) -> Any:
     monkeypatch.setattr("overlay.side_work.adoption.journal", journal)
     monkeypatch.setattr("overlay.side_work.waiting.journal", journal)
     monkeypatch.setattr(loaded, "_waiting", waiting)
-    monkeypatch.setattr(lowering, "_watch", lambda strict: None)
+    monkeypatch.setattr(lowering, "_intercept_compiler", lambda strict: None)
     monkeypatch.setattr(compile_cache, "add", lambda patch, detail: entered.append(tuple(detail)))
     ancestor = type("BaseLayerWithLoRA", (torch.nn.Module,), {"set_mapping": BaseLayerWithLoRA.set_mapping})
     body = {name: value for name, value in BaseLinearLayerWithLoRA.__dict__.items() if name in ("apply", "_apply_sync")}
@@ -698,12 +701,14 @@ def test_a_layer_that_is_gone_is_not_kept(package: Any) -> None:
 
 
 def test_on_a_gpu_the_lane_is_used_once_before_vllm_sizes_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Lane()
-    monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: found)
-    lora_linear._use_the_lane_once(torch.device("cpu"))
+    found, device = Lane(), torch.device("cpu")
+    first_use = functools.partial(lora_linear._first_use, device)
+    monkeypatch.setattr(lane, "prepare", lambda device: found)
+    lane.use_once(device, first_use)
     assert found.calls == ["dual", "join"]
-    monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: None)
-    lora_linear._use_the_lane_once(torch.device("cpu"))
+    monkeypatch.setattr(lane, "prepare", lambda device: None)
+    lane.use_once(device, first_use)
+    assert found.calls == ["dual", "join"]
 
 
 @pytest.mark.parametrize(("slices", "prepared"), [((COLUMNS,), 1), ((1,), 0)], ids=["a pair", "all stock"])
@@ -712,7 +717,7 @@ def test_the_lane_is_used_once_when_a_model_with_a_pair_has_been_loaded(
 ) -> None:
     """Not before, and not during a capture."""
     lanes: list[Lane] = []
-    monkeypatch.setattr(lora_linear.lane, "prepare", lambda device: lanes.append(Lane()) or lanes[-1])
+    monkeypatch.setattr(lane, "prepare", lambda device: lanes.append(Lane()) or lanes[-1])
     lora_linear.install(package, FOUND, PASS)
     layers = [a_layer_of(package, prefix=prefix) for prefix in ("a", "b")]
     for layer in layers:

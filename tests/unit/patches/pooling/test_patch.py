@@ -16,7 +16,8 @@ from overlay.engine import compile_cache, proof  # noqa: E402
 from overlay.patches.pooling import patch as pooling  # noqa: E402
 from overlay.report.journal import Calls, PatchRecord, journal  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
-from overlay.side_work.adoption import Refused  # noqa: E402
+from overlay.side_work import adoption  # noqa: E402
+from overlay.side_work.adoption import StaysStock  # noqa: E402
 from overlay.start import install  # noqa: E402
 from overlay.verdict import Verdict  # noqa: E402
 from overlay.vocabulary import APPLY  # noqa: E402
@@ -55,7 +56,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     monkeypatch.setattr(journal, "problems", [])
     monkeypatch.setattr(journal, "fingerprint", None)
     monkeypatch.setattr(proof, "_installed", {})
-    monkeypatch.setattr(pooling, "current_platform", types.SimpleNamespace(is_cuda_alike=lambda: True))
+    monkeypatch.setattr(adoption, "other_device", lambda: None)
     return journal.patch("pooling")
 
 
@@ -170,7 +171,7 @@ def test_of_multiprocs_workers_the_one_whose_output_is_taken(
     if rank == (stages - 1) * tensor * context:
         assert pooling.executor_of(runner) == "mp"
     else:
-        with pytest.raises(Refused):
+        with pytest.raises(StaysStock):
             pooling.executor_of(runner)
 
 
