@@ -1,7 +1,7 @@
 """What the overlay adds to the start of Python: `python -c pass` with its folder on PYTHONPATH and without, in turn.
 
-    python benchmarks/startup.py                        # this interpreter, 200 pairs, fails above 2 ms
-    python benchmarks/startup.py --python /usr/bin/python3 --pairs 500 --json startup.json
+    python3 -m benchmarks.startup                        # this interpreter, 200 pairs, fails above 2 ms
+    python3 -m benchmarks.startup --python /usr/bin/python3 --pairs 500 --json startup.json
 
 Pairs, because a machine drifts: both halves of a pair see the same machine, the median of their differences sees little
 of the drift, and which half goes first alternates. Two cases: with the bytecode in place, as in a folder after
@@ -13,9 +13,7 @@ measured to be known (`python -m compileall sitecustomize.py overlay` makes it t
 import argparse
 import json
 import os
-import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from overlay.cli.bench.intervals import interval_of_median, median, quantile
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIST_MODULES = "import sys; print(*sys.modules)"
@@ -77,18 +77,16 @@ def measure(name: str, python: str, folder: Path, pairs: int, *, write_bytecode:
         without.append(times[0 if number % 2 else 1])
         with_overlay.append(times[1 if number % 2 else 0])
     differences = [more - less for more, less in zip(with_overlay, without, strict=True)]
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(differences, k=pairs)) for _ in range(2000))
-    quartiles = statistics.quantiles(differences, n=4)
+    found = interval_of_median(differences)
     return Case(
         name=name,
         pairs=pairs,
-        without=statistics.median(without),
-        with_overlay=statistics.median(with_overlay),
-        added=statistics.median(differences),
-        low=medians[50],
-        high=medians[-51],
-        quartiles=(quartiles[0], quartiles[2]),
+        without=median(without),
+        with_overlay=median(with_overlay),
+        added=median(differences),
+        low=found.low,
+        high=found.high,
+        quartiles=(quantile(differences, 0.25), quantile(differences, 0.75)),
         promised=write_bytecode,
     )
 

@@ -334,7 +334,7 @@ def lock() -> None:
         variables.pop(name, None)
     target = CACHE / "resolved.txt"
     CACHE.mkdir(exist_ok=True)
-    extras = [option for extra in ("cli", "dev", "engine") for option in ("--extra", extra)]
+    extras = [option for extra in ("bench", "cli", "dev", "engine") for option in ("--extra", extra)]
     plain = ["--universal", "--python-version", "3.11", "--no-header", "--no-annotate", "--upgrade", "--quiet"]
     execute(
         [find_uv(), "pip", "compile", str(ROOT / "pyproject.toml"), *extras, *plain, "--output-file", str(target)],

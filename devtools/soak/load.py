@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 import urllib.request
@@ -11,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from devtools.servers import MODEL_NAME, Server
 
@@ -232,12 +233,13 @@ def alone(
     return answers
 
 
-_IN_THE_ENGINE = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+_IN_THE_ENGINE = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 
 
 def requests_on(page: str) -> int:
     """How many requests a server's /metrics says it has, running and waiting."""
-    return int(sum(float(value) for value in _IN_THE_ENGINE.findall(page)))
+    families = text_string_to_metric_families(page)
+    return int(sum(sample.value for family in families for sample in family.samples if sample.name in _IN_THE_ENGINE))
 
 
 def wait_until_idle(server: Server, stop: threading.Event, seconds: float = IDLE_SECONDS) -> int:

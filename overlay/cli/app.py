@@ -12,7 +12,6 @@ import typer.core
 
 from overlay import __version__
 from overlay.cli import failure
-from overlay.cli.options import parse_words
 
 
 class _Commands(typer.core.TyperGroup):
@@ -77,16 +76,26 @@ def check(
             help="An unpacked vLLM, a wheel file, or a release, which is fetched; the installed vLLM when left out.",
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|CONFIG.JSON",
+            help="Also what each patch would do with this checkpoint, layer group by layer group, by its configuration.",
+            show_default=False,
+        ),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="GPUs on which that checkpoint is served.")] = 1,
+    lora: Annotated[bool, typer.Option("--lora", help="That checkpoint is served with --enable-lora.")] = False,
     json: Json = False,
     cache: Cache = None,
 ) -> None:
-    """What each patch would do in one vLLM, without importing it.
+    """What each patch would do in one vLLM, and with one checkpoint, without importing it.
 
     Exit status: 0 all shapes are known, 1 something drifted, 2 bad input.
     """
     from overlay.cli import check
 
-    raise typer.Exit(check.run(vllm, json, cache))
+    raise typer.Exit(check.run(vllm, json, cache, model, tensor_parallel, lora))
 
 
 @app.command()
@@ -195,9 +204,22 @@ def bench(
         str | None,
         typer.Option(metavar="R,R,…", help="Also real servers, at these requests per second.", show_default=False),
     ] = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…", help="Also real servers of all arms, with so many clients at a time.", show_default=False
+        ),
+    ] = None,
     phases: Annotated[
-        str, typer.Option(help="What to measure, in this order; servers come last. Also: timeline (GPU kernels).")
-    ] = "tokens,ttft,decode,serving",
+        str | None,
+        typer.Option(
+            help="What to measure, in this order; servers come last: tokens,ttft,decode,serving (the default), timeline.",
+            show_default=False,
+        ),
+    ] = None,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="The GPU kernels of a layer, as a table and a picture; alone, no times.")
+    ] = False,
     capture_sizes: Annotated[
         str | None, typer.Option(metavar="N,N,…", help="CUDA graph capture sizes.", show_default=False)
     ] = None,
@@ -250,10 +272,11 @@ def bench(
                 layers=layers,
                 tensor_parallel=tensor_parallel,
                 arms=command.parse_arms(arms),
-                phases=parse_words("--phases", phases, command.ALL_PHASES),
+                phases=command.parse_phases(phases, timeline),
                 batches=command.parse_numbers("--batches", batches),
                 prompts=command.parse_numbers("--prompts", prompts),
                 rates=command.parse_rates(rates),
+                concurrency=command.parse_numbers("--concurrency", concurrency),
                 capture_sizes=command.parse_numbers("--capture-sizes", capture_sizes),
                 out=out,
                 work=work,

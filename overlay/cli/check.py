@@ -7,7 +7,15 @@ JSON (schema 1)::
      "patches": {"gdn": {"verdict": "apply" | "landed" | "absent" | "drifted" | "inert", "reason": "…",
                          "module": "vllm.…" | null, "class": "…" | null, "methods": ["…"], "where": "file:line" | null,
                          "upstream": {"pull_request": "#41061", "on_by_default": true, "setting": "…"} | null}},
-     "drifted": false, "removable": false}
+     "drifted": false, "removable": false,
+     "model": {"path": "…", "architecture": "…", "format": "fp8, blocks of 128 x 128", "tensor_parallel": 1,
+               "groups": [{"patch": "gdn", "layers": 30, "state": "apply" | "stock" | "unknown", "reason": "…",
+                           "sizes": {"hidden", "qkvz", "ba"}, "linears": ["…"]}],
+               "notes": ["…"], "modes": ["…"]}}
+
+`model` is there with ``--model`` only; `unknown` is the state where the checkpoint has a format that check does not know. `sizes` are
+columns per shard (gdn), `linears` what the group is of (lora_linear); `modes` says how vLLM may be served so that every layer stays
+stock; none where no layer would fork.
 
 `removable` is true where every patch is landed or absent: then the overlay has nothing to do in this vLLM. frame_stack, which
 mends Python and lands in no vLLM, may be apply.
@@ -15,12 +23,16 @@ mends Python and lands in no vLLM, may be apply.
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overlay import __version__
-from overlay.cli import vllms
+from overlay.cli import checkpoint, vllms
+from overlay.cli.checkpoint import Checkpoint
+from overlay.cli.failure import CommandError
 from overlay.cli.vllms import Vllm
 from overlay.patches import registry
 from overlay.verdict import Upstream, Verdict
@@ -34,17 +46,42 @@ SCHEMA = 1
 REMOVABLE = "nothing to do in this vLLM: the overlay can be removed"
 
 
-def run(given: str | None, as_json: bool, cache: Path | None) -> int:
-    """Judge one vLLM, show it, and give the exit status."""
+def run(
+    given: str | None,
+    as_json: bool,
+    cache: Path | None,
+    model: str | None = None,
+    shards: int = 1,
+    lora: bool = False,
+) -> int:
+    """Judge one vLLM, and with it a checkpoint where one is named; show both, and give the exit status."""
+    if model is None and (lora or shards != 1):
+        raise CommandError("--tp and --lora go with --model: they say how that checkpoint is served")
     vllm = vllms.find(given, cache)
     verdicts = judge(vllm)
+    found = None if model is None else checkpoint.judge(model, verdicts, _sources(vllm), shards, lora)
     if as_json:
-        print(json.dumps(as_dict(vllm, verdicts), indent=1))
+        of_model = {} if found is None else {"model": found.as_dict()}
+        print(json.dumps({**as_dict(vllm, verdicts), **of_model}, indent=1))
     else:
         from overlay.cli import output
 
-        show(vllm, verdicts, output.console())
+        console = output.console()
+        show(vllm, verdicts, console)
+        if found is not None:
+            show_checkpoint(found, console)
     return int(is_drifted(verdicts))
+
+
+def _sources(vllm: Vllm) -> Callable[[str], str]:
+    """The text of a module of this vLLM; empty where it has none."""
+
+    @functools.cache
+    def source_of(module: str) -> str:
+        found = vllms.read(lambda: vllm.tree.read(module), vllm.path)
+        return found.text if found else ""
+
+    return source_of
 
 
 def judge(vllm: Vllm) -> dict[str, Verdict]:
@@ -128,3 +165,33 @@ def show(vllm: Vllm, verdicts: dict[str, Verdict], console: Console) -> None:
     console.print(table)
     if is_removable(verdicts):
         console.print(REMOVABLE + (f" ({WITH_IT_GOES})" if loses_by_removal(_states(verdicts)) else ""), soft_wrap=True)
+
+
+def show_checkpoint(found: Checkpoint, console: Console) -> None:
+    """The groups of a checkpoint's layers, then what has to be said in words."""
+    from rich import box
+    from rich.table import Table
+
+    from overlay.cli.output import verdict_text, visible
+
+    on = f" on {found.shards} GPUs" if found.shards > 1 else ""
+    console.print(visible(f"{found.architecture}, format {found.format}{on}: {found.path}"), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("patch", "layers", "state"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for group in found.groups:
+        sizes = ", ".join(f"{name} {size}" for name, size in group.sizes)
+        lines = [
+            group.reason,
+            *([f"columns per GPU: {sizes}"] if sizes else []),
+            *([", ".join(group.linears)] if group.linears else []),
+        ]
+        why = "\n".join(visible(line) for line in lines)
+        table.add_row(group.patch, str(group.layers), verdict_text(group.state), why)
+    if found.groups:
+        console.print(table)
+    for note in found.notes:
+        console.print(visible(note), soft_wrap=True)
+    if found.modes:
+        console.print(f"stock all the same, however it is quantized: {'; '.join(found.modes)}", soft_wrap=True)

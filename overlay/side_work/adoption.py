@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 from overlay.engine import compile_cache, ranks, running_code
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings, outcome
+from overlay.side_work import rules
 from overlay.verdict import Verdict
 from overlay.vocabulary import INERT, REFUSED
 
 Adopted = TypeVar("Adopted")
-#: vLLM names its own folder of compiled graphs by a hash, which knows of the overlay (overlay.engine.compile_cache).
-OWN_CACHE = "compilation_config.cache_dir is set: vLLM would not tell graphs with the op in there from stock's"
 
 
 class StaysStock(Exception):
@@ -47,15 +46,15 @@ def check_registered(layer: Any, name: str, config: Any) -> None:
 def refuse_modes(config: Any, batch_invariant: bool) -> None:
     """Raise StaysStock where vLLM runs in a mode that no fork is safe or wanted in. `config` is a VllmConfig."""
     if config.parallel_config.use_ubatching:
-        raise StaysStock("micro-batching (DBO): two main streams would share the auxiliary streams")
+        raise StaysStock(rules.MICRO_BATCHING)
     # Each engine has a torch.distributed world of its own then, so overlay.engine.ranks does not compare it with those that
     # it runs steps together with, today's and those that join later (vLLM 0.17.1 to 0.33.0).
     if getattr(config.parallel_config, "enable_elastic_ep", False):
-        raise StaysStock("elastic expert parallelism: a rank that joins later is not compared with the others")
+        raise StaysStock(rules.ELASTIC)
     if batch_invariant:
-        raise StaysStock("batch-invariant mode")
+        raise StaysStock(rules.BATCH_INVARIANT)
     if getattr(config.compilation_config, "cache_dir", ""):  # vLLM sets it itself when it compiles, and not before
-        raise StaysStock(OWN_CACHE)
+        raise StaysStock(rules.OWN_CACHE)
 
 
 def adopt(

@@ -1,13 +1,4 @@
-"""Which linears may be side work, and what a main linear is called in a plan.
-
-Beside a side that is torch's GEMM main may be anything: vLLM runs it as always. Any other side needs a main that reads its input
-as it is (`check_beside`). The two run at the same time, so their kernels must share no memory. Two quantized GEMMs can share
-scratch memory, so the kernels of a side are an allowlist:
-
-* torch's own GEMM of an unquantized weight. cuBLAS has a workspace per handle and stream.
-* Marlin. Its locks belong to the layer (up to vLLM 0.30) or to the current stream (`get_marlin_workspace`, from 0.31 on).
-* vLLM's GEMM for a CPU, where nothing runs at the same time.
-"""
+"""What the linears of a loaded model are by the rules of `overlay.side_work.rules`, and what a main linear is called in a plan."""
 
 from __future__ import annotations
 
@@ -17,11 +8,12 @@ import torch
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.utils import dispatch_unquantized_gemm
 
+from overlay.side_work import rules
 from overlay.side_work.adoption import StaysStock
 
 TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
 CPU_GEMM = "cpu_unquantized_gemm"
-ADAPTERS = "LoRA on the projections"
+ADAPTERS = rules.ADAPTERS
 PLAIN = (torch.bfloat16, torch.float16)  #: types of an input that a kernel for quantized weights alone reads
 #: What a Marlin kernel that sets up a workspace for each layer mentions while it does so.
 MARLIN_WORKSPACE = frozenset({"workspace", "marlin_make_workspace_new"})
@@ -62,24 +54,19 @@ def gemm_of(linear: Any) -> str:
         if MARLIN_WORKSPACE.issubset(mentioned) or _marlin_locks_belong_to_a_stream():
             return f"{name}{detail}"
         raise StaysStock(f"{name}: its Marlin kernel shares one workspace between layers")
-    raise StaysStock(f"quantization method {name}{detail} is not on the allowlist")
+    raise StaysStock(rules.NOT_ALLOWED.format(f"{name}{detail}"))
 
 
 def check_beside(main: Any) -> None:
-    """Raise StaysStock where a main linear may quantize its input, and the side is not torch's GEMM.
-
-    Inductor rounds the output of a norm to bf16 once an op has to read it from memory; code that it met before that op reads the
-    value that was not rounded. Start is such an op, and stands before the quantization of main's input; in stock the side may
-    stand after it. So the quantized input can differ in its last bit (seen in Inductor's code for a CPU, torch 2.13 and 2.14). A
-    GEMM of torch's has its input rounded wherever it stands.
-    """
-    method = type(main.quant_method).__name__
+    """Raise StaysStock where a main linear may quantize its input, and the side is not torch's GEMM (`rules.reason_against_main`)."""
     kernel = _kernel(main)
+    unquantized = type(main.quant_method).__name__ == "UnquantizedLinearMethod"
     weights_only = any(kind.__name__ == "MPLinearKernel" for kind in type(kernel).__mro__)
-    if method != "UnquantizedLinearMethod" and not (weights_only and kernel.config.act_type in PLAIN):
-        raise StaysStock(
-            f"{main_kind(main)} may quantize its input, and Inductor would round it otherwise than in stock"
-        )
+    reads_input = unquantized or (weights_only and kernel.config.act_type in PLAIN)
+    gemm = rules.TORCH if unquantized else rules.OTHER
+    reason = rules.reason_against_main(rules.Linear(main_kind(main), gemm, reads_input))
+    if reason is not None:
+        raise StaysStock(reason)
 
 
 def has_adapters(linear: torch.nn.Module) -> bool:

@@ -29,17 +29,13 @@ import wrapt
 from overlay.report.journal import journal
 from overlay.settings import outcome
 from overlay.side_work.adoption import StaysStock
+from overlay.side_work.rules import WIDEST_ROW
 
 #: Changes a graph in place at one node.
 Edit = Callable[[torch.fx.Graph, torch.fx.Node], None]
 NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
 #: vLLM's CompilationMode.VLLM_COMPILE: the only one that knows ranges.
 VLLM_COMPILE = 3
-#: The largest hidden size for which Inductor adds up a norm in one order only. Above it Inductor has two block sizes for a norm, and
-#: times both at the kernel's first launch (`add_persistent_rblock`, torch 2.13 and 2.14). In stock that launch has the largest
-#: number of tokens. In a graph for the captured sizes alone it has one of those, so Inductor can choose the other block size, and
-#: then the bits are not stock's (seen on an H200: hidden size 5120, a norm of 2.7 µs in stock and 3.9 with a range of its own).
-WIDEST_ROW = 2048
 
 #: By op. Above the captured sizes an edit puts stock's calls in the place of the node.
 _above: dict[str, Edit] = {}

@@ -15,11 +15,13 @@
      "timeline": [{"requests", "arms": {…}}],
      "serving": {"rows": [{"rate", "metric": "ttft" | "tpot", "arm", "stock", "overlay", "ratio", "low", "high",
                            "stock_p99", "overlay_p99", …}], "start_seconds": {…}},
+     "concurrency": {"rows": [{"requests", "metric": "tpot" | "ttft", … as decode …}], "answers": […], …},
      "problems": ["…"], "unfinished": ["…"], "interrupted": true}
 
-`ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its 95 % bootstrap interval; the fields beside
+`ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its interval; `interval` is "bca" (95 %) or "range" (of
+fewer than six rounds, or of equal ones; results before 2026-11-29 have none, theirs is a percentile bootstrap). The fields beside
 `arms` are those of the arm `overlay`. `against` is the overlay to another arm. Only with `--phases timeline` is there `timeline`, in
-microseconds; timeline.py says what its rows hold.
+microseconds; timeline.py says what its rows hold. closed_loop.py says it of `concurrency`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overlay.cli import vllms
-from overlay.cli.bench import engines, formats, memory, report, serving, shapes, timeline
+from overlay.cli.bench import closed_loop, engines, formats, memory, report, serving, shapes, timeline
 from overlay.cli.bench.engines import Engines
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import REPOSITORY, Results, different
@@ -86,10 +88,12 @@ class Effort:
     first_token_repetitions: int
     serving_seconds: float
     serving_rounds: int
+    loop_rounds: int
+    loop_waves: int
 
 
-FULL = Effort(32, 3, 6, 64, 10, 3, 30.0, 2)
-QUICK = Effort(16, 1, 5, 16, 4, 2, 8.0, 1)
+FULL = Effort(32, 3, 6, 64, 10, 3, 30.0, 2, 6, 4)
+QUICK = Effort(16, 1, 5, 16, 4, 2, 8.0, 1, 3, 2)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Options:
     batches: tuple[int, ...] | None = None
     prompts: tuple[int, ...] | None = None
     rates: tuple[float, ...] = ()
+    concurrency: tuple[int, ...] | None = None
     capture_sizes: tuple[int, ...] | None = None
     out: Path | None = None
     work: Path | None = None
@@ -115,9 +120,15 @@ class Options:
     memory_check: bool = True
     serving_prompt: int = 512
     serving_output: int = 64
+    loop_output: int = 128
     engine: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
     overlay_variables: tuple[str, ...] = ()
+
+    @property
+    def alive_at_once(self) -> int:
+        """Engines that have to fit beside each other: all arms; one where only servers are asked for, which can take turns."""
+        return 1 if set(self.phases) == {"serving"} else len(self.arms)
 
 
 @dataclass(frozen=True)
@@ -176,6 +187,12 @@ def parse_arms(text: str) -> tuple[str, ...]:
     return (STOCK, *others)
 
 
+def parse_phases(text: str | None, timeline: bool) -> tuple[str, ...]:
+    """What to measure. `timeline` alone is the tokens and the timeline; beside phases it is one more of them."""
+    found = parse_words("--phases", text, ALL_PHASES) if text is not None else ("tokens",) if timeline else PHASES
+    return (*found, "timeline") if timeline and "timeline" not in found else found
+
+
 def parse_pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
     """NAME=VALUE words."""
     for word in words:
@@ -216,6 +233,8 @@ def settle(options: Options) -> Plan:
     """Look at the machine and the model. Raises CommandError for everything that cannot work."""
     if importlib.util.find_spec("vllm") is None:
         raise CommandError("there is no vLLM in this Python; run it where vLLM is, or put its folder on PYTHONPATH")
+    if set(options.phases) == {"serving"} and not (options.rates or options.concurrency):
+        raise CommandError("--phases=serving: allowed is to name the servers' load, by --concurrency or --rates")
     check_engine(parse_engine(options.engine))
     gpus = memory.visible(memory.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     cpu = not gpus
@@ -235,10 +254,10 @@ def settle(options: Options) -> Plan:
         engines.DECODE_PROMPT + engines.DECODE_WARM + engines.decode_tokens(effort.decode_rounds, effort.decode_steps)
     )
     longest = max(*prompts, 300) + effort.tokens  # 300: the longest of the mixed prompts
-    if options.rates:
-        longest = max(longest, options.serving_prompt + options.serving_output)
+    if options.rates or options.concurrency:
+        longest = max(longest, options.serving_prompt + max(options.serving_output, options.loop_output))
     load = memory.Load(
-        requests=max(*batches, LEAST_REQUESTS),
+        requests=max(*batches, *(options.concurrency or ()), LEAST_REQUESTS),
         request_tokens=tokens,
         prompt=max(longest, tokens),
         prefill=min(PREFILL_TOKENS, max(2048, longest)),
@@ -250,7 +269,7 @@ def settle(options: Options) -> Plan:
         raise CommandError(
             f"{model.name} takes {most} tokens at most; the longest --prompts and its answer need {load.prompt}"
         )
-    arms = len(options.arms)
+    arms = options.alive_at_once
     if options.layers is None and model.checkpoint is None and options.memory_check:
         fitting = memory.largest_layers(model, load, arms, free, shards, cpu)
         model = model if fitting is None else model.with_layers(fitting)
@@ -300,7 +319,8 @@ def setup_of(plan: Plan) -> Setup:
         budget=options.budget,
         cpu=plan.cpu,
         tokens=plan.effort.tokens,
-        capture_sizes=options.capture_sizes or tuple(sorted({*CAPTURE_SIZES, *plan.batches})),
+        capture_sizes=options.capture_sizes
+        or tuple(sorted({*CAPTURE_SIZES, *plan.batches, *(options.concurrency or ())})),
         arms=options.arms,
         variables=variables,
         overlay_environment=overlay,
@@ -397,7 +417,7 @@ def _describe(plan: Plan, results: Results, progress: Progress) -> None:
             "config": dict(model.configuration),
         },
     )
-    results.put("memory", value={"engine": plan.need.as_dict(), "engines": len(options.arms), "free": plan.free})
+    results.put("memory", value={"engine": plan.need.as_dict(), "engines": options.alive_at_once, "free": plan.free})
     if plan.cpu:
         progress.say(f"no NVIDIA GPU is visible. {report.CPU}")
     progress.say(
@@ -412,7 +432,7 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
     arguments = engine_arguments(plan, setup, folder)
     results.put("engine", value=arguments)
     seed = None if plan.model.checkpoint is not None else engines.SEED
-    serve = "serving" in options.phases and bool(options.rates)
+    serve = "serving" in options.phases and bool(options.rates or options.concurrency)
     phases = [phase for phase in options.phases if phase != "serving"]
     if not options.warm:
         for arm in setup.arms:
@@ -425,8 +445,21 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
             _phase(phase, plan, alive, _serving_seconds(plan, results) if serve else 0.0)
 
         alive.run(arguments, options.together, seed, {phase: functools.partial(one, phase) for phase in phases})
-        _check_effect(plan, results)
-    if serve:
+        _check_effect(plan, results, results.data["pair"])
+    if serve and options.concurrency:
+        closed_loop.measure(
+            setup,
+            results,
+            progress,
+            arguments,
+            plan.model.tokenizer(setup.work),
+            options.arms,
+            _loop(plan, options.concurrency),
+            len(options.arms) * plan.need.total <= plan.free,
+            seed,
+        )
+        _check_effect(plan, results, results.data["concurrency"])
+    if serve and options.rates:
         load = serving.Load(
             options.rates,
             effort.serving_seconds,
@@ -448,6 +481,11 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
         )
 
 
+def _loop(plan: Plan, clients: tuple[int, ...]) -> closed_loop.Loop:
+    effort, options = plan.effort, plan.options
+    return closed_loop.Loop(clients, effort.loop_rounds, effort.loop_waves, options.serving_prompt, options.loop_output)
+
+
 def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
     """One phase on the engines that are alive. `reserve`: seconds that the servers will want afterwards."""
     effort = plan.effort
@@ -463,12 +501,11 @@ def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
         alive.decode(cases, passes, rounds, effort.decode_steps, engines.RESERVE_SECONDS + reserve)
 
 
-def _check_effect(plan: Plan, results: Results) -> None:
-    """An arm in which nothing was patched measures stock under another name."""
-    pair = results.data["pair"]
-    for arm, rows in pair.get("journals", {}).items():
+def _check_effect(plan: Plan, results: Results, found: Mapping[str, Any]) -> None:
+    """An arm in which nothing was patched measures stock under another name. `found` has the arms' journals."""
+    for arm, rows in found.get("journals", {}).items():
         if not any(row["patched"] for row in rows):
-            said = "; ".join(pair.get("journal_problems", {}).get(arm, ())) or "nothing"
+            said = "; ".join(found.get("journal_problems", {}).get(arm, ())) or "nothing"
             text = f"{arm}: the overlay has patched no layer, so its times are stock's; its journal's problems: {said}"
             if plan.model.linear_layers():
                 results.problem(text)
@@ -482,7 +519,8 @@ def _serving_seconds(plan: Plan, results: Results) -> float:
     known = [pair[arm]["build_seconds"] + pair[arm]["import_seconds"] for arm in plan.serving_arms if arm in pair]
     starts = 2 * max(known)
     runs = 2 * len(plan.options.rates) * plan.effort.serving_rounds
-    return float(starts + runs * (plan.effort.serving_seconds + 20.0))
+    loops = len(plan.options.arms) * len(plan.options.concurrency or ()) * plan.effort.loop_rounds
+    return float(starts + (runs + loops) * (plan.effort.serving_seconds + 20.0))
 
 
 def _plots(data: dict[str, Any], folder: Path, console: Any) -> None:

@@ -143,6 +143,11 @@ def ratios(data: Mapping[str, Any]) -> dict[Key, Ratio]:
         if row["arm"] != CONTROL:
             key = f"serving {row['metric']}", float(row["rate"]), row["arm"]
             found[key] = Ratio(row["ratio"], row["low"], row["high"])
+    for row in (data.get("concurrency") or {}).get("rows") or []:
+        for arm, values in overlays_of(row).items():
+            found[f"clients {row['metric']}", float(row["requests"]), arm] = Ratio(
+                values["ratio"], values["low"], values["high"]
+            )
     return found
 
 

@@ -29,7 +29,7 @@ RESERVE_SECONDS = 15.0
 def paired_row(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """One row of a table from the arms' times of the same rounds, in seconds.
 
-    `stock` and `overlay` are medians; `ratio`, `low` and `high` are overlay to stock. `arms` has the same of every arm,
+    `stock` and `overlay` are medians; `ratio`, `low`, `high` and `interval` are overlay to stock. `arms` has the same of every arm,
     `against` the overlay to every further one.
     """
     stock = times[STOCK]
@@ -39,12 +39,11 @@ def paired_row(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
             continue
         found = compare(stock, values)
         row |= {"stock": found.stock}
-        row["arms"][arm] = {"seconds": found.overlay, "ratio": found.ratio, "low": found.low, "high": found.high}
+        row["arms"][arm] = {"seconds": found.overlay, **found.ratio_as_dict()}
         if arm == OVERLAY:
             row |= found.as_dict()
         elif OVERLAY in times:
-            other = compare(values, times[OVERLAY])
-            row["against"][arm] = {"ratio": other.ratio, "low": other.low, "high": other.high}
+            row["against"][arm] = compare(values, times[OVERLAY]).ratio_as_dict()
     return row
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from overlay.cli.bench.results import CONTROL, arms_of, different, size
+from overlay.cli.bench.intervals import FEWEST, RANGE
+from overlay.cli.bench.results import CONTROL, arms_of, different, overlays_of, size
 from overlay.cli.bench.setup import OVERLAY, STOCK
+from overlay.cli.bench.timeline import Kernel, overlap
+from overlay.cli.bench.timeline_picture import hidden, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -20,8 +24,11 @@ if TYPE_CHECKING:
 FILE_COLUMNS = 170
 #: Processes whose Python is no further apart than this have equal CPUs.
 EVEN_HOST = 0.01
+CONCURRENCY = "concurrency"
 #: All that a run without a GPU says about times.
 CPU = "CPU: says nothing about speed, for there are no streams; it shows whether tokens differ"
+#: What stands behind a ratio.
+INTERVALS = "95 % intervals; [range] of fewer than 6 rounds, or of equal ones"
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference shown"
 
 
@@ -48,10 +55,11 @@ def outcome(found: dict[str, Any], rounds: int | None = None) -> str:
 
 
 def ratio(found: dict[str, Any] | None) -> Text:
-    """A ratio with its interval: green where all of it is below 1, red where all of it is above."""
+    """A ratio with its interval, a range in square brackets: green where all of it is below 1, red where all of it is above."""
     if not found:
         return Text("-")
-    text = f"{found['ratio']:.3f} ({found['low']:.3f}..{found['high']:.3f})"
+    left, right = "[]" if found.get("interval") == RANGE else "()"
+    text = f"{found['ratio']:.3f} {left}{found['low']:.3f}..{found['high']:.3f}{right}"
     return Text(text, style=STYLES[outcome(found)])
 
 
@@ -59,30 +67,31 @@ def tables(data: dict[str, Any]) -> list[Any]:
     """Everything that a results file of `bench` holds, as rich renderables."""
     shown: list[Any] = [Text(head(data))]
     if data.get("cpu"):
-        return [*shown, *([tokens(data["tokens"])] if data.get("tokens") else []), Text(CPU), *notes(data)]
+        shown += [tokens(data["tokens"])] if data.get("tokens") else []
+        return [*shown, *answers(data), *notes(data), Text(CPU)]
     for key, make in (
         ("tokens", tokens),
         ("decode", decode),
         ("first_token", first_token),
         ("pair", starts),
         ("serving", serving),
+        (CONCURRENCY, closed_loop),
     ):
         if data.get(key):
             shown.append(make(data[key]))
-    shown += [timeline(row) for row in data.get("timeline") or []]
-    return [*shown, *(Text(text) for text in conclusions(data)), *notes(data)]
+    shown += answers(data)
+    for row in data.get("timeline") or []:
+        shown += [*(kernels(row, arm) for arm in row["arms"]), timeline(row)]
+    return [*shown, *(Text(text) for text in conclusions(data)), *notes(data), Text(headline(data), style="bold")]
 
 
 def conclusions(data: dict[str, Any]) -> list[str]:
     """One line for each table of ratios and arm: at which sizes the arm is faster than stock, slower, or neither is shown."""
     found: dict[str, dict[str, list[str]]] = {}
-    for title, key, rows in (
-        ("decode step, N", "requests", data.get("decode") or []),
-        ("time to first token, prompt", "prompt", data.get("first_token") or []),
-    ):
+    for what, label, key, rows in timed(data):
         for row in rows:
             for arm, values in arms_of(row).items():
-                line = found.setdefault(f"{arm}, {title}", {})
+                line = found.setdefault(f"{arm}, {what}, {label}", {})
                 line.setdefault(outcome(values, row["rounds"]), []).append(size(row, key))
     for row in (data.get("serving") or {}).get("rows") or []:
         line = found.setdefault(f"{row['arm']}, servers, {row['metric'].upper()} at rate", {})
@@ -91,6 +100,54 @@ def conclusions(data: dict[str, Any]) -> list[str]:
         f"{what}: " + "; ".join(f"{state} {', '.join(sizes)}" for state in STYLES if (sizes := line.get(state)))
         for what, line in found.items()
     ]
+
+
+def timed(data: dict[str, Any]) -> list[tuple[str, str, str, list[dict[str, Any]]]]:
+    """What was timed in pairs, first what a person asks for first: what it is, how its size is called, its key, the rows."""
+    loop = (data.get(CONCURRENCY) or {}).get("rows") or []
+    every = (
+        ("time per output token", "clients", "requests", [row for row in loop if row["metric"] == "tpot"]),
+        ("decode step", "N", "requests", data.get("decode") or []),
+        ("time to first token", "prompt", "prompt", data.get("first_token") or []),
+        ("time to first token", "clients", "requests", [row for row in loop if row["metric"] == "ttft"]),
+    )
+    return [one for one in every if one[-1]]
+
+
+def headline(data: dict[str, Any]) -> str:
+    """The last line of a report: by how much the overlay is faster or slower over all sizes of the first thing that was timed."""
+    served = [
+        {**row, "rate": f"{row['rate']:g}", "arms": {row["arm"]: row}}
+        for row in (data.get("serving") or {}).get("rows") or []
+        if row["metric"] == "tpot"
+    ]
+    for what, label, key, rows in [*timed(data), ("time per output token", "requests/s", "rate", served)]:
+        arms = {arm: None for row in rows for arm in overlays_of(row)}
+        for arm in sorted(arms, key=lambda one: one != OVERLAY)[:1]:
+            own = [row for row in rows if arm in overlays_of(row)]
+            sizes = ", ".join(size(row, key) for row in own) + (", on average" if len(own) > 1 else "")
+            shown = verdict([{"rounds": row["rounds"], **overlays_of(row)[arm]} for row in own])
+            return f"{arm}, {what}: {shown} at {label} = {sizes}"
+    return "nothing was timed"
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """One outcome of the ratios of several sizes: their geometric mean, and an interval as wide as independent errors make it."""
+    logs = [math.log(row["ratio"]) for row in rows]
+    middle = sum(logs) / len(rows)
+
+    def edge(name: str) -> float:
+        distances = (math.log(row[name]) - log for row, log in zip(rows, logs, strict=True))
+        return math.hypot(*distances) / len(rows)
+
+    whole = {"ratio": math.exp(middle), "low": math.exp(middle - edge("low")), "high": math.exp(middle + edge("high"))}
+    fewest = min(row["rounds"] for row in rows)
+    found = outcome(whole, fewest)
+    if found == NO_DIFFERENCE:
+        return found
+    percent = sorted(abs(whole[name] - 1.0) * 100.0 for name in ("low", "high"))
+    few = f" in {fewest} rounds" if any(row.get("interval") == RANGE for row in rows) and fewest < FEWEST else ""
+    return f"{found} by {abs(whole['ratio'] - 1.0) * 100.0:.1f} % ({percent[0]:.1f} to {percent[1]:.1f}{few})"
 
 
 #: Environment variables by which Inductor's kernels add up in the same order in every process (torch 2.13 and 2.14).
@@ -193,11 +250,11 @@ def tokens(rows: list[dict[str, Any]]) -> Table:
 
 
 def decode(rows: list[dict[str, Any]]) -> Table:
-    return _ratios("decode step (ms; 95 % intervals)", "N", "requests", rows)
+    return _ratios(f"decode step (ms; {INTERVALS})", "N", "requests", rows)
 
 
 def first_token(rows: list[dict[str, Any]]) -> Table:
-    return _ratios("time to first token (ms; 95 % intervals)", "prompt", "prompt", rows)
+    return _ratios(f"time to first token (ms; {INTERVALS})", "prompt", "prompt", rows)
 
 
 def _ratios(title: str, label: str, key: str, rows: list[dict[str, Any]]) -> Table:
@@ -246,6 +303,20 @@ def starts(pair: dict[str, Any]) -> Table | str:
     return found
 
 
+def kernels(row: dict[str, Any], arm: str) -> Table:
+    """An arm's kernels of one layer by stream, with how long each runs beside one of another stream."""
+    found = table(
+        f"{arm}, a GDN layer and its MLP, N={row['requests']} (GPU us)", "stream", "number", "start", "takes", "beside"
+    )
+    found.add_column("kernel", no_wrap=True)
+    every = [(number, Kernel(**one)) for number, one in enumerate(row["arms"][arm]["kernels"], 1)]
+    for number, kernel in sorted(every, key=lambda one: (one[1].stream, one[1].start)):
+        beside = overlap(kernel, [other for _, other in every if other.stream != kernel.stream])
+        times = (f"{value:.2f}" for value in (kernel.start, kernel.duration, beside))
+        found.add_row(kernel.stream, str(number), *times, short(kernel.name, 90))
+    return found
+
+
 def timeline(row: dict[str, Any]) -> Table:
     """A GDN layer and its MLP at one number of requests, and below it which kernels are not stock's."""
     columns = ("segment", "5 to 95 %", "ratio", "like", "like, tuned", "side", "overlap", "hideable", "hidden share")
@@ -257,6 +328,7 @@ def timeline(row: dict[str, Any]) -> Table:
         cells = ("-" if other.get(key) is None else f"{other[key]:.3f}" for key in keys)
         found.add_row(arm, f"{segment['median']:.1f}", f"{segment['low']:.1f}..{segment['high']:.1f}", *cells)
         lines.append(f"{arm}: {segment['alike']} of {segment['all']} segments are alike")
+        lines += [f"{arm} {words}" for words in [hidden(other)] if words]
         for kernel in other.get("side", ()):
             same = kernel["stock"]
             stock = f"stock {same['duration']:.2f} after {same['gap']:.2f}" if same else "not in stock"
@@ -295,6 +367,30 @@ def serving(found: dict[str, Any]) -> Table:
     shown.caption = "; ".join(f"{arm} answers after {value:.0f} s" for arm, value in seconds.items())
     shown.caption_justify = "left"
     return shown
+
+
+def closed_loop(found: dict[str, Any]) -> Table:
+    """Servers with a fixed number of clients."""
+    rows = found.get("rows") or []
+    arms = list(arms_of(rows[0])) if rows else []
+    columns = ("metric", "rounds", "stock", *(f"{arm} / stock" for arm in arms))
+    shown = table(f"servers, a fixed number of clients (median of a round in ms; {INTERVALS})", "clients", *columns)
+    for row in rows:
+        ratios = (ratio(arms_of(row).get(arm)) for arm in arms)
+        shown.add_row(
+            str(row["requests"]), row["metric"].upper(), str(row["rounds"]), milliseconds(row["stock"]), *ratios
+        )
+    return shown
+
+
+def answers(data: dict[str, Any]) -> list[Text]:
+    """How many answers differ from those of stock's first round, with stock's own later rounds as the control."""
+    found = data.get(CONCURRENCY) or {}
+    lines = [] if found.get("together", True) else ["the servers were alive one after the other"]
+    for row in found.get("answers") or []:
+        counts = ", ".join(f"{arm} {one['different']} of {one['of']}" for arm, one in row["arms"].items())
+        lines.append(f"clients {row['requests']}: answers that are not those of stock's first round: {counts}")
+    return [Text("\n".join(lines))] if lines else []
 
 
 def wide_console(file: IO[str] | None = None) -> Console:

@@ -184,4 +184,15 @@ def different(data: dict[str, Any]) -> list[str]:
         for arm, answer in overlays_of(row).items():
             if answer["different_requests"] and row["stock_repeats_itself"]:
                 found.append(f"{arm}, {row['case']}: {answer['different_requests']} of {row['requests']} requests")
+    for row in (data.get("concurrency") or {}).get("answers") or []:
+        if row["requests"] == 1 and repeats_answers(row):  # with more clients a batch depends on the moment
+            for arm, answer in overlays_of(row).items():
+                if arm != "stock" and answer["different"]:
+                    found.append(f"{arm}, one client: {answer['different']} of {answer['of']} answers")
     return found
+
+
+def repeats_answers(row: dict[str, Any]) -> bool:
+    """Whether stock has given its first round's answers again, in a row of `concurrency`; False where nobody asked again."""
+    stock = row["arms"]["stock"]
+    return bool(stock["of"]) and not stock["different"]

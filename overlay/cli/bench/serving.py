@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench.engines import SEED
-from overlay.cli.bench.intervals import compare_sets
+from overlay.cli.bench.intervals import compare_sets, median, quantile
 from overlay.cli.bench.outside.bench_engine.extension import NAME, WEIGHT_SEED
 from overlay.cli.bench.results import Results, journal_summary
 from overlay.cli.bench.setup import STOCK, WITH_OVERLAY, Setup
@@ -150,14 +149,14 @@ def measure(
         if setup.remaining() < 30:
             results.unfinished(f"serving: out of time before {', '.join(group)}")
             return
-        with _servers(setup, results, progress, engine, tokenizer, group, seed) as servers:
+        with running(setup, results, progress, engine, tokenizer, group, seed) as servers:
             for rate, turn in runs:
                 for arm in reversed(group) if turn % 2 else group:
                     if setup.remaining() < load.seconds:
                         results.unfinished(f"serving: out of time before rate {rate:g}, round {turn + 1}, {arm}")
                         return
                     progress.step(f"{arm}, {rate:g} requests/s, round {turn + 1} of {load.rounds}")
-                    samples[rate][arm].append(_client(setup, servers[arm], tokenizer, rate, turn, load))
+                    samples[rate][arm].append(_at_rate(setup, servers[arm], tokenizer, rate, turn, load))
                     results.put("serving", "rows", value=rows_of(samples, arms))
         for arm in group:
             if arm in WITH_OVERLAY:
@@ -166,7 +165,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _servers(
+def running(
     setup: Setup,
     results: Results,
     progress: Progress,
@@ -174,6 +173,7 @@ def _servers(
     tokenizer: Path,
     arms: Sequence[str],
     seed: int | None,
+    key: str = "serving",
 ) -> Iterator[dict[str, Server]]:
     """The servers of these arms, started one after the other: Triton's autotuning must not run twice at once."""
     servers: dict[str, Server] = {}
@@ -183,7 +183,7 @@ def _servers(
             progress.step(f"starting {arm}")
             servers[arm] = Server(arm, setup, engine, tokenizer, seed)
             servers[arm].wait()
-            results.put("serving", "start_seconds", arm, value=servers[arm].start_seconds)
+            results.put(key, "start_seconds", arm, value=servers[arm].start_seconds)
             progress.say(f"{arm} server answers after {servers[arm].start_seconds:.0f} s")
         yield servers
         hurry = False
@@ -192,18 +192,45 @@ def _servers(
             server.close(hurry)
 
 
-def _client(setup: Setup, server: Server, tokenizer: Path, rate: float, turn: int, load: Load) -> dict[str, Any]:
-    """One run of `vllm bench serve`: its results file, per request."""
-    name = f"serve-{rate:g}-{turn}-{server.arm}"
+def _at_rate(setup: Setup, server: Server, tokenizer: Path, rate: float, turn: int, load: Load) -> dict[str, Any]:
+    return run_client(
+        setup,
+        server,
+        tokenizer,
+        f"serve-{rate:g}-{turn}-{server.arm}",
+        ["--request-rate", f"{rate:g}"],
+        sizes=(load.prompt, load.output),
+        requests=load.requests(rate),
+        warm_up=WARM_UP_REQUESTS,
+        seed=1000 + turn,
+    )
+
+
+def run_client(
+    setup: Setup,
+    server: Server,
+    tokenizer: Path,
+    name: str,
+    load: Sequence[str],
+    *,
+    sizes: tuple[int, int],
+    requests: int,
+    warm_up: int,
+    seed: int,
+) -> dict[str, Any]:
+    """One run of `vllm bench serve`: its results file, per request.
+
+    `load` is its flags for arrivals, `sizes` the tokens of a prompt and of an answer, `seed` that of the prompts.
+    """
     target = setup.work / "serving" / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     log = setup.work / "logs" / f"{name}.log"
     command = [sys.executable, *MODULE, "bench", "serve", "--backend", "vllm", "--host", "127.0.0.1"]
     command += ["--port", str(server.port), "--model", MODEL_NAME, "--tokenizer", str(tokenizer)]
-    command += ["--dataset-name", "random", "--random-input-len", str(load.prompt)]
-    command += ["--random-output-len", str(load.output), "--num-prompts", str(load.requests(rate))]
-    command += ["--request-rate", f"{rate:g}", "--num-warmups", str(WARM_UP_REQUESTS), "--seed", str(1000 + turn)]
+    command += ["--dataset-name", "random", "--random-input-len", str(sizes[0])]
+    command += ["--random-output-len", str(sizes[1]), "--num-prompts", str(requests)]
+    command += [*load, "--num-warmups", str(warm_up), "--seed", str(seed)]
     command += ["--temperature", "0", "--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
     command += ["--result-dir", str(target.parent), "--result-filename", target.name]
     limit = max(setup.remaining(), 0.0) + 60.0
@@ -229,7 +256,7 @@ def _client(setup: Setup, server: Server, tokenizer: Path, rate: float, turn: in
     return found
 
 
-def requests_of(run: Mapping[str, Any]) -> dict[str, list[float]]:
+def seconds_of_requests(run: Mapping[str, Any]) -> dict[str, list[float]]:
     """Seconds of every request that was answered: to its first token, and per token after that."""
     ttft, tpot = [], []
     for first, gaps, count in zip(run["ttfts"], run["itls"], run["output_lens"], strict=True):
@@ -248,7 +275,7 @@ def rows_of(samples: Mapping[float, Mapping[str, Sequence[Mapping[str, Any]]]], 
     for rate, by_arm in samples.items():
         if not by_arm[stock] or not by_arm[other]:
             continue
-        runs = {arm: [requests_of(run) for run in by_arm[arm]] for arm in arms}
+        runs = {arm: [seconds_of_requests(run) for run in by_arm[arm]] for arm in arms}
         for metric in ("ttft", "tpot"):
             values = {arm: [value for run in runs[arm] for value in run[metric]] for arm in arms}
             if not all(values.values()):
@@ -258,19 +285,13 @@ def rows_of(samples: Mapping[float, Mapping[str, Sequence[Mapping[str, Any]]]], 
                 "metric": metric,
                 "arm": other,
                 **compare_sets(values[stock], values[other]).as_dict(),
-                "stock_p99": percentile(values[stock], 0.99),
-                "overlay_p99": percentile(values[other], 0.99),
+                "stock_p99": quantile(values[stock], 0.99),
+                "overlay_p99": quantile(values[other], 0.99),
                 "requests": {arm: len(values[arm]) for arm in arms},
                 "failed": {arm: sum(int(run.get("failed") or 0) for run in by_arm[arm]) for arm in arms},
                 "requests_per_second": {
-                    arm: statistics.median(float(run["request_throughput"]) for run in by_arm[arm]) for arm in arms
+                    arm: median([float(run["request_throughput"]) for run in by_arm[arm]]) for arm in arms
                 },
             }
             rows.append(row)
     return rows
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value with at least that share of the values at or below it."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -30,13 +30,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from overlay.cli.bench.engines import RESERVE_SECONDS, Engines
+from overlay.cli.bench.intervals import median, quantile
 from overlay.cli.bench.setup import STOCK
 
 #: What begins a segment: part of a kernel's name.
@@ -76,19 +76,17 @@ class Layer:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.lengths)
+        return median(self.lengths)
 
     def on(self, main: bool) -> list[Kernel]:
         return [kernel for kernel in self.kernels if (kernel.stream == MAIN) == main]
 
     def as_dict(self) -> dict[str, Any]:
-        ordered = sorted(self.lengths)
-        last = len(ordered) - 1
         segment = {
             "median": round(self.median, 3),
-            "low": round(ordered[round(0.05 * last)], 3),
-            "high": round(ordered[round(0.95 * last)], 3),
-            "alike": len(ordered),
+            "low": round(quantile(self.lengths, 0.05), 3),
+            "high": round(quantile(self.lengths, 0.95), 3),
+            "alike": len(self.lengths),
             "all": self.all,
         }
         return {"segment": segment, "kernels": [kernel.as_dict() for kernel in self.kernels]}
@@ -138,8 +136,8 @@ def typical(traces: Iterable[Sequence[Kernel]]) -> Layer | None:
         Kernel(
             same[0].name,
             same[0].stream,
-            statistics.median(kernel.start for kernel in same),
-            statistics.median(kernel.duration for kernel in same),
+            median([kernel.start for kernel in same]),
+            median([kernel.duration for kernel in same]),
         )
         for same in zip(*(kernels for kernels, _ in alike), strict=True)
     ]

@@ -19,6 +19,7 @@ from overlay.settings import Settings
 from overlay.side_work.adoption import StaysStock, adopt, check_registered, inert_without_cuda, refuse_modes
 from overlay.side_work.gemms import gemm_of
 from overlay.side_work.plan import PASS_THROUGH, Plan
+from overlay.side_work.rules import NO_COMPRESSOR
 from overlay.side_work.stand_in import StandIn, with_stand_in
 from overlay.side_work.streams import ParallelRegion
 from overlay.verdict import Verdict
@@ -225,7 +226,7 @@ def make_stage(
     config = get_current_vllm_config()
     compressor, indexer = layer.compressor, layer.indexer
     if compressor is None:
-        raise StaysStock("no compressor: fused_wqa_wkv is the only input GEMM")
+        raise StaysStock(NO_COMPRESSOR)
     check_registered(layer, layer.layer_name, config)
     refuse_modes(config, envs.VLLM_BATCH_INVARIANT)
     compressors = [compressor] if indexer is None else [compressor, indexer.compressor]

@@ -6,6 +6,7 @@ from typing import Any
 
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.declaration import TwoLinears
+from overlay.side_work.rules import SPLIT_FOR_LORA
 
 #: One projection in the place of the two (vLLM #42746, #41457).
 FUSED = ("in_proj_qkvzba", "in_proj")
@@ -22,9 +23,7 @@ def check(layer: Any) -> None:
     """Raise StaysStock where vLLM has made other projections: split ones in 0.19 and 0.20, or one for both."""
     if getattr(layer, "in_proj_qkvz", None) is None:
         fused = next((name for name in FUSED if getattr(layer, name, None) is not None), None)
-        raise StaysStock(
-            f"upstream computes both in one GEMM, {fused}" if fused else "the projections are split for LoRA"
-        )
+        raise StaysStock(f"upstream computes both in one GEMM, {fused}" if fused else SPLIT_FOR_LORA)
 
 
 PROJECTIONS = TwoLinears(

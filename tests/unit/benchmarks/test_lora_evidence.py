@@ -361,7 +361,7 @@ def test_every_table_is_printed(tmp_path: Path) -> None:
     for text in (
         "rank 8, 5 % faster than stock where upstream's switch gains: missed at N=4",
         "overlay, decode step, N: slower rank 8, 4",
-        "1.100 (1.100..1.100)",
+        "1.100 [1.100..1.100]",
         "0.667",
         "PROBLEM overlay: NO CALL ON TWO",
     ):

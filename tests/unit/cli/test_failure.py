@@ -81,10 +81,11 @@ def raising(error: BaseException) -> Callable[..., int]:
         (raising(OSError(28, "No space left on device", ADDRESS)), 2, ("error: [Errno 28] No space left",)),
         (raising(failure.CommandError(ADDRESS)), 2, ("error: http://***@host/simple\n",)),
         (raising(ModuleNotFoundError("no rich", name="rich")), 2, ("error: this command needs rich",)),
+        (raising(ModuleNotFoundError("no scipy", name="scipy.stats")), 2, ("scipy: pip install scipy",)),
         (raising(RecursionError()), 2, ("RecursionError",)),
         (raising(KeyboardInterrupt()), 130, ()),
     ],
-    ids=["unforeseen", "the machine's", "foreseen", "a library", "recursion", "Ctrl-C"],
+    ids=["unforeseen", "the machine's", "foreseen", "a library", "a library of bench", "recursion", "Ctrl-C"],
 )
 def test_no_error_is_status_1_or_shows_a_password(
     run: Callable[..., int], status: int, shown: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -16,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from overlay.cli.bench import command, compare, engines, memory, plots, report, serving, shapes
+from overlay.cli.bench import closed_loop, command, compare, engines, intervals, memory, plots, report, serving, shapes
+from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import Results, different
 from overlay.cli.bench.setup import Setup
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, in_turn
@@ -209,6 +212,27 @@ def test_stock_is_always_the_first_arm() -> None:
     for text in ("stock", "", "overlay,fast"):
         with pytest.raises(CommandError, match="--arms="):
             command.parse_arms(text)
+
+
+@pytest.mark.parametrize(
+    ("phases", "timeline", "found"),
+    [
+        (None, False, command.PHASES),
+        (None, True, ("tokens", "timeline")),
+        ("decode", True, ("decode", "timeline")),
+        ("timeline,decode", True, ("timeline", "decode")),
+    ],
+)
+def test_the_timeline_is_one_more_phase(phases: str | None, timeline: bool, found: tuple[str, ...]) -> None:
+    assert command.parse_phases(phases, timeline) == found
+
+
+@pytest.mark.parametrize(
+    ("phases", "engines"), [(command.PHASES, 3), (("tokens",), 3), (("serving",), 1), (("serving", "tokens"), 3)]
+)
+def test_servers_alone_need_not_fit_beside_each_other(phases: tuple[str, ...], engines: int) -> None:
+    """40 layers of the 35B in bf16 fit on one card once."""
+    assert command.Options(arms=("stock", "overlay", "serial"), phases=phases).alive_at_once == engines
 
 
 def test_rates_and_pairs() -> None:
@@ -480,7 +504,8 @@ def test_a_row_has_every_arm_and_the_overlay_against_each() -> None:
     row = engines.paired_row({"stock": [1.0, 2.0], "overlay": [0.9, 1.8], "fused": [0.5, 1.0]})
     assert (row["rounds"], row["stock"], row["ratio"]) == (2, 1.5, pytest.approx(0.9))
     assert row["arms"]["overlay"] == {key: pytest.approx(row[key]) for key in ("ratio", "low", "high")} | {
-        "seconds": row["overlay"]
+        "seconds": row["overlay"],
+        "interval": "range",
     }
     assert row["arms"]["fused"]["ratio"] == pytest.approx(0.5)
     assert set(row["against"]) == {"fused"} and row["against"]["fused"]["ratio"] == pytest.approx(1.8)
@@ -656,6 +681,7 @@ def test_a_cpu_says_nothing_about_speed(data: dict[str, Any], tmp_path: Path) ->
     assert shown.count(report.CPU) == 1
     for text in ("/ stock", "decode step", "first token", "TPOT", "compile s", "host: the same", "faster", "GPU"):
         assert text not in shown
+    assert shown.rstrip().endswith(report.CPU)
     assert "greedy tokens" in shown and "TOKENS DIFFER: overlay, N=2: 1 of 2 requests" in shown
     (tmp_path / "results.json").write_text(json.dumps(data))
     with pytest.raises(CommandError, match=r"results\.json is of a CPU, which says nothing about speed"):
@@ -684,22 +710,152 @@ def test_each_arm_has_one_line_of_what_was_shown(data: dict[str, Any]) -> None:
     assert report.conclusions(data)[0] == "overlay, decode step, N: faster 1; no difference shown 8"
 
 
+def _ratios(*ratios: tuple[float, float, float], rounds: int = 18) -> list[dict[str, Any]]:
+    kind = "bca" if rounds >= intervals.FEWEST else "range"
+    names = ("ratio", "low", "high")
+    return [{"rounds": rounds, "interval": kind, **dict(zip(names, one, strict=True))} for one in ratios]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (_ratios((0.959, 0.955, 0.964)), "faster by 4.1 % (3.6 to 4.5)"),
+        (_ratios((1.012, 1.008, 1.016)), "slower by 1.2 % (0.8 to 1.6)"),
+        (_ratios((0.99, 0.97, 1.01)), "no difference shown"),
+        (_ratios((0.959, 0.955, 0.964), rounds=4), "faster by 4.1 % (3.6 to 4.5 in 4 rounds)"),
+        (_ratios((0.9, 0.9, 0.9), rounds=1), "no difference shown"),
+        (_ratios((0.95, 0.95, 0.95), (1 / 0.95, 1 / 0.95, 1 / 0.95)), "no difference shown"),
+        (_ratios((0.96, 0.95, 0.97), (0.96, 0.95, 0.97)), "faster by 4.0 % (3.3 to 4.7)"),
+    ],
+)
+def test_the_last_line_is_one_that_a_person_can_repeat(rows: list[dict[str, Any]], said: str) -> None:
+    assert report.verdict(rows) == said
+    row = [{"requests": 2**index, "arms": {"overlay": one}, **one} for index, one in enumerate(rows)]
+    line = report.headline({"decode": row, "first_token": []})
+    assert line.startswith(f"overlay, decode step: {said} at N = 1") and ("on average" in line) == (len(rows) > 1)
+    assert report.headline({"tokens": []}) == "nothing was timed"
+
+
+def test_the_last_line_is_of_what_a_person_asks_for_first(data: dict[str, Any]) -> None:
+    """Clients on servers before a bare decode step, and that before arrivals on servers."""
+    rows = [{"requests": 4, "metric": metric, **data["decode"][0]} for metric in ("ttft", "tpot")]
+    said = report.headline({**data, "concurrency": {"rows": rows}})
+    assert said.startswith("overlay, time per output token: faster by ") and said.endswith("at clients = 1")
+    assert report.headline(data).startswith("overlay, decode step: faster by ")
+    assert report.headline({"serving": data["serving"]}).startswith("overlay, time per output token: ")
+    assert report.headline({"serving": data["serving"]}).endswith("at requests/s = 4")
+    shown = report.tables(data)[-1]
+    assert shown.plain == report.headline(data)
+
+
+def _loop_run(scale: float, *texts: str) -> dict[str, Any]:
+    return {**_run(scale), "generated_texts": list(texts), "failed": 0}
+
+
+def test_a_closed_loop_is_paired_by_round_and_its_answers_have_a_control(data: dict[str, Any], tmp_path: Path) -> None:
+    stock = {0: _loop_run(1.0, "a", "b"), 1: _loop_run(2.0, "a", "b"), 2: _loop_run(9.0, "a", "c")}
+    overlay = {0: _loop_run(0.9, "a", "b"), 1: _loop_run(1.8, "x", "b")}
+    runs = {1: {"stock": stock, "overlay": overlay}, 4: {"stock": stock, "overlay": {}}}
+    tpot, ttft = closed_loop.rows_of(runs)
+    assert [(row["requests"], row["metric"], row["rounds"]) for row in (tpot, ttft)] == [(1, "tpot", 2), (1, "ttft", 2)]
+    assert tpot["ratio"] == pytest.approx(0.9) and tpot["interval"] == "range"
+    answers = closed_loop.answers_of(runs)
+    assert answers[0]["arms"] == {"stock": {"different": 1, "of": 4}, "overlay": {"different": 1, "of": 4}}
+    assert answers[1]["arms"]["overlay"] == {"different": 0, "of": 0}
+    found = {"rows": [tpot, ttft], "answers": answers, "together": False}
+    data |= {"concurrency": found, "tokens": []}
+    assert different(data) == []  # stock does not repeat itself here
+    report.show(data, Console(width=120, file=(tmp_path / "terminal").open("w")), tmp_path / "report.txt")
+    shown = (tmp_path / "report.txt").read_text()
+    for text in ("first round: stock 1 of 4, overlay 1 of 4", "one after the other", "output token, clients: faster 1"):
+        assert text in shown
+    pytest.importorskip("matplotlib")
+    assert "concurrency.png" in [path.name for path in plots.write(data, tmp_path)]
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_one_client_must_get_stocks_answers(clients: int) -> None:
+    """With several clients a batch depends on the moment, so there a difference is shown and fails nothing."""
+    same = {turn: _loop_run(1.0, "a", "b") for turn in range(2)}
+    other = {turn: _loop_run(1.0, "a", "c") for turn in range(2)}
+    answers = closed_loop.answers_of({clients: {"stock": same, "overlay": other, "control": other}})
+    said = ["overlay, one client: 2 of 4 answers"] if clients == 1 else []
+    assert different({"concurrency": {"answers": answers}}) == said
+    once = closed_loop.answers_of({clients: {"stock": {0: same[0]}, "overlay": other}})
+    assert different({"concurrency": {"answers": once}}) == []
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_servers_take_turns_and_what_fails_is_a_problem(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[tuple[str, ...]] = []
+    asked: list[tuple[str, str, int]] = []
+
+    @contextlib.contextmanager
+    def running(_setup: Any, _results: Any, _progress: Any, _engine: Any, _tokenizer: Any, arms: Any, *_: Any) -> Any:
+        alive.append(tuple(arms))
+        yield {arm: arm for arm in arms}
+
+    def run_client(
+        _setup: Any, server: str, _tokenizer: Any, name: str, load: list[str], **given: Any
+    ) -> dict[str, Any]:
+        asked.append((server, load[1], int(name.split("-")[2])))
+        return {**_loop_run(1.0 if server == "stock" else 0.9, "a", "b"), "failed": int(server == "overlay")}
+
+    monkeypatch.setattr(closed_loop, "running", running)
+    monkeypatch.setattr(closed_loop, "run_client", run_client)
+    results = Results(tmp_path / "results.json", lambda text: None)
+    loop = closed_loop.Loop((1, 4), rounds=2, waves=2, prompt=8, output=4)
+    setup = Setup(tmp_path, tmp_path, None, 100.0)
+    progress: Any = Progress(Console(file=io.StringIO()))
+    arms = ("stock", "overlay")
+    closed_loop.measure(setup, results, progress, {}, tmp_path, arms, loop, together)
+    assert alive == ([arms] if together else [("stock",), ("overlay",), ("stock",)])
+    assert sorted(asked) == sorted((arm, clients, turn) for arm in arms for clients in "14" for turn in (0, 1))
+    if together:
+        assert [arm for arm, clients, _ in asked if clients == "1"] == ["stock", "overlay", "overlay", "stock"]
+    found = results.data["concurrency"]
+    assert found["together"] == together and [row["rounds"] for row in found["rows"]] == [2] * 4
+    assert all(row["ratio"] == pytest.approx(0.9) for row in found["rows"])
+    assert results.data["problems"][0] == "closed loop, N=1, overlay: 1 requests have failed"
+    setup.budget = 0.0
+    closed_loop.measure(setup, results, progress, {}, tmp_path, arms, loop, together)
+    assert results.data["unfinished"] == [
+        f"closed loop: out of time before {'stock, overlay' if together else 'stock'}"
+    ]
+
+
+@given(st.integers(1, 12), st.booleans(), st.lists(st.sampled_from(["overlay", "serial", "control"]), unique=True))
+def test_every_arm_has_every_round_once(rounds: int, together: bool, others: list[str]) -> None:
+    arms = ["stock", *others]
+    schedule = closed_loop.turns(arms, rounds, together)
+    for arm in arms:
+        assert sorted(turn for alive, some in schedule if arm in alive for turn in some) == list(range(rounds))
+    assert together or all(len(alive) == 1 for alive, _ in schedule)
+
+
+@given(st.lists(st.tuples(st.floats(0.3, 3.0), st.floats(1.0, 1.5), st.floats(1.0, 1.5)), min_size=1, max_size=9))
+def test_the_average_of_sizes_that_are_all_faster_is_faster(
+    found: list[tuple[float, float, float]],
+) -> None:
+    """Where every size is shown to be faster, so is the average."""
+    rows = _ratios(*((ratio, ratio / below, ratio * above) for ratio, below, above in found))
+    said = report.verdict(rows)
+    if all(row["high"] < 1.0 for row in rows):
+        assert said.startswith("faster by ")
+    if all(row["low"] > 1.0 for row in rows):
+        assert said.startswith("slower by ")
+    if len(rows) == 1:
+        assert said.split(" by ")[0] == report.outcome(rows[0])
+
+
 def test_plots_are_written(data: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     written = plots.write(data, tmp_path)
     assert [path.name for path in written] == ["ratio.png", "serving.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert plots.write({"problems": []}, tmp_path) == []
-
-
-def test_a_timeline_is_drawn_of_the_fewest_requests_with_both_arms(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    kernel = {"name": "gemm", "stream": "main", "start": 0.0, "duration": 5.0}
-    arm = {"segment": {"median": 9.0}, "kernels": [kernel, {**kernel, "name": "side", "stream": "side 1"}]}
-    overlay = {**arm, "against_stock": {"side": [{"name": "side"}]}}
-    rows = [{"requests": 1, "arms": {"stock": arm}}, {"requests": 8, "arms": {"stock": arm, "overlay": overlay}}]
-    assert plots.write({"timeline": rows}, tmp_path) == [tmp_path / "timeline.png"]
-    assert plots.write({"timeline": rows[:1]}, tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -766,6 +922,8 @@ def _cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         (("--arms", "stock"), "--arms="),
         (("--model", "/no/such/model"), "neither a named shape"),
         (("--model", "tiny", "--layers", "3"), "multiples"),
+        (("--model", "tiny", "--phases", "serving"), "--concurrency or --rates"),
+        (("--concurrency", "0,1"), "--concurrency='0,1': allowed are whole numbers from 1 on"),
         (
             ("--model", "Qwen3-Next-80B-A3B", "--layers", "48"),
             "engines of Qwen3-Next-80B-A3B with 48 layers need about",

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from overlay.cli.bench import report, timeline
+from overlay.cli.bench import report, timeline, timeline_picture
 from overlay.cli.bench.outside.bench_engine import worker
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import Results
@@ -165,6 +165,75 @@ def test_the_report_says_what_is_hidden() -> None:
         "0.967" in text.getvalue()
         and "overlay, side: 5.50 us, 5.50 hidden, stock 5.00 after 1.00: ba_gemm" in text.getvalue()
     )
+
+
+def test_the_report_has_a_line_for_every_kernel_by_stream() -> None:
+    text = io.StringIO()
+    report.show({"timeline": [_row(OVERLAY)]}, Console(file=text, width=200))
+    lines = [line.split() for line in text.getvalue().splitlines()]
+    assert ["main", "6", "66.00", "5.00", "0.00", "ba_gemm"] in lines  # stock's
+    (side,) = (line for line in lines if line[:2] == ["side", "1"])
+    assert side[4:] == ["5.50", "5.50", "ba_gemm"]
+    assert "overlay hides 5.8 µs of the 6.0 µs that can be hidden (97 %)" in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(1.4, "takes 8.4 µs less than"), (-0.5, "takes 3.0 µs more than"), (None, "")]
+)
+def test_more_than_can_be_hidden_is_not_said_to_be_hidden(share: float | None, said: str) -> None:
+    assert timeline_picture.hidden({"hideable": 6.0, "hidden_share": share}).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "void cutlass::device_kernel<vllm::cutlass_3x_gemm_fp8_blockwise<cutlass::x> >(A)",
+            "vllm::cutlass_3x_gemm_fp8_blockwise",
+        ),
+        ("void vllm::moe::topkGating<8, 256>(float*)", "vllm::moe::topkGating"),
+        ("triton_red_fused_1", "triton_red_fused_1"),
+        ("void (anonymous namespace)::k(int)", "k"),
+        ("x" * 99, "x" * 45 + "…"),
+    ],
+)
+def test_a_kernel_has_a_short_name(name: str, said: str) -> None:
+    assert timeline_picture.short(name) == said
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 3)), max_size=40), st.floats(0.01, 1.0))
+def test_numbers_on_one_level_do_not_touch(places: list[tuple[float, int]], scale: float) -> None:
+    places = sorted(places)
+    on: dict[int, float] = {}
+    for (middle, digits), level in zip(places, timeline_picture.levels(places, scale), strict=True):
+        half = digits * timeline_picture.DIGIT / 2
+        assert on.get(level, -1e9) <= middle * scale - half
+        on[level] = middle * scale + half
+    assert sorted(on) == list(range(len(on)))
+
+
+def test_the_picture_has_both_arms_and_no_labels_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    crowded = [*GDN, *[(f"tiny{index}", 0.2, 0) for index in range(12)], *STOCK[4:]]
+    row = timeline.row(8, {"stock": [trace(crowded)], "overlay": [trace([*crowded[:16], *OVERLAY[4:]])]})
+    found = timeline_picture.draw(row, tmp_path / "timeline-8.svg")
+    assert found.read_text().lstrip().startswith("<?xml")
+    (figure,) = figures
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.texts]
+    assert len(boxes) == 2 * sum(len(one["kernels"]) for one in row["arms"].values())
+    assert not [(one, other) for index, one in enumerate(boxes) for other in boxes[:index] if one.overlaps(other)]
+    colours = {"stock": [], "overlay": []}  # type: dict[str, list[Any]]
+    for axis, arm in zip(figure.axes[::2], colours, strict=True):
+        assert axis.get_title("left").startswith(f"{arm}: ")
+        colours[arm] = [tuple(bar.get_facecolor()[0]) for bar in axis.collections]
+    assert all(len(set(found)) == 2 and min(map(found.count, found)) == 1 for found in colours.values())
+    monkeypatch.undo()
+    pyplot.close(figure)
 
 
 class Engines:

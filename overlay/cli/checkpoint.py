@@ -1,0 +1,410 @@
+"""``check --model``: what each patch would do with a checkpoint, by its configuration and the sources of one vLLM.
+
+Nothing is loaded but JSON: neither torch nor vLLM, and no weights. How vLLM is started can change the answer (`rules.MODES`), and
+so can the GPU, where vLLM has several kernels for a format; the reasons say so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from overlay.cli.failure import CommandError
+from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, find, shown
+from overlay.side_work.rules import (
+    ADAPTERS,
+    MARLIN,
+    MODES,
+    NO_COMPRESSOR,
+    TORCH,
+    WIDEST_ROW,
+    Linear,
+    reason_against,
+    reason_against_main,
+)
+from overlay.verdict import Verdict
+from overlay.vocabulary import APPLY
+
+#: The state of a group: the patch would take it, it stays stock, or nobody can tell from the configuration.
+STOCK, UNKNOWN = "stock", "unknown"
+WHEN_SERVED = "when served with --enable-lora"
+#: A configuration is a few kilobytes, with the names of all layers some hundred.
+LARGEST_FILE = 16 << 20
+MOST_LAYERS = 1_000
+CONFIG, MODELOPT_CONFIG, INDEX = "config.json", "hf_quant_config.json", "model.safetensors.index.json"
+ALLOWED = "allowed are a checkpoint's folder and its config.json"
+
+#: Qwen3-Next and the Qwen3.5 family (3.6 and 3.8 have its architectures): the models on the GDN layer that the patch knows.
+NEXT = re.compile(r"Qwen3Next(ForCausalLM)?|Qwen3NextMTP")
+QWEN3_5 = re.compile(r"Qwen3_[5-9](Moe)?(ForCausalLM|ForConditionalGeneration|MTP)|ColQwen3_5")
+DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
+#: How vLLM tells a pooling model by its architecture (`_SUFFIX_TO_DEFAULTS`); a model that generates ends otherwise.
+POOLING = re.compile(r"(ForTextEncoding|For\w*Classification|ForRewardModeling|(?<!Chat)(?<!LMHead)Model)$")
+#: What a folder of Sentence Transformers has: then vLLM pools, whatever the architecture.
+POOLS = "modules.json"
+#: Fields of models with latent attention, whose linears have other names.
+OTHER_LINEARS = ("q_lora_rank", "kv_lora_rank", "compress_ratios")
+ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+MLP = {"gate_up_proj": ("gate_proj", "up_proj")}
+GDN = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+MAIN, SIDE = "in_proj_qkvz", "in_proj_ba"
+WHOLE_SIDE = "disable_tp_for_ba_proj"
+#: The module of vLLM that names all architectures.
+REGISTRY = "vllm.model_executor.models.registry"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers with which a patch does the same, for the same reason. `sizes`: columns per shard, and of the input."""
+
+    patch: str
+    layers: int
+    state: str
+    reason: str
+    sizes: tuple[tuple[str, int], ...] = ()
+    linears: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"patch": self.patch, "layers": self.layers, "state": self.state, "reason": self.reason}
+        if self.sizes:
+            found["sizes"] = dict(self.sizes)
+        if self.linears:
+            found["linears"] = list(self.linears)
+        return found
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `check --model` says. `notes` are sentences for a person; `modes` is how vLLM may be served so that all stays stock."""
+
+    path: str
+    architecture: str
+    format: str
+    shards: int
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...]
+    modes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "architecture": self.architecture,
+            "format": self.format,
+            "tensor_parallel": self.shards,
+            "groups": [group.as_dict() for group in self.groups],
+            "notes": list(self.notes),
+            "modes": list(self.modes),
+        }
+
+
+@dataclass
+class Configuration:
+    """A `config.json`, and what lies beside it. Every question about a value is asked here, so a wrong one has one message."""
+
+    file: Path
+    content: Mapping[str, Any]
+    text: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        nested = self.content.get("text_config")
+        if nested is not None and not isinstance(nested, Mapping):
+            raise self.wrong("text_config", nested, "an object")
+        self.text = nested or self.content
+
+    def wrong(self, key: str, value: object, allowed: str) -> CommandError:
+        return CommandError(f"--model: {self.file}: {key} is {shown(value)}; allowed is {allowed}")
+
+    def size(self, key: str, most: int = 1 << 30) -> int:
+        """A size of the language model, which has to be there."""
+        found = self.text.get(key)
+        if type(found) is not int or not 1 <= found <= most:
+            raise self.wrong(key, found, f"a whole number from 1 to {most}")
+        return found
+
+    def size_or(self, key: str, default: int) -> int:
+        """The same of one that may be missing."""
+        return default if self.text.get(key) is None else self.size(key)
+
+    @property
+    def layers(self) -> int:
+        return self.size("num_hidden_layers", MOST_LAYERS)
+
+    @property
+    def architecture(self) -> str:
+        found = self.content.get("architectures")
+        if not isinstance(found, list) or not found or not isinstance(found[0], str) or not found[0]:
+            raise self.wrong("architectures", found, "a list with the name of a model's class")
+        return found[0]
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """Where vLLM looks for it, in that order."""
+        places = (self.content.get("quantization_config"), self.text.get("quantization_config"))
+        for found in (*places, self.content.get("compression_config")):
+            if found is not None:
+                if not isinstance(found, Mapping):
+                    raise self.wrong("quantization_config", found, "an object")
+                return found
+        beside = self.file.parent / MODELOPT_CONFIG
+        return _json(beside) if beside.is_file() else None
+
+    @property
+    def dtype(self) -> object:
+        return self.text.get("dtype") or self.text.get("torch_dtype") or self.content.get("torch_dtype")
+
+    def kinds(self) -> list[str]:
+        """The kind of each layer, as in `layer_types`."""
+        count, types = self.layers, self.text.get("layer_types")
+        if types is None:
+            every = self.size_or("full_attention_interval", 4)
+            return ["full_attention" if (index + 1) % every == 0 else "linear_attention" for index in range(count)]
+        if not isinstance(types, list) or len(types) < count or not all(isinstance(one, str) for one in types):
+            raise self.wrong("layer_types", types, f"a list of {count} kinds of layers")
+        return types[:count]
+
+    def packed(self) -> list[str] | None:
+        """The linears with packed weights, by the index of the weight files; None where there is none."""
+        index = self.file.parent / INDEX
+        if not index.is_file():
+            return None
+        names = _json(index).get("weight_map")
+        if not isinstance(names, Mapping):
+            raise CommandError(f"--model: {index} has no weight_map; {ALLOWED}")
+        return [name.rpartition(".")[0] for name in names if name.endswith(".qweight")]
+
+
+def read(given: str) -> Configuration:
+    """The configuration that ``--model`` names. Raises CommandError where there is none that can be read."""
+    path = Path(given).expanduser()
+    try:
+        file = path / CONFIG if path.is_dir() else path
+        if not file.is_file():
+            lacks = f"is a folder without {CONFIG}" if path.is_dir() else "is no file"
+            raise CommandError(f"--model={given!r} {lacks}; {ALLOWED}")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise CommandError(f"--model={given!r} cannot be read: {error}; {ALLOWED}") from error
+    return Configuration(file, _json(file))
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    """The object in a JSON file."""
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise CommandError(
+                f"--model: {file} is larger than {LARGEST_FILE >> 20} MiB, so it is no configuration; {ALLOWED}"
+            )
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, a number of 5000 digits
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:200]
+        raise CommandError(f"--model: {file} is no JSON that can be read: {reason}; {ALLOWED}") from error
+    if not isinstance(content, Mapping):
+        raise CommandError(f"--model: {file} holds a {type(content).__name__} and no object; {ALLOWED}")
+    return content
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def judge(
+    given: str, verdicts: Mapping[str, Verdict], source_of: Callable[[str], str], shards: int, lora: bool
+) -> Checkpoint:
+    """What the patches of these verdicts would do with a checkpoint on `shards` GPUs.
+
+    `source_of` gives the text of a module of that vLLM. `lora`: the checkpoint is served with --enable-lora.
+    """
+    config = read(given)
+    architecture = config.architecture
+    nested = architecture.endswith("ForConditionalGeneration") and config.text is not config.content
+    names = Names(
+        {"model.language_model.": "language_model.model." if nested else "model."},
+        {**ATTENTION, **MLP, **({} if NEXT.fullmatch(architecture) else GDN)},
+    )
+    notes: list[str] = []
+    form: Format | None = None
+    try:
+        form = find(config.quantization, config.dtype, names, config.packed())
+        notes += form.notes
+        name = form.name
+    except Unusable as error:
+        raise CommandError(f"--model: {config.file}: quantization_config: {error}") from error
+    except Unknown as unknown:
+        name = f"unknown: {unknown}"
+    asked = _Asked(
+        config,
+        verdicts,
+        source_of,
+        shards,
+        lora,
+        form,
+        name,
+        "language_model.model.layers" if nested else "model.layers",
+    )
+    if config.text.get("num_attention_heads") is not None:
+        asked.divided("num_attention_heads")
+    groups: list[Group] = []
+    if NEXT.fullmatch(architecture) or QWEN3_5.fullmatch(architecture):
+        groups += asked.gdn()
+    if DEEPSEEK_V4.fullmatch(architecture):
+        groups += asked.deepseek_v4()
+    if POOLING.search(architecture) or (config.file.parent / POOLS).is_file():
+        groups += asked.pooling()
+    elif any(config.text.get(key) is not None for key in OTHER_LINEARS):
+        notes.append(
+            f"lora_linear: how {architecture} names its linears is not known here; the journal of a server tells"
+        )
+    else:
+        groups += asked.lora_linear()
+    states = {group.state for group in groups}
+    if not states & {APPLY, UNKNOWN}:
+        notes.append(f"no patch applies to this checkpoint ({architecture}, {name})")
+    elif {group.patch for group in groups if group.state == APPLY} == {"lora_linear"} and not lora:
+        notes.append(f"no patch applies to {architecture} but lora_linear, {WHEN_SERVED}")
+    # pooling asks for none of them: it forks nothing.
+    modes = MODES if any(group.state == APPLY and group.patch != "pooling" for group in groups) else ()
+    return Checkpoint(str(config.file), architecture, name, shards, tuple(groups), tuple(notes), modes)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One checkpoint and one vLLM; a method for each patch."""
+
+    config: Configuration
+    verdicts: Mapping[str, Verdict]
+    source_of: Callable[[str], str]
+    shards: int
+    lora: bool
+    form: Format | None
+    format_name: str
+    prefix: str
+
+    def _off(self, patch: str) -> str | None:
+        """Why a patch does nothing in this vLLM, whatever the model."""
+        found = self.verdicts[patch]
+        if found.state != APPLY:
+            return f"{found.state} in this vLLM: {found.reason}"
+        name = self.config.architecture
+        return None if f'"{name}"' in self.source_of(REGISTRY) else f"this vLLM has no {name} of its own"
+
+    def divided(self, key: str) -> int:
+        """A size per shard. Raises CommandError where it cannot be divided: vLLM would not start."""
+        size = self.config.size(key)
+        if size % self.shards:
+            raise CommandError(f"--tp={self.shards}: the model's {key} is {size}; allowed is a number that divides it")
+        return size // self.shards
+
+    def _grouped(self, patch: str, rows: Iterable[tuple[Any, ...]], linears: bool = False) -> list[Group]:
+        """Rows (state, reason, sizes[, linear]) that are alike as one group, in the order in which they come."""
+        found: dict[tuple[Any, ...], list[str]] = {}
+        for state, reason, sizes, linear in rows:
+            found.setdefault((state, reason, sizes), []).append(linear)
+        return [
+            Group(patch, len(names), state, reason, sizes, tuple(dict.fromkeys(names)) if linears else ())
+            for (state, reason, sizes), names in found.items()
+        ]
+
+    def gdn(self) -> list[Group]:
+        """The input projections of the linear attention layers."""
+        config = self.config
+        hidden = config.size("hidden_size")
+        keys = self.divided("linear_num_key_heads") * config.size("linear_key_head_dim")
+        heads = self.divided("linear_num_value_heads")
+        values = heads * config.size("linear_value_head_dim")
+        # vLLM 0.22 and later keep ba whole on every rank for these formats: Marlin has no kernel for fewer columns.
+        whole = self.format_name.startswith(("awq", "gptq", "auto-round")) and not NEXT.fullmatch(config.architecture)
+        whole = whole and WHOLE_SIDE in self.source_of(self.verdicts["gdn"].module or "")
+        side = 2 * (config.size("linear_num_value_heads") if whole else heads)
+        sizes = (("hidden", hidden), ("qkvz", 2 * (keys + values)), ("ba", side))
+        layers = [index for index, kind in enumerate(config.kinds()) if kind == "linear_attention"]
+        off = self._off("gdn")
+        found = (
+            (STOCK, off) if off is not None else self._of_pair(f"{self.prefix}.{index}.linear_attn", hidden)
+            for index in layers
+        )
+        return self._grouped("gdn", ((state, reason, sizes, "") for state, reason in found))
+
+    def _of_pair(self, layer: str, hidden: int) -> tuple[str, str]:
+        if self.lora:
+            return STOCK, f"{ADAPTERS} (unless --lora-target-modules leaves both out)"
+        if self.form is None:
+            return UNKNOWN, f"the format is {self.format_name}: what vLLM makes of it decides, when it is served"
+        try:
+            main, side = (self.form.read(f"{layer}.{name}") for name in (MAIN, SIDE))
+        except Torn as error:
+            return STOCK, f"vLLM does not load it: {error}"
+        what = f"{SIDE} is {side.said} beside {main.said}"
+        against = reason_against(main, side)
+        if against is not None:
+            return STOCK, f"{what}: {against}"
+        said = [what]
+        if side.gemm == MARLIN:
+            said.append(f"where vLLM takes Marlin for {SIDE}; another kernel stays stock")
+        if hidden > WIDEST_ROW:
+            said.append(f"hidden size above {WIDEST_ROW}: prompts above the captured sizes keep the ops, serially")
+        return APPLY, "; ".join(said)
+
+    def deepseek_v4(self) -> list[Group]:
+        """The GEMMs before the attention: layers with a compressor."""
+        config, off = self.config, self._off("deepseek_v4")
+        ratios = config.text.get("compress_ratios")
+        count = config.layers
+        if not isinstance(ratios, list) or len(ratios) < count or not all(type(ratio) is int for ratio in ratios):
+            raise config.wrong("compress_ratios", ratios, f"a list of {count} whole numbers")
+        rows = []
+        for ratio in ratios[:count]:
+            if off is not None:
+                state, reason = STOCK, off
+            elif ratio <= 1:
+                state, reason = STOCK, NO_COMPRESSOR
+            else:
+                beside = "three GEMMs" if ratio == 4 else "one GEMM"
+                state, reason = APPLY, f"compress ratio {ratio}: {beside} in bf16 beside fused_wqa_wkv"
+            rows.append((state, reason, (), ""))
+        return self._grouped("deepseek_v4", rows)
+
+    def pooling(self) -> list[Group]:
+        off = self._off("pooling")
+        reason = "where async scheduling is off (--no-async-scheduling, or an option that excludes it)"
+        return [Group("pooling", 1, STOCK if off else APPLY, off or reason)]
+
+    def lora_linear(self) -> list[Group]:
+        """The linears of the language model's layers, as far as their names are those of most models."""
+        off = self._off("lora_linear")
+        rows: list[tuple[Any, ...]] = []
+        for linear in self._linears() if self.config.text.get("num_hidden_layers") is not None else ():
+            state, reason = (STOCK, off) if off is not None else self._of_base(linear)
+            said = reason if self.lora or off is not None else f"{WHEN_SERVED}: {reason}"
+            rows.append((state, said, (), linear.removeprefix(f"{self.prefix}.").partition(".")[2]))
+        return self._grouped("lora_linear", rows, linears=True)
+
+    def _linears(self) -> Iterable[str]:
+        config = self.config
+        is_hybrid = "linear_num_value_heads" in config.text
+        kinds = config.kinds() if is_hybrid else ["full_attention"] * config.layers
+        mixture = any(config.text.get(key) for key in ("num_experts", "n_routed_experts", "num_local_experts"))
+        shared = bool(config.text.get("shared_expert_intermediate_size"))
+        inner = ("mlp.shared_expert.",) if shared else () if mixture else ("mlp.",)
+        for index, kind in enumerate(kinds):
+            own = (f"linear_attn.{MAIN}", f"linear_attn.{SIDE}", "linear_attn.out_proj")
+            attention = own if kind == "linear_attention" else ("self_attn.qkv_proj", "self_attn.o_proj")
+            for name in itertools.chain(
+                attention, (f"{part}{one}" for part in inner for one in ("gate_up_proj", "down_proj"))
+            ):
+                yield f"{self.prefix}.{index}.{name}"
+
+    def _of_base(self, linear: str) -> tuple[str, str]:
+        if self.form is None:
+            return UNKNOWN, f"the format is {self.format_name}: what vLLM makes of it decides, when it is served"
+        try:
+            base: Linear = self.form.read(linear)
+        except Torn as error:
+            return STOCK, f"vLLM does not load it: {error}"
+        against = reason_against_main(base)
+        if against is not None:
+            return STOCK, f"the base layer is {base.said}: {against}"
+        said = f"the base layer is {base.said}"
+        return APPLY, said if base.gemm == TORCH else f"{said} and reads its input as it is"

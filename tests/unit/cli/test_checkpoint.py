@@ -1,0 +1,452 @@
+"""``python -m overlay check --model``: what is said of a checkpoint by its configuration, and of everything that is none."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import REPOSITORY, run_python
+from tests.unit import stub_vllm
+
+pytest.importorskip("typer", reason="the command line's libraries are not installed")
+
+from typer.testing import CliRunner
+
+from overlay.cli import checkpoint, quantization
+from overlay.cli.app import app
+from overlay.cli.bench import formats, shapes
+from overlay.cli.failure import CommandError
+from overlay.side_work import rules
+from overlay.verdict import Verdict
+from overlay.vocabulary import ABSENT, APPLY, LANDED, PATCH_NAMES
+
+APPLIES = {name: Verdict(APPLY, "the shape is known") for name in PATCH_NAMES}
+LAYERS = range(3)  # of the first four, the linear attention ones
+PREFIX = "model.language_model.layers"
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+
+
+def sources(module: str) -> str:
+    """Of a vLLM that has every model, and keeps ba whole."""
+    every = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3NextForCausalLM", *OTHERS)
+    return " ".join(f'"{name}"' for name in every) + checkpoint.WHOLE_SIDE
+
+
+OTHERS = ("LlamaForCausalLM", "DeepseekV4ForCausalLM", "BertModel", "Qwen3_5ForCausalLM")
+#: By name: a shape with the layers of one group.
+BASE = {name: dict(shapes.find(name, 4).config) for name in shapes.SHAPES}
+
+
+def named(*linears: str) -> list[str]:
+    return [f"{PREFIX}.{index}.linear_attn.{name}" for index in LAYERS for name in linears]
+
+
+def judged(
+    folder: Path, content: object, shards: int = 1, lora: bool = False, verdicts: Mapping[str, Verdict] = APPLIES
+) -> checkpoint.Checkpoint:
+    (folder / "config.json").write_text(json.dumps(content))
+    return checkpoint.judge(str(folder), verdicts, sources, shards, lora)
+
+
+def gdn(found: checkpoint.Checkpoint) -> list[tuple[int, str, str]]:
+    return [(one.layers, one.state, one.reason) for one in found.groups if one.patch == "gdn"]
+
+
+def of_format(name: str, shape: str = "Qwen3.5-35B-A3B") -> dict[str, Any]:
+    found = shapes.find(shape, 4).with_format(name).configuration["quantization_config"]
+    return dict(found)
+
+
+MARLIN = "; where vLLM takes Marlin for in_proj_ba; another kernel stays stock"
+NOT_ALLOWED = "quantization method FP8 per tensor is not on the allowlist"
+LLM_COMPRESSOR_FP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "ignore": ["lm_head", "re:.*mlp.gate$"],
+    "config_groups": {
+        "group_0": {"targets": [r"re:.*in_proj_(qkv|z)$"], "weights": FP8, "input_activations": FP8},
+        "group_1": {
+            "targets": ["re:.*experts.*_proj$"],
+            "weights": {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"},
+            "input_activations": {"num_bits": 4, "type": "float"},
+        },
+    },
+}
+W4A16 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": [r"re:.*linear_attn\.in_proj_[ab]$", "re:.*lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
+}
+AUTOROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "data_type": "int",
+    "group_size": 128,
+    "packing_format": "auto_round:auto_gptq",
+    "block_name_to_quantize": [PREFIX],
+    "extra_config": {name: {"bits": 16, "data_type": "float"} for name in named("in_proj_b", "in_proj_a")},
+}
+#: Rows of ../shared/checkpoints.md, and of the formats that bench makes: quantization, name of the format, what is said.
+CHECKPOINTS: dict[str, tuple[dict[str, Any] | None, str, str, str]] = {
+    "unquantized": (None, "bf16", APPLY, "in_proj_ba is bf16 beside bf16"),
+    "Qwen's own FP8": (
+        of_format("fp8-block"), "fp8, blocks of 128 x 128", APPLY, "in_proj_ba is bf16 beside FP8 in blocks",
+    ),
+    "FP8 in both": (
+        {**of_format("fp8-block"), "modules_to_not_convert": ["lm_head"]}, "fp8, blocks of 128 x 128", "stock",
+        "in_proj_ba is FP8 in blocks beside FP8 in blocks: quantization method FP8 in blocks is not on the allowlist",
+    ),
+    "FP8 per tensor in both": (
+        {"quant_method": "fp8", "activation_scheme": "static"}, "fp8, per tensor, static inputs", "stock",
+        f"in_proj_ba is FP8 per tensor beside FP8 per tensor: {NOT_ALLOWED}",
+    ),
+    "ModelOpt FP8": (of_format("fp8-tensor"), "modelopt, FP8", APPLY, "in_proj_ba is bf16 beside FP8 per tensor"),
+    "ModelOpt, of its own file": (
+        {"producer": {"name": "modelopt"}, "quantization": {
+            "quant_algo": "NVFP4", "exclude_modules": [f"{PREFIX}.*.linear_attn*", "lm_head"]}},
+        "modelopt, NVFP4", APPLY, "in_proj_ba is bf16 beside bf16",
+    ),
+    "nvidia's NVFP4": (of_format("nvfp4"), "modelopt, mixed precision", APPLY, "in_proj_ba is bf16 beside FP8 per tensor"),
+    "llm-compressor's NVFP4 example": (
+        LLM_COMPRESSOR_FP4, "compressed-tensors, mixed-precision", APPLY, "in_proj_ba is bf16 beside FP8 per channel",
+    ),
+    "compressed-tensors FP8_DYNAMIC": (
+        of_format("fp8-channel"), "compressed-tensors, float-quantized", APPLY, "in_proj_ba is bf16 beside FP8 per channel",
+    ),
+    "llm-compressor's W4A16": (W4A16, "compressed-tensors, pack-quantized", APPLY, "in_proj_ba is bf16 beside 4-bit"),
+    "W4A16 in both": (
+        {**W4A16, "ignore": []}, "compressed-tensors, pack-quantized", APPLY, f"in_proj_ba is 4-bit beside 4-bit{MARLIN}",
+    ),
+    "rotated": (
+        {**W4A16, "transform_config": {"config_groups": {}, "x": 1}}, "compressed-tensors, rotated", "stock",
+        "in_proj_ba is rotated beside rotated: quantization method rotated is not on the allowlist",
+    ),
+    "AutoRound": (AUTOROUND, "auto-round, 4 bits", APPLY, "in_proj_ba is bf16 beside 4-bit"),
+    "AWQ": (
+        {"quant_method": "awq", "bits": 4, "modules_to_not_convert": ["in_proj_b", "in_proj_a"]},
+        "awq, 4 bits", APPLY, "in_proj_ba is bf16 beside 4-bit",
+    ),
+    "Qwen's GPTQ-Int4": (
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*attn.*": {}, "-:.*shared_expert.*": {}}},
+        "gptq, 4 bits", APPLY, "in_proj_ba is bf16 beside bf16",
+    ),
+    "GPTQ experts": (of_format("w4-experts"), "gptq, 4 bits", APPLY, "in_proj_ba is bf16 beside bf16"),
+    "GPTQ everywhere": (of_format("w4"), "gptq, 4 bits", APPLY, f"in_proj_ba is 4-bit beside 4-bit{MARLIN}"),
+    "4-bit side, FP8 main": (
+        {"quant_method": "compressed-tensors", "format": "mixed", "config_groups": {
+            "a": {"targets": [r"re:.*in_proj_[ba]$"], "format": "pack-quantized", "weights": INT4},
+            "b": {"targets": ["Linear"], "weights": FP8, "input_activations": FP8}}},
+        "compressed-tensors, mixed", "stock", (
+            "in_proj_ba is 4-bit beside FP8 per channel: "
+            "FP8 per channel may quantize its input, and Inductor would round it otherwise than in stock"
+        ),
+    ),
+    "MXFP4 experts": ({"quant_method": "mxfp4"}, "mxfp4, experts only", APPLY, "in_proj_ba is bf16 beside bf16"),
+    "only a part": (
+        {**of_format("fp8-block"), "modules_to_not_convert": named("in_proj_b")}, "fp8, blocks of 128 x 128", "stock",
+        "vLLM does not load it: only some of in_proj_b, in_proj_a are quantized",
+    ),
+    "unknown": (
+        {"quant_method": "quark"}, "unknown: quark", "unknown",
+        "the format is unknown: quark: what vLLM makes of it decides, when it is served",
+    ),
+    "unknown ModelOpt": (
+        {"quant_method": "modelopt", "quant_algo": "FP3"}, "unknown: modelopt FP3", "unknown",
+        "the format is unknown: modelopt FP3: what vLLM makes of it decides, when it is served",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_by_its_quantization(name: str, tmp_path: Path) -> None:
+    quantized, form, state, reason = CHECKPOINTS[name]
+    content = BASE["Qwen3.5-35B-A3B"] | ({} if quantized is None else {"quantization_config": quantized})
+    found = judged(tmp_path, content)
+    assert found.format == form and gdn(found) == [(3, state, reason)]
+
+
+@pytest.mark.parametrize("name", [form for form in formats.FORMATS if form != "w4-experts"])
+def test_the_dense_one_and_next_are_read_as_well(name: str, tmp_path: Path) -> None:
+    for shape in ("Qwen3.5-27B", "Qwen3-Next-80B-A3B"):
+        (group,) = gdn(judged(tmp_path, dict(shapes.find(shape, 4).with_format(name).configuration)))
+        wide = shape == "Qwen3.5-27B"
+        assert group[:2] == (3, APPLY) and (f"hidden size above {rules.WIDEST_ROW}" in group[2]) == wide
+        assert group[2].startswith(f"in_proj_ba is {'4-bit' if name == 'w4' else 'bf16'} beside ")
+
+
+def test_layers_of_several_kinds_are_several_groups(tmp_path: Path) -> None:
+    names = [name for name in named("in_proj_b", "in_proj_a") if ".1." not in name]
+    quantized = {**of_format("fp8-block"), "modules_to_not_convert": names}
+    found = gdn(judged(tmp_path, BASE["Qwen3.5-35B-A3B"] | {"quantization_config": quantized}))
+    assert [(layers, state) for layers, state, _ in found] == [(2, APPLY), (1, "stock")]
+
+
+def test_old_modelopt_checkpoints_have_a_file_of_their_own(tmp_path: Path) -> None:
+    quantized = CHECKPOINTS["ModelOpt, of its own file"][0]
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(quantized))
+    assert judged(tmp_path, BASE["Qwen3.5-35B-A3B"]).format == "modelopt, NVFP4"
+
+
+def test_gptq_without_a_list_is_read_from_the_index_of_its_weights(tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    alone = judged(tmp_path, content)
+    assert gdn(alone)[0][2].startswith("in_proj_ba is 4-bit") and "asks the weight files" in alone.notes[0]
+    packed = {f"{name}.qweight": "a" for name in named("in_proj_qkv", "in_proj_z")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**packed, "x.weight": "a"}}))
+    found = judged(tmp_path, content)
+    assert gdn(found) == [(3, APPLY, "in_proj_ba is bf16 beside 4-bit")] and found.notes == ()
+
+
+def test_sizes_are_those_of_a_shard(tmp_path: Path) -> None:
+    (group, *_) = judged(tmp_path, BASE["Qwen3.5-35B-A3B"], shards=2).groups
+    assert dict(group.sizes) == {"hidden": 2048, "qkvz": 6144, "ba": 32}
+    whole = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": of_format("w4")}
+    assert dict(judged(tmp_path, whole, shards=2).groups[0].sizes)["ba"] == 64
+    with pytest.raises(
+        CommandError, match=r"--tp=3: the model's num_attention_heads is 16; allowed is a number that div"
+    ):
+        judged(tmp_path, BASE["Qwen3.5-35B-A3B"], shards=3)
+    content = copy.deepcopy(BASE["Qwen3.5-35B-A3B"])
+    content["text_config"]["linear_num_value_heads"] = 30
+    with pytest.raises(CommandError, match="--tp=4: the model's linear_num_value_heads is 30"):
+        judged(tmp_path, content, shards=4)
+
+
+def test_what_this_vllm_does_decides_first(tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"]
+    landed = {**APPLIES, "gdn": Verdict(LANDED, "upstream does it")}
+    assert gdn(judged(tmp_path, content, verdicts=landed)) == [(3, "stock", "landed in this vLLM: upstream does it")]
+    content = content | {"architectures": ["Qwen3_8MoeForConditionalGeneration"]}
+    assert gdn(judged(tmp_path, content))[0][2] == "this vLLM has no Qwen3_8MoeForConditionalGeneration of its own"
+
+
+def test_lora_takes_the_linears_and_leaves_the_projections_stock(tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": of_format("fp8-block")}
+    found = judged(tmp_path, content, lora=True)
+    assert gdn(found)[0][1:] == ("stock", f"{rules.ADAPTERS} (unless --lora-target-modules leaves both out)")
+    stock, plain = (group for group in found.groups if group.patch == "lora_linear")
+    assert stock.state == "stock" and "may quantize its input" in stock.reason and "self_attn.qkv_proj" in stock.linears
+    assert (plain.state, plain.linears, plain.layers) == (APPLY, ("linear_attn.in_proj_ba",), 3)
+    told = [group.reason for group in judged(tmp_path, content).groups if group.patch == "lora_linear"]
+    assert all(reason.startswith(checkpoint.WHEN_SERVED) for reason in told)
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32}
+
+
+def test_other_models(tmp_path: Path) -> None:
+    found = judged(tmp_path, LLAMA)
+    assert [(one.patch, one.layers, one.state) for one in found.groups] == [("lora_linear", 8, APPLY)]
+    assert found.notes == ("no patch applies to LlamaForCausalLM but lora_linear, when served with --enable-lora",)
+    off = {**APPLIES, "lora_linear": Verdict(ABSENT, "no LoRA")}
+    assert "no patch applies to this checkpoint (LlamaForCausalLM, " in judged(tmp_path, LLAMA, verdicts=off).notes[0]
+
+    bert = {"architectures": ["BertModel"]}
+    (pooling,) = judged(tmp_path, bert).groups
+    assert (pooling.patch, pooling.layers, pooling.state) == ("pooling", 1, APPLY) and "async" in pooling.reason
+    assert judged(tmp_path, bert).modes == () and judged(tmp_path, LLAMA).modes == rules.MODES
+    (tmp_path / "modules.json").write_text("[]")
+    assert [one.patch for one in judged(tmp_path, LLAMA).groups] == ["pooling"]
+
+    ratios = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "num_hidden_layers": 5,
+        "compress_ratios": [0, 4, 128, 4, 128, 4],
+    }
+    (tmp_path / "modules.json").unlink()
+    groups = judged(tmp_path, ratios).groups
+    assert "the journal of a server tells" in judged(tmp_path, ratios).notes[0]
+    assert [(one.layers, one.state) for one in groups] == [(1, "stock"), (2, APPLY), (2, APPLY)]
+    assert groups[0].reason == rules.NO_COMPRESSOR
+
+    unknown = judged(tmp_path, LLAMA | {"quantization_config": {"quant_method": "quark"}})
+    assert [one.state for one in unknown.groups] == ["unknown"] and unknown.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "pools"),
+    [
+        ("BertModel", True), ("Qwen3ForSequenceClassification", True), ("InternLM2ForRewardModel", True),
+        ("T5ForTextEncoding", True), ("LlamaForCausalLM", False), ("GPT2LMHeadModel", False), ("QWenChatModel", False),
+    ],
+)  # fmt: skip
+def test_pooling_models_are_known_by_the_end_of_their_name(name: str, pools: bool) -> None:
+    assert bool(checkpoint.POOLING.search(name)) == pools
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"\xff\xfe{}", "no JSON"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"a": ' + b"9" * 6000 + b"}", "no JSON"),
+        (b"[]", "holds a list and no object"),
+        (b"null", "holds a NoneType"),
+        (b"{}", "architectures is None; allowed is a list"),
+        (b'{"architectures": [[]]}', "architectures is a list"),
+        (b'{"architectures": ["Qwen3_5ForCausalLM"]}', "hidden_size is None; allowed is a whole number"),
+        (b'{"architectures": ["A"], "text_config": 7}', "text_config is 7; allowed is an object"),
+        (
+            b'{"architectures": ["A"], "quantization_config": "fp8"}',
+            "quantization_config is 'fp8'; allowed is an object",
+        ),
+        (b'{"architectures": ["A"], "quantization_config": {}}', "no quant_method"),
+        (b'{"architectures": ["A"], "num_hidden_layers": 1e9}', "num_hidden_layers is 1000000000.0; allowed is"),
+        (b'{"architectures": ["A"], "num_hidden_layers": true}', "num_hidden_layers is True; allowed is"),
+    ],
+)
+def test_what_is_no_configuration_has_one_message(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CommandError) as caught:
+        checkpoint.judge(str(tmp_path), APPLIES, sources, 1, False)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+#: Any value that JSON has, and those that are nearly right.
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["re:(", "-:[", "fp8", "*", "Linear", "re:.*", "NVFP4", -1, 0, 4, 128, 1 << 70]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def places(content: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path to every value in a configuration."""
+    found = [path] if path else []
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in pairs:
+        found += places(value, (*path, key))
+    return found
+
+
+HOSTILE = [
+    BASE["Qwen3.5-35B-A3B"] | ({} if quantized is None else {"quantization_config": quantized})
+    for quantized, *_ in CHECKPOINTS.values()
+]
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_one_wrong_value_anywhere_is_an_answer_or_one_message(data: st.DataObject, tmp_path: Path) -> None:
+    content = copy.deepcopy(data.draw(st.sampled_from(HOSTILE)))
+    *path, last = data.draw(st.sampled_from(places(content)))
+    holder: Any = content
+    for key in path:
+        holder = holder[key]
+    if isinstance(holder, dict) and data.draw(st.booleans()):
+        del holder[last]
+    else:
+        holder[last] = data.draw(JUNK)
+    shards, lora = data.draw(st.integers(1, 9)), data.draw(st.booleans())
+    try:
+        said = json.dumps(judged(tmp_path, content, shards, lora).as_dict())
+    except CommandError as error:
+        said = str(error)
+    assert "\n" not in said and (said.startswith("{") or len(said) < 600)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    method=st.sampled_from(["fp8", "modelopt", "compressed-tensors", "awq", "gptq", "auto-round", "mxfp4", "x"]),
+    rest=st.dictionaries(
+        st.sampled_from(
+            [
+                "ignore",
+                "bits",
+                "w_bit",
+                "modules_to_not_convert",
+                "ignored_layers",
+                "config_groups",
+                "dynamic",
+                "extra_config",
+                "quant_algo",
+                "format",
+                "quantized_layers",
+                "quantization",
+                "weight_block_size",
+                "block_name_to_quantize",
+                "exclude_modules",
+                "targets",
+            ]
+        ),
+        JUNK,
+    ),
+)
+def test_every_format_reads_anything_or_says_what_is_wrong(method: str, rest: dict[str, Any]) -> None:
+    names = quantization.Names({}, checkpoint.GDN)
+    try:
+        found = quantization.find({"quant_method": method, **rest}, "bfloat16", names, None)
+        said = found.read("model.layers.0.linear_attn.in_proj_ba").said
+    except (quantization.Unusable, quantization.Unknown, quantization.Torn) as error:
+        said = str(error)
+    assert said
+
+
+# ---------------------------------------------------------------- the command
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["check", *arguments])
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> str:
+    registry = stub_vllm.FILES[stub_vllm.REGISTRY].replace("{", '{"Qwen3_5MoeForConditionalGeneration": ("a", "b"), ')
+    stub_vllm.write(tmp_path / "tree", {stub_vllm.REGISTRY: registry}, transformers=None)
+    return str(tmp_path / "tree")
+
+
+def test_the_command_shows_both_the_vllm_and_the_checkpoint(tree: str, tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": of_format("fp8-block")}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    found = json.loads(invoke("--vllm", tree, "--model", str(file), "--tp", "2", "--json").stdout)
+    assert found["schema"] == 1 and found["patches"]["gdn"]["verdict"] == APPLY
+    (group, *_) = found["model"]["groups"]
+    assert found["model"]["format"] == "fp8, blocks of 128 x 128" and found["model"]["modes"] == list(rules.MODES)
+    assert {key: group[key] for key in ("patch", "layers", "state")} == {"patch": "gdn", "layers": 3, "state": APPLY}
+    assert "model" not in json.loads(invoke("--vllm", tree, "--json").stdout)
+    shown = invoke("--vllm", tree, "--model", str(file))
+    assert shown.exit_code == 0 and "in_proj_ba is bf16 beside FP8 in blocks" in shown.stdout
+    assert rules.BATCH_INVARIANT in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/no/such"], "--model='/no/such' is no file; allowed are"),
+        (["--model", "a\0b"], r"--model='a\x00b'"),
+        (["--tp", "2"], "--tp and --lora go with --model"),
+        (["--lora"], "--tp and --lora go with --model"),
+    ],
+)
+def test_wrong_options_are_one_message_and_status_2(arguments: list[str], said: str, tree: str) -> None:
+    result = invoke("--vllm", tree, *arguments)
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and result.stdout == "" and said in line
+
+
+def test_a_pipe_is_no_configuration_and_is_not_waited_for(tree: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    assert "is a folder without config.json" in invoke("--vllm", tree, "--model", str(tmp_path)).stderr
+
+
+def test_neither_torch_nor_vllm_is_imported() -> None:
+    code = "import sys, overlay.cli.checkpoint; print([name for name in ('torch', 'vllm') if name in sys.modules])"
+    assert run_python("-c", code, environment={**os.environ, "PYTHONPATH": str(REPOSITORY)}).stdout.strip() == "[]"
