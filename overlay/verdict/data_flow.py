@@ -54,8 +54,6 @@ class Pair:
     sides: tuple[str, ...]
     #: The methods that run the layer, those of them that are there. The first one has to lead to the calls.
     entries: tuple[str, ...]
-    #: Whether the stand-in starts at main only, so that main has to be called first.
-    main_first: bool = False
     #: Tests, as source text, of branches that a layer with this pair never enters.
     never: tuple[str, ...] = ()
 
@@ -255,8 +253,6 @@ class _Ways:
                 raise Drift(call, f"{self._method.name} may call {attribute} twice")
             if calls.called and given != calls.given:
                 raise Drift(call, f"{attribute} is given another input than {' and '.join(sorted(calls.called))}")
-            if self._pair.main_first and attribute != self._pair.main and self._pair.main not in calls.called:
-                raise Drift(call, f"{attribute} does not come after {self._pair.main}")
             called = calls.called | {attribute}
             unfinished = calls.unfinished | _bound(statement) if self._pair.main not in called else frozenset()
             after.add(_Calls(called, given, unfinished))

@@ -96,9 +96,8 @@ def between(line: str) -> tuple[str, str]:
 
 
 DRIFTING: dict[str, tuple[list[tuple[str, str]], str]] = {
-    "side and main exchanged": ([(MAIN, SIDE), (SIDE + "        a, _", MAIN + "        a, _")], "come after"),
     "side first, its result used before main": (
-        [(SIDE, ""), (MAIN, f"{SIDE}        b = b * 2\n{MAIN}")], "come after",
+        [(SIDE, ""), (MAIN, f"{SIDE}        b = b * 2\n{MAIN}")], "before in_proj_qkvg",
     ),
     "side given main's result": ([(SIDE, SIDE.replace("hidden_states", "projected_qkvg"))], "another input"),
     "side given a part": ([(SIDE, SIDE.replace("hidden_states", "hidden_states[:1]"))], "does not call b_proj"),
@@ -138,6 +137,7 @@ HARMLESS: dict[str, list[tuple[str, str]]] = {
     "another name for the input": [(MAIN + "        conv", MAIN.replace("hidden_states", "x") + "        conv"),
                                    (SIDE, SIDE.replace("hidden_states", "x")),
                                    ("        num_tokens = hidden_states.size(0)\n", "        num_tokens = 1\n        x = hidden_states\n")],
+    "side first": [(SIDE, ""), (MAIN, SIDE + MAIN)],
     "the other small linear gone": [("        a, _ = self.a_proj(hidden_states)\n", "        a = b\n")],
     "the side's result changed later": [(SIDE, f"{SIDE}        b = torch.sigmoid(b)\n")],
 }  # fmt: skip

@@ -484,12 +484,6 @@ def test_the_first_module_that_is_there_is_judged() -> None:
     assert both and both.module == "vllm.new"
 
 
-def test_a_stand_in_that_starts_at_main_needs_main_first() -> None:
-    late = Pair("main", ("side",), ("forward",), main_first=True)
-    assert judged(layer(MAIN, SIDE), late).state == APPLY
-    assert "does not come after main" in judged(layer(SIDE, MAIN), late).reason
-
-
 def test_each_of_several_sides_is_called_once_on_the_input() -> None:
     two = Pair("main", ("side", "other"), ("forward",))
     other = "n, _ = self.other(x)"
