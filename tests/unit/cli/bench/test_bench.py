@@ -478,7 +478,7 @@ def test_all_threads_of_a_worker_and_of_what_it_has_started_are_moved(tmp_path: 
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         "print(child.pid, flush=True)\n"
-        "sys.stdin.read()\n"
+        "sys.stdin.readline()\n"
     )
     worker = Worker("stock", dict(os.environ), tmp_path / "log", script)
     try:
