@@ -1,7 +1,8 @@
-"""Arms the interpreter: a finder that waits for ``import vllm``.
+"""Arms the interpreter: installs a finder that waits for ``import vllm``.
 
-This runs in every Python process, so it is short, imports nothing (no `typing`, no `__future__`), and everything else is
-in `overlay.start.import_hooks`, which is loaded when a process really imports vLLM. Asking for vLLM's spec does not count.
+This runs in every Python process. So it is short, and it imports nothing (no `typing`, no `__future__`). Everything else is
+in `overlay.start.import_hooks`, which is loaded when a process really imports vLLM. Asking only for vLLM's spec does not
+load it.
 """
 
 import sys
@@ -33,14 +34,16 @@ def arm() -> None:
 
 
 def watch(name: str, around: "Around") -> None:
-    """Have `around` called in the place of executing the module `name`, with the module and with what executes it."""
+    """Have `around` called instead of executing the module `name`. It gets the module, and a function that executes the
+    module.
+    """
     sys.meta_path.insert(0, _Finder(name, around))
 
 
 def _around_vllm(module: "ModuleType", execute: "Callable[[], None]") -> None:
     try:
         from overlay.start.import_hooks import around_vllm
-    except Exception as error:  # a damaged folder must not cost anyone their vLLM
+    except Exception as error:  # a damaged overlay folder must not stop vLLM
         sys.stderr.write(f"vLLM overlay: vLLM runs stock: {type(error).__name__}: {error}\n")
         execute()
     else:
@@ -48,7 +51,7 @@ def _around_vllm(module: "ModuleType", execute: "Callable[[], None]") -> None:
 
 
 class _Finder:
-    """Finds nothing itself; asks the others for the spec of one module, and notices when that spec is executed."""
+    """Asks the other finders for the spec of one module, and has `around` called when that spec is executed."""
 
     def __init__(self, name: str, around: "Around") -> None:
         self._name = name
@@ -70,24 +73,24 @@ class _Finder:
 
 
 def _notice_execution(spec: "ModuleSpec", around: "Around") -> None:
-    """Act right before and right after the module of `spec` is executed.
+    """Have `around` called in the place of executing the module of `spec`.
 
-    The loader stays the object that it is (resources, source and reload keep working); only its `exec_module` is shadowed
-    for this one call.
+    The loader stays the same object, so resources, source and reload keep working. Only its `exec_module` is shadowed, for
+    this one call.
     """
     loader = spec.loader
     execute = getattr(loader, "exec_module", None)
-    if loader is None or execute is None:  # a namespace package: a folder of this name
+    if loader is None or execute is None:  # a namespace package: a plain folder of this name
         return
 
     def exec_module(module: "ModuleType") -> None:
-        if module.__name__ != spec.name:  # a zip's loader is that of all its modules
+        if module.__name__ != spec.name:  # a zip has one loader for all its modules
             execute(module)
             return
-        vars(loader).pop("exec_module", None)  # who has asked for the spec twice has shadowed it twice
+        vars(loader).pop("exec_module", None)  # asking twice for the spec shadows it twice
         around(module, lambda: execute(module))
 
     try:
         loader.exec_module = exec_module  # type: ignore[method-assign]
-    except AttributeError as error:  # somebody's loader with slots: an import hook must not fail for our sake
+    except AttributeError as error:  # a loader with slots: an import must not fail because of us
         sys.stderr.write(f"vLLM overlay: vLLM runs stock here: the loader of {spec.name} cannot be watched: {error}\n")

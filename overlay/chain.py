@@ -1,29 +1,29 @@
-"""Hands on to the sitecustomize module that ours shadows.
+"""Runs the sitecustomize module that ours shadows.
 
-Python imports the first module named sitecustomize on sys.path and no other. Ours takes that place, and gives it back:
-`hand_on` runs the one that Python would have run without us. Only that one, because those behind it were shadowed
-already; if it chains on in its turn, as many tools' do, its search meets ours again, and ours hands on once more.
+Python imports the first module named sitecustomize on sys.path and no other. Ours is that first one, so `hand_on` runs the
+one that Python would run without us. It runs only that one, because those behind it were shadowed already. Many tools'
+sitecustomize runs the next one in its turn. Its search then finds ours again, and ours hands on once more.
 
-Tools run the next one in many ways: an import, its spec, load_module, runpy; as a module of any name, in sys.modules or
-not, or even in the tool's own module. One rule holds for all of them: **the module that our file is run in becomes the next
-one**. We execute the next one's code in our own namespace, so whoever holds that module holds what it would have held without
-us. Where there is no next one, a tool that imported it has to hear so from an exception, and expects it; a tool that
-executes our file has found one and expects none, so for that tool our module is an empty one.
+Tools run the next one in many ways: an import, its spec, load_module, or runpy; as a module of any name, in sys.modules or
+not, or even in the tool's own module. One rule covers all of them: **the module that our file is run in becomes the next
+one**. We execute the next one's code in our own namespace, so whoever holds our module holds what they would hold without
+us. If there is no next one, a tool that imported it expects an exception and gets one. A tool that executes our file has
+found a file and expects no exception, so for that tool our module is empty.
 
 This cannot loop: no file is started while it is still running further up the stack.
 
-It is loaded while Python starts, and only if there may be something to hand on to. So it uses only what the interpreter
-has loaded by then: no importlib (the frozen parts of it are there already), no typing, and not even `from __future__`,
-which is a file too. It runs in Python 3.6 and later: PYTHONPATH also holds for a container's older Pythons.
+This module is loaded while Python starts, and only if there may be a next one. So it uses only what the interpreter has
+loaded by then: no importlib (its frozen parts are already loaded), no typing, and no `from __future__`, which is a file
+too. It runs in Python 3.6 and later, because PYTHONPATH also reaches the older Pythons of a container.
 """
 
-# os.path throughout: pathlib would be one more import
+# os.path everywhere: pathlib would be one more import.
 import os
 import sys
 from _frozen_importlib import module_from_spec
 from _frozen_importlib_external import PathFinder, spec_from_file_location
 
-TYPE_CHECKING = False  # type checkers know this name; typing, which defines it, costs more than all of this module
+TYPE_CHECKING = False  # type checkers know this name; importing typing costs more than all of this module
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from importlib.machinery import ModuleSpec
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from typing import Any
 
 _NAME = "sitecustomize"
-#: Who has our file run: Python's own start; a module that imports the next one meanwhile; somebody who executes the file.
+#: Who runs our file: Python's own start; a module that imports the next one; a tool that executes the file.
 _SITE, _IMPORT, _EXECUTION = "site", "import", "execution"
-#: The functions of importlib and runpy that look a module up by its name, and raise ImportError where there is none.
+#: The functions of importlib and runpy that look up a module by name and raise ImportError if there is none.
 _LOOK_UP = ("_find_and_load", "run_module")
 
-_own_files: "set[str]" = set()  # the sitecustomize.py of this overlay, and those of further copies of it that have run
-_running: "list[str]" = []  # those that we have started and that have not ended
+_own_files: "set[str]" = set()  # our sitecustomize.py, and those of other copies of the overlay that have run
+_running: "list[str]" = []  # files that we have started and that have not ended
 
 
 def has_run(own_file: str) -> bool:
-    """Say whether the sitecustomize in `own_file`, which is ours or a further copy of it, has run in this process."""
+    """Whether the sitecustomize in `own_file` (ours, or that of another copy of the overlay) has run in this process."""
     return os.path.realpath(own_file) in _own_files
 
 
 def hand_on(frame: "FrameType", file: str) -> None:
-    """Run the sitecustomize that ours shadows, in ours: the module that `frame` executes, from our `file`.
+    """Run the sitecustomize that ours shadows, in our module: the one that `frame` executes, from our `file`.
 
-    Where site.py asks, a failure is reported in site.py's way, and survived. Whoever else asks gets the answer that there
-    would be without us: the next one, its exception, or that there is none.
+    If site.py asks, a failure is reported in site.py's way and Python goes on. Anybody else gets what they would get
+    without us: the next module, its exception, or ModuleNotFoundError if there is none.
     """
     own = os.path.realpath(file)
     _own_files.update((own, _file_of(frame)))
@@ -72,7 +72,7 @@ def hand_on(frame: "FrameType", file: str) -> None:
     try:
         _become(namespace, own, spec, ours)
         if ours is not None:
-            sys.modules.setdefault(name, ours)  # the import system insists that whoever was imported is there
+            sys.modules.setdefault(name, ours)  # the import system requires that an imported module is there
     except Exception as error:
         if asked != _SITE:
             raise
@@ -80,7 +80,7 @@ def hand_on(frame: "FrameType", file: str) -> None:
         namespace.update(before)
         if ours is not None:
             sys.modules[name] = ours
-        # site.py, too, is silent about a sitecustomize that ends by not finding a further one.
+        # site.py also says nothing if a sitecustomize ends because it finds no further one.
         if not (isinstance(error, ImportError) and error.name == _NAME):
             _report(str(spec.origin), error)
     finally:
@@ -89,7 +89,9 @@ def hand_on(frame: "FrameType", file: str) -> None:
 
 
 def _become(namespace: "dict[str, Any]", own: str, spec: "ModuleSpec", ours: "ModuleType | None") -> None:
-    """Execute the module of `spec` in our `namespace`, or beside it where its loader has no code to execute."""
+    """Execute the module of `spec` in our `namespace`; if its loader has no code to execute, execute it beside ours and
+    copy its names.
+    """
     get_code = getattr(spec.loader, "get_code", None)
     code = get_code(_NAME) if get_code is not None else None
     module = _describe(namespace, own, spec)
@@ -103,7 +105,7 @@ def _become(namespace: "dict[str, Any]", own: str, spec: "ModuleSpec", ours: "Mo
 
 
 def _describe(namespace: "dict[str, Any]", own: str, spec: "ModuleSpec") -> "ModuleType":
-    """Have a `namespace` say that it is made from `spec` wherever it says that it is made from ours. Gives what it copies."""
+    """Make a `namespace` that names our file name `spec` instead. Returns the new module that the values come from."""
     ours = namespace.get("__spec__")
     names = ["__file__"] if _is_file(namespace.get("__file__"), own) else []
     if ours is not None and _is_file(ours.origin, own):
@@ -118,7 +120,9 @@ def _describe(namespace: "dict[str, Any]", own: str, spec: "ModuleSpec") -> "Mod
 
 
 def _give_back(namespace: "dict[str, Any]", own: str, frame: "FrameType") -> None:
-    """A tool's own module that our file is executed in says who it was: load_module has written ours over that."""
+    """If a tool executes our file in its own module, restore what that module says of itself; load_module has overwritten
+    it.
+    """
     for above in _modules_above(frame):
         if above.f_globals is namespace and _file_of(above) not in _own_files:
             spec = spec_from_file_location(str(namespace.get("__name__")), above.f_code.co_filename)
@@ -132,12 +136,12 @@ def _is_file(path: object, real_path: str) -> bool:
 
 
 def _report(origin: str, error: Exception) -> None:
-    """Write what site.py would write, and the file, in one line. To stderr: logging is not configured at this point."""
+    """Write one line as site.py would, with the file's name. It goes to stderr, because logging is not configured yet."""
     message = " ".join(str(error).split())
     hint = "" if sys.flags.verbose else "; set PYTHONVERBOSE for traceback"
     try:
         sys.stderr.write(f"Error in sitecustomize {origin}{hint}: {type(error).__name__}: {message}\n")
-    except (AttributeError, OSError, ValueError):  # Python was started without a stderr, or nobody reads it any more
+    except (AttributeError, OSError, ValueError):  # there is no stderr, or its reader has gone
         return
     if sys.flags.verbose:
         sys.excepthook(type(error), error, error.__traceback__)
@@ -149,11 +153,11 @@ def _find_shadowed(own: str, frame: "FrameType") -> "ModuleSpec | None":
     passed_ours = False
     for entry in list(sys.path):
         try:
-            spec = PathFinder.find_spec(_NAME, [entry])  # None, too, for an entry that is no text
-        except Exception as error:  # an entry nobody can search must not hide those behind it
+            spec = PathFinder.find_spec(_NAME, [entry])  # also None for an entry that is not text
+        except Exception as error:  # an entry that cannot be searched must not hide the next ones
             _report(f"(looking for one in {entry!r})", error)
             continue
-        # No origin: a namespace package, that is any folder of this name. Importing it would run nothing.
+        # No origin: a namespace package, which is any folder of this name. Importing it would run nothing.
         if spec is None or spec.loader is None or spec.origin is None:
             continue
         path = os.path.realpath(spec.origin)
@@ -165,9 +169,9 @@ def _find_shadowed(own: str, frame: "FrameType") -> "ModuleSpec | None":
 
 
 def _who_asks(frame: "FrameType") -> str:
-    """Give _SITE, _IMPORT or _EXECUTION, from what is on the stack above our module, which `frame` executes.
+    """Return _SITE, _IMPORT or _EXECUTION, from the stack above our module, which `frame` executes.
 
-    Once Python has started, nobody chains any more: there an import that finds nothing to hand on to gets our module.
+    Once Python has started, no tool chains any more. An import that then finds nothing to hand on to gets our module.
     """
     imported = chained = False
     above = frame.f_back
@@ -195,15 +199,15 @@ def _modules_above(frame: "FrameType") -> "Iterator[FrameType]":
 
 
 def _file_of(frame: "FrameType") -> str:
-    """The real path of the file whose code `frame` executes; not `__file__`, which load_module changes under a tool."""
+    """The real path of the file whose code `frame` executes. `__file__` will not do, because load_module changes it."""
     return os.path.realpath(frame.f_code.co_filename)
 
 
 def _stay_ahead(own_folder: str, python_path_before: str) -> None:
     """Put our folder back in front of what another sitecustomize has put before it on PYTHONPATH.
 
-    OpenTelemetry takes its folder off PYTHONPATH while it starts, and puts it back at the front. It does not chain, so
-    without this the overlay would be armed in the API server and missing from every engine process spawned by it.
+    OpenTelemetry takes its folder off PYTHONPATH while it starts, and then puts it back at the front. It does not chain.
+    Without this, the overlay would be armed in the API server and missing from every engine process that it spawns.
     """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     before = python_path_before.split(os.pathsep)

@@ -1,4 +1,4 @@
-"""Writing a file that others read meanwhile."""
+"""Writes a file that others may read at the same time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import TextIO
 
 
 def replace(path: str | os.PathLike[str], text: str, prefix: str, mode: int = 0o600) -> None:
-    """Write `text` to `path` in UTF-8, with these permission bits: a temporary file beside it, then a rename, so that readers never see half.
+    """Write `text` to `path` in UTF-8 with the permission bits `mode`.
 
-    Raises OSError; what was there stays then, and no temporary file (named by `prefix`) is left behind.
+    It writes a temporary file (its name begins with `prefix`) in the same folder and renames it, so a reader never sees
+    half a file. Raises OSError; then the old file stays, and no temporary file is left.
     """
     with _becoming(path, prefix, mode) as file:
         file.write(text)
 
 
 def replace_and_lock(path: str | os.PathLike[str], text: str, prefix: str) -> int:
-    """As `replace`, and give a descriptor: as long as it is open, there is a lock (flock) on the file.
+    """Like `replace` with mode 0600. Returns a descriptor: while it is open, the file is locked (flock).
 
-    The file has its lock before it has its name. Where the file system has no locks, there is none.
+    The file is locked before it gets its name. If the file system has no locks, there is none.
     """
     with contextlib.ExitStack() as on_failure:
         with _becoming(path, prefix, 0o600) as file:
@@ -37,12 +38,12 @@ def replace_and_lock(path: str | os.PathLike[str], text: str, prefix: str) -> in
 
 @contextlib.contextmanager
 def _becoming(path: str | os.PathLike[str], prefix: str, mode: int) -> Iterator[TextIO]:
-    """A new file that gets the name `path` when the block ends well, and is removed when it does not."""
+    """A new file. It gets the name `path` if the block ends well, and is removed if not."""
     descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=prefix)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             yield file
-        if mode != 0o600:  # mkstemp's own
+        if mode != 0o600:  # mkstemp's default
             os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:

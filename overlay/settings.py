@@ -1,8 +1,8 @@
-"""What a person can set: one family of environment variables, parsed once into a frozen object.
+"""The settings: one family of environment variables, parsed once into a frozen object.
 
-The family is ``VLLMOVERLAY``, without an underscore after ``VLLM``, on purpose: vLLM warns about every ``VLLM_…`` name that
-it does not know, and with ``--fail-on-environ-validation`` it refuses to start. Settings that outlive the overlay's
-folder in a manifest must not be able to do that.
+The family is ``VLLMOVERLAY``, without an underscore after ``VLLM``, on purpose. vLLM warns about every ``VLLM_…`` name that
+it does not know, and with ``--fail-on-environ-validation`` it refuses to start. Settings may stay in a manifest after the
+overlay's folder is gone; they must not do that.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from overlay.vocabulary import AUTO, DUAL, PATCH_NAMES, PLANS, SERIAL
 
 FAMILY = "VLLMOVERLAY"
-#: What people type by habit; naming it in an error beats ignoring it.
+#: What people type by habit. It gets an error that names it, because ignoring it would hide the mistake.
 HABITUAL = "VLLM_OVERLAY"
-#: One GEMM for both projections, up to overlay 0.1. Who still asks for it gets `auto` and a WARNING.
+#: One GEMM for both projections, up to overlay 0.1. It now means `auto`, and logs a WARNING.
 RETIRED_PLAN, RETIRED_NAME = "fused", f"{FAMILY}_INEXACT"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ON = ("1", "true", "on", "yes")
@@ -36,8 +36,10 @@ class SettingsError(ValueError):
 
 
 def default_journal_folder() -> str:
-    """A folder of this user's own; journals of every process on the host meet there. Raises SettingsError where there is
-    no folder for temporary files."""
+    """This user's own folder, shared by the journals of all their processes on the host.
+
+    Raises SettingsError if there is no folder for temporary files.
+    """
     try:
         temporary = tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -62,11 +64,11 @@ class Settings:
 
     @property
     def forks(self) -> str:
-        """The plan of a patch that has one way to overlap, and a fixed threshold."""
+        """The plan of a patch that can overlap in one way only and has a fixed threshold."""
         return SERIAL if self.plan == SERIAL else DUAL
 
     def tokens_or(self, default: int) -> int:
-        """The largest number of tokens that is overlapped: what was set, else a patch's own."""
+        """The largest number of tokens that is overlapped: the setting, or else `default`, which is the patch's own."""
         return default if self.token_threshold is None else self.token_threshold
 
 
@@ -133,8 +135,8 @@ _VARIABLES: dict[str, tuple[str, Callable[[str, str], Any]]] = {
 
 _ADDRESS = r"[0-9]+(\.[0-9]+){3}|[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:.]*"
 _URL = rf"(tcp|udp|sctp)://({_ADDRESS}|\[({_ADDRESS})\]):[0-9]+"
-#: What the kubelet puts into a pod for each Service of its namespace, by name, with the values that it gives. A Service that
-#: is named like the family gives such variables the family's name. Source: Kubernetes, "Service", environment variables.
+#: The variables that the kubelet sets in a pod for each Service of its namespace, with the form of their values. If a
+#: Service has the family's name, so have its variables. Source: Kubernetes, "Service", environment variables.
 _LINKS = {
     re.compile(rf"({FAMILY}|{HABITUAL})([A-Z0-9_]*){name}"): re.compile(value)
     for name, value in {
@@ -150,25 +152,25 @@ _LINKS = {
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes made this variable. By its value, too: a misspelt setting must not pass for a link."""
+    """Whether Kubernetes made this variable. The value is checked too, so that a misspelt setting does not pass as a link."""
     return any(link.fullmatch(name) and form.fullmatch(value) for link, form in _LINKS.items())
 
 
 def strict_was_asked_for(environ: Mapping[str, str]) -> bool:
-    """Whether strict is on, for the moment when the other settings cannot be parsed."""
+    """Whether strict is on. It is for the case that the other settings cannot be parsed."""
     return environ.get(f"{FAMILY}_STRICT", "").strip().lower() in ON
 
 
 def outcome(strict: bool, otherwise: str = "vLLM runs stock here") -> str:
-    """What a failure comes to, as every message about one says it. `otherwise` is what it costs without strict."""
+    """What a failure leads to, in the words of every message about one. `otherwise` is what happens without strict."""
     return "vLLM stops here, as strict asks" if strict else otherwise
 
 
 def load(environ: Mapping[str, str]) -> Settings:
     """Parse the family out of `environ`.
 
-    An empty value counts as not set, as in vLLM's own variables in a compose file. Raises SettingsError for an unknown
-    name of the family and for a value that is not allowed. The links of a Kubernetes Service are nobody's settings.
+    An empty value counts as not set, as for vLLM's own variables: a compose file may set one empty. Variables that Kubernetes sets
+    for a Service are ignored. Raises SettingsError for an unknown name of the family and for a value that is not allowed.
     """
     found: dict[str, Any] = {}
     for name, value in environ.items():

@@ -1,1 +1,1 @@
-"""The first `import vllm` of a process: from there to installed patches."""
+"""From the first `import vllm` of a process to installed patches."""

@@ -1,4 +1,4 @@
-"""Every hook is guarded: an exception in a hook would fail the import of vLLM's module."""
+"""Guards every hook, because an exception in a hook would fail the import of vLLM's module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Drifted(RuntimeError):
 
 
 def guarded(what: str, hook: Callable[[ModuleType], None], settings: Settings) -> Callable[[ModuleType], None]:
-    """A hook that cannot fail vLLM's import, unless strict asks for that."""
+    """The hook, made unable to fail vLLM's import, unless strict asks for that."""
 
     def call(module: ModuleType) -> None:
         try:

@@ -1,7 +1,7 @@
 """From the first ``import vllm`` of a process to installed patches.
 
-Every hook is guarded: an exception in a hook would fail the import of vLLM's module. The default is fail-open, vLLM runs
-stock and one WARNING says why; under strict the exception goes on and stops vLLM before it serves.
+Every hook is guarded (`overlay.start.guard`). By default a failure leaves vLLM stock, and one WARNING says why. Under
+strict the exception stops vLLM before it serves.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _came_by = False
 
 
 def around_vllm(module: ModuleType, execute: Callable[[], None], watch: Watch) -> None:
-    """The first ``import vllm`` of this process: settings and hooks, vLLM itself, then what can be said of it.
+    """The first ``import vllm`` of this process: read the settings, set the hooks, execute vLLM, and judge patches without
+    a target.
 
-    `importlib.reload(vllm)` also calls this; the hooks are already registered. `watch` is the door's (overlay/bootstrap.py).
+    `importlib.reload(vllm)` also calls this; the hooks are already registered. `watch` is that of overlay/bootstrap.py.
     """
     global _came_by
     if _came_by:
@@ -50,7 +51,7 @@ def around_vllm(module: ModuleType, execute: Callable[[], None], watch: Watch) -
 
 
 def _prepare(watch: Watch) -> Settings | None:
-    """Settings, log, journal, hooks; None where the overlay stays out of this process."""
+    """Settings, log, journal and hooks. None if the overlay does nothing in this process."""
     try:
         settings = settings_module.load(os.environ)
         if not settings.enabled:
@@ -98,7 +99,7 @@ def _set_hooks(settings: Settings, watch: Watch) -> None:
 
 
 def _fall_back_on_our_wrapt() -> None:
-    """The bundle brings wrapt in a folder of its own, for an environment that has none; one that is there stays."""
+    """The bundle has a folder with wrapt, for an environment that has none. An installed wrapt is used instead."""
     fallback = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(overlay.__file__))), "fallback")
     if importlib.util.find_spec("wrapt") is None and os.path.isdir(fallback):
         sys.path.append(fallback)
@@ -111,7 +112,7 @@ def _publish_metrics(module: ModuleType) -> None:
 
 
 def _after_vllm(module: ModuleType, settings: Settings) -> None:
-    """vLLM's package is there: note its version, and what can be said of patches without reading a target."""
+    """vLLM's package has been executed: note its version, and conclude the patches that have no target in this vLLM."""
     journal.vllm_version = getattr(module, "__version__", None)
     tree = sources()
     for patch, module_names in registry.TARGET_MODULES.items():

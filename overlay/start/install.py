@@ -1,4 +1,4 @@
-"""One patch: from its target, which has just been executed, to a verdict in the journal."""
+"""From a patch's target module, which has just been executed, to a verdict in the journal."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from overlay.vocabulary import APPLY, DRIFTED, REFUSED
 
 
 def install(patch: str, module: ModuleType, settings: Settings) -> None:
-    """A target module has just been executed: judge its source, and install the patch if the verdict is apply."""
+    """Judge the source of a target module that has just been executed, and install the patch if the verdict is apply."""
     tree = sources()
     found = registry.judge(patch, tree)
     if found.module != module.__name__ and not (found.module and module.__name__.startswith(f"{found.module}.")):
-        return  # it is about another of the patch's modules
+        return  # the verdict is about another one of the patch's modules
     if found.state == APPLY:
         stranger = None if found.without_layers else running_code.remember(patch, module, found, tree.texts)
         if stranger is None:
@@ -34,7 +34,7 @@ def install(patch: str, module: ModuleType, settings: Settings) -> None:
 
 
 def _install_judged(patch: str, module: ModuleType, found: Verdict, settings: Settings) -> Verdict:
-    """The compile cache's key first: a patch without it could be given a graph that was compiled without the patch."""
+    """Install the patch. The key of the compile cache changes first, or vLLM could load a graph compiled without the patch."""
     if not found.without_layers:
         proof.remember(patch, module, found)
     if found.shapes_graph:
@@ -53,7 +53,7 @@ def _install_judged(patch: str, module: ModuleType, found: Verdict, settings: Se
 
 
 def conclude(patch: str, found: Verdict, settings: Settings) -> None:
-    """A patch's verdict in this process is final: keep it. A shape that is not known is a problem, fatal under strict."""
+    """Record the final verdict on a patch in this process. Drifted and refused are problems, and fatal under strict."""
     journal.patch(patch).judged(found)
     if found.state in (DRIFTED, REFUSED):
         text = f"{patch}: {found.state}, {outcome(settings.strict)}: {found.reason} ({found.where})"
@@ -67,7 +67,7 @@ def conclude(patch: str, found: Verdict, settings: Settings) -> None:
 
 
 def judge(patch: str) -> Verdict:
-    """A patch's verdict on the vLLM that is being imported."""
+    """The verdict of a patch on the vLLM that is being imported."""
     return registry.judge(patch, sources())
 
 

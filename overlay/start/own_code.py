@@ -1,15 +1,15 @@
-"""Who else could have written what runs here: the overlay's own files.
+"""Checks that nobody but the owner and root can change the overlay's files.
 
-The overlay is code in somebody's server. A file of it that others than its owner and root can write is a way for them into
-that server, so the overlay does not arm from such a folder and says which mode bits are wrong. The owner is trusted
-whoever it is: a process of root that is given a folder of another user's trusts that user.
+The overlay is code that runs in a server. Somebody else who can write one of its files can run code in that server. So the
+overlay does not arm from such a folder, and says which mode bits are wrong. The owner is always trusted: a root process
+that uses another user's folder trusts that user.
 
-This is asked at the first ``import vllm``. By then sitecustomize.py and the modules up to here have run, so it is no
-barrier against somebody who has written to them already; it refuses the folder where somebody could. Asking earlier would
-cost every Python process of the machine, and would have to be asked by a file of the same folder all the same.
+The check runs at the first ``import vllm``. By then sitecustomize.py and the modules up to this one have run. So it does
+not stop somebody who has changed them already; it refuses a folder that somebody could change. An earlier check would cost
+every Python process of the machine, and would itself be a file of the same folder.
 
-Mode bits are what is looked at. With an access control list they hold the most that the list gives to anyone but the
-owner, so it is covered; a read-only mount counts by its bits like any other, for others can have the other side of it.
+Only mode bits are checked. With an access control list they show the most that the list gives to anyone but the owner, so a
+list is covered. A read-only mount counts by its bits too, because others may have it mounted writable elsewhere.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from collections.abc import Collection
 from overlay.report.own_folder import OTHERS
 
 _NAMED = 3
-#: What is executed beside the package, or says what is (the plugin's metadata), where the folder has it.
+#: Files beside the package that are executed or say what is executed (the plugin's metadata), if the folder has them.
 _BESIDE = ("sitecustomize.py", "wrapt", "fallback")
 _METADATA = "vllm_auxstream_overlay-"
 
 
 class Writable(RuntimeError):
-    """Others can write what would run. The message names the paths, their modes and the command that changes them."""
+    """Others can write code that would run. The message names the paths, their modes and the command that changes them."""
 
 
 def check_code(package: str) -> None:
     """Raise Writable if others than the owner and root can change the package in the folder `package`.
 
-    That is: everything in it, bytecode included; what belongs to it beside it (sitecustomize.py, wrapt, the plugin's
-    metadata); the folders that lead there, by the path as it was given and by the one without links. In a sticky folder
-    such as /tmp nobody can replace what is not theirs. Raises OSError where something cannot be looked at.
+    It checks everything in the package, bytecode included; what belongs to it beside it (sitecustomize.py, wrapt, the
+    plugin's metadata); and the folders that lead there, both by the given path and by the path without links. In a sticky
+    folder such as /tmp only the owner can replace a file. Raises OSError if something cannot be examined.
     """
     package = os.path.abspath(package)
     folder = os.path.dirname(package)
@@ -63,9 +63,10 @@ def check_code(package: str) -> None:
 
 
 def _mode(path: str) -> list[tuple[str, int]]:
-    """The path with its permission bits; nothing where nothing can run: it is not there, leads nowhere, or is closed to us.
+    """The path with its permission bits. Nothing if no code can run from it: it is missing, leads nowhere, or we may not
+    read it.
 
-    Byte code comes and goes, and root's may be closed; links may dangle, as an editor's lock does, or go in a circle.
+    Bytecode comes and goes, and root's may be closed to us. A link may lead nowhere (an editor's lock does) or in a circle.
     """
     try:
         return [(path, stat.S_IMODE(os.stat(path).st_mode))]
@@ -80,7 +81,7 @@ def _others_can_write(found: list[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def _content(part: str) -> tuple[list[tuple[str, int]], list[str]]:
-    """Everything in a file or folder with its permission bits, and the folders that hold what is linked into it."""
+    """Everything in a file or folder with its permission bits, and the folders that hold the targets of its links."""
     found: list[tuple[str, int]] = []
     links: list[str] = []
     waiting, seen = [part], set()
@@ -95,13 +96,13 @@ def _content(part: str) -> tuple[list[tuple[str, int]], list[str]]:
             continue
         seen.add(real)
         found.extend(entry)
-        if os.path.isdir(path) and _mode(os.path.join(path, ".")):  # else nobody of this user finds a file in it
+        if os.path.isdir(path) and _mode(os.path.join(path, ".")):  # else this user finds no file in it
             waiting.extend(os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True))
     return found, links
 
 
 def _targets(path: str) -> list[str]:
-    """What a link that leads somewhere is read as, and, if that is a link, what that one is read as, and so on."""
+    """The target of a link, and if that is a link its target too, and so on. Empty for anything that is no link."""
     found = []
     while os.path.islink(path):
         path = os.path.join(os.path.dirname(path), os.readlink(path))
@@ -110,10 +111,10 @@ def _targets(path: str) -> list[str]:
 
 
 def _ways(folders: Collection[str]) -> list[tuple[str, int]]:
-    """The folders and what leads to them, with their permission bits: as given, and over each link on the way.
+    """The folders and all folders that lead to them, over links too, with their permission bits.
 
-    Of what is further up a sticky folder is left out: only an owner can rename or remove there. The folders themselves
-    are not: a new file beside ours, named like a module of Python's own, is imported instead of it.
+    A sticky folder further up is left out, because only an owner can rename or remove there. The given folders are never
+    left out: a new file in them with the name of one of Python's own modules would be imported instead of that.
     """
     found: dict[str, int] = {}
     for folder in folders:

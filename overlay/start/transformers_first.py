@@ -1,4 +1,4 @@
-"""The race over the first import of transformers, which vLLM loses now and then."""
+"""Fixes the race over the first import of transformers, which sometimes fails vLLM's start."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from overlay.report.journal import journal
 from overlay.settings import Settings
 from overlay.start.guard import guarded
 
-#: Has a function called in the place of executing a module: with the module, and with what executes it.
+#: Has a function called instead of executing a module. It gets the module, and a function that executes it.
 Watch = Callable[[str, Callable[[ModuleType, Callable[[], None]], None]], None]
 
 
 def see_to_transformers(settings: Settings, watch: Watch) -> None:
-    """Whoever imports transformers first, on whichever thread: nobody else gets a module that is half of it.
+    """Make sure that no thread gets a half-built transformers module, whoever imports it first.
 
-    It is watched, and not imported by us: the import reads the settings of Hugging Face's hub (offline, home, endpoint), which
-    a program may make after ``import vllm``. Importing it before anybody else would be too early for them.
+    We wait for the import and do not import it ourselves. The import reads the settings of Hugging Face's hub (offline,
+    home, endpoint), and a program may set those after ``import vllm``.
     """
     if "transformers" in sys.modules:
         import transformers  # noqa: F401 - complete when this returns, should another thread be at it
@@ -42,12 +42,12 @@ def see_to_transformers(settings: Settings, watch: Watch) -> None:
 
 
 def _complete(module: ModuleType, seconds: float) -> None:
-    """Give the module that has been executed the names of the one that it has put in its place.
+    """Make the names of the module in sys.modules available in the one that has just been executed.
 
-    Symptom: ``ImportError: cannot import name … from partially initialized module 'transformers'`` at start, now and
-    then. Cause: transformers builds a second, lazy module and puts that into sys.modules. A thread that imports names
-    meanwhile waits, and then takes them from the module that it found before it waited: the first one, which never gets
-    them. Upstream: vLLM #40331, taken back by #40438.
+    Symptom: now and then, at start, ``ImportError: cannot import name … from partially initialized module 'transformers'``.
+    Cause: transformers builds a second, lazy module and puts it into sys.modules. A thread that imports names meanwhile
+    waits, and then takes them from the module that it found before it waited. That is the first module, which never gets
+    the names. Upstream: vLLM #40331, reverted by #40438.
     """
     lazy = sys.modules.get(module.__name__)
     if lazy is not None and lazy is not module:
