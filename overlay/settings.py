@@ -169,8 +169,9 @@ def outcome(strict: bool, otherwise: str = "vLLM runs stock here") -> str:
 def load(environ: Mapping[str, str]) -> Settings:
     """Parse the family out of `environ`.
 
-    An empty value counts as not set, as for vLLM's own variables: a compose file may set one empty. Variables that Kubernetes sets
-    for a Service are ignored. Raises SettingsError for an unknown name of the family and for a value that is not allowed.
+    An empty value counts as not set, as for vLLM's own variables: a compose file may set one empty. Variables that
+    Kubernetes sets for a Service are ignored. Raises SettingsError for an unknown name of the family and for a value that
+    is not allowed.
     """
     found: dict[str, Any] = {}
     for name, value in environ.items():

@@ -1,7 +1,7 @@
-"""When a worker has loaded its model: the moment between the weights and the first trace.
+"""The moment after a worker has loaded its model: the weights are there, and vLLM has not traced yet.
 
-A patch that has to see the weights before it can decide (overlay.side_work.waiting) is called here. What it decides can still
-shape the graph that vLLM traces later, and that graph's key in the compile cache.
+A patch that has to see the weights before it can decide (overlay.side_work.waiting) is called at this moment. Its decision
+can still shape the graph that vLLM traces later, and that graph's key in the compile cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def when_loaded(decide: Callable[[Any], None]) -> None:
 
 
 def decide_after_load(module: ModuleType) -> None:
-    """Call what waits after `load_model` of this module's worker."""
+    """Call everything that waits, after each `load_model` of this module's worker."""
     import wrapt
 
     def after_load(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:
@@ -40,14 +40,16 @@ def decide_after_load(module: ModuleType) -> None:
 
 
 def _allocated_bytes() -> int:
-    """What torch has allocated on this worker's GPU; 0 where it uses none."""
+    """The bytes that torch has allocated on this worker's GPU; 0 if the worker uses none."""
     torch: Any = sys.modules.get("torch")
     return int(torch.cuda.memory_allocated()) if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def _count_as_the_models(worker: Any, taken: int) -> None:
-    """Add what stays allocated here (the workspace of the auxiliary stream) to the model's memory, by which vLLM sizes its KV
-    cache. From vLLM 0.27 on it asks the device instead, and this changes one log line."""
+    """Add the `taken` bytes (the workspace of the auxiliary stream) to the model's memory.
+
+    vLLM sizes its KV cache by that number. From 0.27 on it asks the device instead, and this changes one log line only.
+    """
     runner: Any = getattr(worker, "model_runner", None)
     if taken > 0 and hasattr(runner, "model_memory_usage"):
         runner.model_memory_usage += taken

@@ -1,4 +1,4 @@
-"""The loops in which processes of vLLM spend their lives. Each is wrapped once; who runs it may be exchanged."""
+"""The loops that vLLM's processes run in. Each is wrapped once; a patch can set what runs it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from overlay.report.journal import journal
 
-#: By module: the loop of an engine core, with data parallelism or without, and that of a worker (multiprocessing).
+#: By module: the loop of an engine core, without and with data parallelism, and the loop of a worker (multiprocessing).
 LOOPS = {
     "vllm.v1.engine.core": ("EngineCoreProc.run_busy_loop", "DPEngineCoreProc.run_busy_loop"),
     "vllm.v1.executor.multiproc_executor": ("WorkerProc.worker_busy_loop",),
 }
 
-#: What runs a loop: it is given the loop's name and a call that does not return before the loop ends.
+#: What runs a loop. It gets the loop's name, and a call that returns when the loop ends.
 Runner = Callable[[str, Callable[[], Any]], Any]
 _runners: dict[str, Runner] = {}  #: by module
 
 
 def check_loops(module: ModuleType) -> None:
-    """Raise AttributeError where this module lacks one of its loops."""
+    """Raise AttributeError if this module lacks one of its loops."""
     import wrapt
 
     for name in LOOPS[module.__name__]:
@@ -29,8 +29,10 @@ def check_loops(module: ModuleType) -> None:
 
 
 def wrap_loops(module: ModuleType) -> None:
-    """Have the journal name the loop of this module that begins. A module that lacks one stays as it is (frame_stack's
-    verdict says so)."""
+    """Have the journal name the loop of this module when it begins.
+
+    A module that lacks one stays as it is; the verdict of frame_stack says so.
+    """
     import wrapt
 
     with contextlib.suppress(AttributeError):
@@ -46,6 +48,6 @@ def wrap_loops(module: ModuleType) -> None:
 
 
 def run_loops_by(module: ModuleType, run: Runner) -> None:
-    """Have `run` run each loop of this module that begins from now on. Raises AttributeError where one is missing."""
+    """Have `run` run each loop of this module that begins from now on. Raises AttributeError if one is missing."""
     check_loops(module)
     _runners[module.__name__] = run

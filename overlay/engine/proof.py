@@ -1,16 +1,16 @@
-"""Proof of effect: did what was patched really run?
+"""Proof of effect: has the patched code really run?
 
-A patch can be installed and do nothing: a compiled graph from elsewhere, a class that a plugin put in the place of the
-patched one, a model whose layers take another way. So the counters are looked at once, when vLLM's warm-up is over (the
-model has run, the graphs are captured): a patch with patched layers whose op was never called turns ``ineffective``.
+A patch can be installed and do nothing: a compiled graph comes from elsewhere, a plugin has replaced the patched class, or
+the model's layers run other code. So the counters are read once, when vLLM's warm-up is over (the model has run, the graphs
+are captured). A patch with patched layers whose op was never called becomes ``ineffective``.
 
-What warm-up does not run is looked at after the first step instead: pooling, and everything on a CPU, where warm-up may
-be skipped. The hot path is as before once that has been said.
+Some code does not run in the warm-up: pooling, and everything on a CPU, where the warm-up may be skipped. For that the
+counters are read after the first step. Later steps run vLLM's own `execute_model` again.
 
-A process can have several engines, one after the other: somebody's script that makes two `LLM`. Each is counted for itself,
-so the counters begin anew with each worker, before it makes a runner or a layer.
+A process can have several engines, one after the other, such as a script that makes two `LLM`. Each is counted separately:
+the counters start again with each worker, before it makes a runner or a layer.
 
-The worker's one INFO line (overlay/report/summary.py) comes at the end of warm-up, too.
+The worker's one INFO line (overlay/report/summary.py) is also logged at the end of the warm-up.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from overlay.verdict import Verdict, class_at
 from overlay.vocabulary import APPLY, INEFFECTIVE
 
 NO_LAYER = "; this model has no such layer"
-#: Where vLLM's workers finish their warm-up.
+#: vLLM's workers, and the method that ends their warm-up.
 WORKERS = {"vllm.v1.worker.gpu_worker": "Worker", "vllm.v1.worker.cpu_worker": "CPUWorker"}
 WARM_UP = "compile_or_warm_up_model"
-#: Where they make their runner, which makes the layers.
+#: The method that makes their runner, which makes the layers.
 BEGIN = "init_device"
 STEP = "execute_model"
 
@@ -41,20 +41,20 @@ class Ineffective(RuntimeError):
 
 
 def remember(patch: str, module: ModuleType, found: Verdict) -> None:
-    """The classes that a patch was installed on, to notice when others take their place."""
+    """Note the classes that a patch was installed on, to see later whether others have replaced them."""
     names = {class_name for class_name, _ in found.intercepted()}
     _installed[patch] = (module, {name: class_at(module, name) for name in names})
 
 
 def forget(patch: str) -> None:
-    """The patch was not installed after all."""
+    """Forget a patch that was not installed after all."""
     _installed.pop(patch, None)
 
 
 def prove_after_warm_up(module: ModuleType, settings: Settings, judge: Callable[[str], Verdict]) -> None:
-    """Look at the counters when the worker of this module has warmed up; they begin with the worker.
+    """Reset the counters when the worker of this module begins, and read them when it has warmed up.
 
-    `judge` gives the verdict of a patch on the source, for a patch whose target nobody has imported.
+    `judge` gives the verdict of a patch on the source, for a patch whose target was not imported.
     """
     import wrapt
 
@@ -109,14 +109,14 @@ def _after_warm_up(worker: Any, settings: Settings, judge: Callable[[str], Verdi
 
 def _look_after_first_step(worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
     own = vars(worker)
-    if isinstance(own.get(STEP), _FirstStep):  # another warm-up before the first step
+    if isinstance(own.get(STEP), _FirstStep):  # a second warm-up before the first step
         own[STEP].waiting = waiting
     else:
         own[STEP] = _FirstStep(worker, waiting, settings)
 
 
 class _FirstStep:
-    """In the place of a worker's `execute_model` until a step has run; then what was there before is there again."""
+    """Replaces a worker's `execute_model` until a step has run. Then it puts back what was there before."""
 
     def __init__(self, worker: Any, waiting: dict[str, PatchRecord], settings: Settings) -> None:
         self.waiting = waiting
@@ -137,10 +137,10 @@ class _FirstStep:
         return result
 
     def _step_aside(self) -> None:
-        if self._own.get(STEP) is not self:  # somebody has wrapped this one since
+        if self._own.get(STEP) is not self:  # other code has wrapped this one meanwhile
             return
         if self._before is None:
-            del self._own[STEP]  # the class's own method again
+            del self._own[STEP]  # now the class's own method is found again
         else:
             self._own[STEP] = self._before
 
@@ -151,7 +151,7 @@ def _never_ran(patch: str, record: PatchRecord, when: str) -> str:
 
 
 def _replaced(patch: str, record: PatchRecord) -> list[str]:
-    """One line for each class that is no longer the one that was patched: a plugin's own, or a reload."""
+    """One line for each class that is no longer the patched one: a plugin has replaced it, or the module was reloaded."""
     module, classes = _installed.get(patch, (None, {}))
     found = []
     for name, patched in classes.items():

@@ -1,19 +1,20 @@
-"""All ranks of a model or none: is the overlay in every process of the world, and the same everywhere?
+"""All ranks of a model or none: does every process of the world have the overlay, and the same one?
 
 Symptom: with several nodes, or under Ray, a worker has the environment of its own node. One rank can lack the overlay or
-have another version of it, and nothing shows that: the sums are the same, the step takes as long as the slowest rank,
-and which rank runs which graph is anybody's guess.
+have another version of it, and nothing shows it. The sums are the same, the step takes as long as the slowest rank, and
+nobody knows which rank runs which graph.
 
-Cause: each process arms itself from its own environment. No executor compares.
+Cause: each process arms itself from its own environment. No executor compares them.
 
-Fix: when a worker has joined torch.distributed's world, it reports what it is to the store by which that world was made,
-and waits for the others. No message of an executor is involved, so multiprocessing, Ray and external launchers are alike.
-A rank without the overlay never reports, which the others notice at a deadline. The last to report, or the first whose
-time is up, decides and publishes; everybody goes by what is published, so a rank that comes late has no opinion of its
-own. Where ranks differ all of them stay stock with one WARNING each, or raise under strict, before a layer is made. A
-graph compiled then has a key of its own in vLLM's cache: one with the op in it must not be loaded for layers without.
+Fix: when a worker has joined torch.distributed's world, it writes a report on itself to the store by which that world was
+made, and waits for the others. This uses no message of an executor, so it is the same with multiprocessing, Ray and
+external launchers. A rank without the overlay never reports, and the others notice at a deadline. The last rank to report,
+or the first one at its deadline, decides and publishes the result. All ranks take the published result, so a late rank
+never decides differently. If ranks differ, all of them stay stock with one WARNING each, or raise under strict, before a
+layer is made. A graph compiled then has another key in vLLM's cache, because a graph with the op must not be loaded for
+layers without it.
 
-Keys and report are what two versions of the overlay have in common here, so neither may change its form.
+Two versions of the overlay meet in the keys and in the report, so the form of both must never change.
 """
 
 from __future__ import annotations
@@ -32,29 +33,30 @@ from overlay.engine import compile_cache
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
 
-#: The function of proof.WORKERS' modules after which a worker is in its world. Before it no runner and no layer
-#: exists. The second module imports it from the first by name (vLLM 0.17.1 to 0.33.0).
+#: The function in the modules of proof.WORKERS that joins the world. Before it no runner and no layer exists. The second
+#: module imports it from the first by name (vLLM 0.17.1 to 0.33.0).
 JOINS_WORLD = "init_worker_distributed_environment"
 
-#: Paid only where a rank is missing. The ranks have just made their process groups together, so they come within
-#: moments of each other (waits of 0.2 to 16 ms in three starts with TP=2 on two cores). What is left to do is reading the
-#: overlay's own files, 1 ms here, and this leaves room for a network's file system.
+#: Waited for only if a rank is missing. The ranks have just made their process groups together, so they report within
+#: moments of each other (waits of 0.2 to 16 ms in three starts with TP=2 on two cores). What remains is to read the
+#: overlay's own files, 1 ms here; the rest is for a network's file system.
 DEADLINE_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 0.05
 
 NAME = "agreement"
 ALIKE = "alike"
-#: Settings that say where and how loudly something is said, or what becomes of a failure, but not what a rank runs.
+#: Settings that ranks may have different. They change what is logged and where, or what a failure does, but not what a rank
+#: runs.
 _MAY_DIFFER = ("enabled", "strict", "log_level", "journal_folder", "retired")
 _PREFIX = "vllm_overlay/agreement"
 _RESULT = "result"
 _NAMED = 8
 
-#: What came of the last agreement of this process; None before the first.
+#: The result of the last comparison in this process; None before the first.
 _result: str | None = None
 _watched: list[object] = []
-#: Why layers stay stock in a process that has a world and never loads vLLM's worker: its weight-cache daemon (``vllm preload``, from
-#: 0.30 on) makes a model and runs none. That is no problem of anybody's.
+#: Why layers stay stock in a process that has a world and never loads vLLM's worker. vLLM's weight-cache daemon (``vllm
+#: preload``, from 0.30 on) makes a model and runs none. It is not a problem.
 NO_WORKER = "no worker runs in this process"
 _worker_is_loaded = False
 
@@ -64,9 +66,9 @@ class NotAlike(RuntimeError):
 
 
 def compare_when_joined(module: ModuleType, settings: Settings) -> None:
-    """Hold the agreement whenever the worker of this module has joined its world.
+    """Compare the ranks each time that the worker of this module has joined its world.
 
-    Where vLLM has no such function any more, `reason_for_stock` finds that several ranks have not been compared.
+    If vLLM no longer has this function, `reason_for_stock` finds that several ranks have not been compared.
     """
     import wrapt
 
@@ -86,9 +88,9 @@ def compare_when_joined(module: ModuleType, settings: Settings) -> None:
 
 
 def reason_for_stock(settings: Settings) -> str | None:
-    """Why every layer of this process has to stay stock, or None. To be asked when a layer has been made.
+    """Why every layer of this process has to stay stock, or None. Ask when a layer has been made.
 
-    Raises NotAlike under strict where there are several ranks and nobody has compared them.
+    Raises NotAlike under strict if there are several ranks that were not compared.
     """
     if _result is None:
         world, rank = _world()
@@ -101,10 +103,10 @@ def reason_for_stock(settings: Settings) -> str | None:
 
 
 def _take(result: str) -> None:
-    """What holds in this process from now on, for the layers and for the compile cache."""
+    """Set the result that holds in this process from now on, for the layers and for the compile cache."""
     global _result
     _result = result
-    # Where this fails it has failed for the patches before: none that shapes a graph is installed.
+    # If this fails, it has failed for the patches too, so no patch that shapes a graph is installed.
     with contextlib.suppress(KeyError, AttributeError, OSError):
         if result == ALIKE:
             compile_cache.remove(NAME)
@@ -113,7 +115,7 @@ def _take(result: str) -> None:
 
 
 def hold(settings: Settings, deadline_seconds: float) -> None:
-    """Compare this rank with all others of torch.distributed's world; every rank of it has to come by here.
+    """Compare this rank with all others of torch.distributed's world. Every rank has to call it.
 
     Waits for them at most `deadline_seconds`. Raises NotAlike under strict, and nothing else.
     """
@@ -147,7 +149,7 @@ def _can_patch(settings: Settings) -> bool:
 
 
 def report(settings: Settings) -> str:
-    """What has to be the same on all ranks, as JSON: a table of texts."""
+    """What has to be the same on all ranks, as JSON: an object with text values."""
     facts = {"overlay": __version__, "source": compile_cache.source_hash()[:16], "vllm": journal.vllm_version}
     facts.update({name: value for name, value in dataclasses.asdict(settings).items() if name not in _MAY_DIFFER})
     return json.dumps({name: _text(value) for name, value in facts.items()}, sort_keys=True)
@@ -176,9 +178,9 @@ def _default_store() -> Any:
 def agree(store: Any, world: int, rank: int, own_report: str, deadline_seconds: float) -> str:
     """ALIKE, or why not: the same text on every rank that asks `store` in this round.
 
-    A second engine in the same world is a second round. A rank counts its rounds in the store and not in its memory: one
-    that was started anew then meets the others by the store that they share. `check` is asked again and again because a
-    wait would lock the store for the other threads of this process, NCCL's watchdog among them.
+    A second engine in the same world is a second round. A rank counts its rounds in the store and not in its memory, so a
+    rank that was started anew meets the others in the store that they share. `check` is called repeatedly, because a wait
+    would lock the store for the other threads of this process, such as NCCL's watchdog.
     """
     from torch.distributed import PrefixStore
 
@@ -199,7 +201,7 @@ def agree(store: Any, world: int, rank: int, own_report: str, deadline_seconds: 
 
 
 def compare(reports: Mapping[int, bytes], world: int, deadline_seconds: float) -> str:
-    """ALIKE, or which ranks of a world of `world` are missing in `reports`, and which differ from the first, and in what."""
+    """ALIKE, or a text: which ranks of `world` are missing in `reports`, and which differ from the first one, and in what."""
     found = []
     missing = [rank for rank in range(world) if rank not in reports]
     if missing:
@@ -220,7 +222,7 @@ def compare(reports: Mapping[int, bytes], world: int, deadline_seconds: float) -
 
 
 def _facts(given: bytes) -> dict[str, str]:
-    """A report as a table. What is none, from another version of the overlay, equals no report of this one."""
+    """A report as a table. Empty if it is none (another version of the overlay), so it equals no report of this version."""
     try:
         facts = json.loads(given)
     except ValueError:

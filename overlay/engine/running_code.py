@@ -1,15 +1,16 @@
-"""Is what runs what was read? A verdict judges the text of files, and other code can run under the same names.
+"""Is the code that runs the code that was read? A verdict judges the text of files, and other code can run under the same
+names.
 
-Symptom: an import hook executes a changed copy of one of vLLM's modules, a tool executes text in a module's namespace, a
-plugin replaces a method, or Python takes byte code that is older than its file. The verdict says ``apply`` for the file
-on disk, and the patched layer ignores what the other tool changed.
+Symptom: an import hook executes a changed copy of a vLLM module, a tool executes text in a module's namespace, a plugin
+replaces a method, or Python uses bytecode that is older than its file. The verdict on the file says ``apply``, and the
+patched layer ignores what the other tool changed.
 
-Fix: every module that a verdict has read is compiled once more from the text that was read. Its functions and classes
-have to be that code, from that file: at once, and again when a layer is made, because a plugin may come in between, and
-because some of these modules are imported later.
+Fix: every module that a verdict has read is compiled again from the text that was read. Its functions and classes have to
+be that code, from that file. This is checked at once, and again when a layer is made, because a plugin may come in between
+and some of these modules are imported later.
 
-Two things are left out. A function that has decorators in vLLM's own text is whatever they make of it; a verdict relies on
-no such function. And a name that vLLM's own text binds twice, or under a condition, has no one definition.
+Two things are not checked. A function that has decorators in vLLM's own text is whatever they return; no verdict relies on
+such a function. A name that vLLM's own text binds twice, or under a condition, has no single definition.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ from types import CodeType, FunctionType, ModuleType
 from overlay.verdict import Source, Verdict, class_at
 from overlay.verdict.questions import binders
 
-#: Methods by which a class answers for attributes that it does not have.
+#: Methods that give a class attributes that it does not have.
 _ATTRIBUTE_HOOKS = frozenset({"__getattr__", "__getattribute__"})
-#: What Python itself puts into a class, and knows how to bind to an object.
+#: Names that Python itself puts into every class.
 _PYTHONS_OWN = frozenset({"__dict__", "__weakref__"})
 
 _OURS = "overlay."
 
 Namespace = Mapping[str, object]
-#: A namespace, a name in it, what it was, the function in there, and the code of that.
+#: A namespace, a name in it, its value, the function in that value, and the function's code.
 Look = tuple[Namespace, str, object, object, object]
 
 _judged: dict[str, _Judged] = {}
 
 
 class Replaced(RuntimeError):
-    """Strict mode only: something else runs than what was judged. Already logged."""
+    """Strict mode only: other code runs than was judged. Already logged."""
 
 
 def remember(patch: str, module: ModuleType, found: Verdict, texts: Mapping[str, Source]) -> str | None:
-    """Note what a patch's verdict on `module` was read from: `texts`, by module. Gives what `stranger` gives."""
+    """Note what a patch's verdict on `module` was read from: `texts`, by module. Returns what `stranger` returns."""
     _judged[patch] = _Judged(module, found, texts)
     return stranger(patch)
 
 
 def stranger(patch: str) -> str | None:
-    """Who or what has put other code in the place of what a patch's verdict has read; None where nobody has."""
+    """What other code runs in the place of the code that a patch's verdict has read, and whose. None if there is none."""
     judged = _judged.get(patch)
     return judged.stranger() if judged is not None else None
 
@@ -66,7 +67,7 @@ class _Judged:
         self._found: str | None = None
 
     def stranger(self) -> str | None:
-        """The first that is found, once and for all: a layer that is made later is to have the same fate."""
+        """The first difference that is found. It stays, so that a layer that is made later is treated alike."""
         if self._found is None:
             self._found = next(self._strangers(), None)
         return self._found
@@ -90,7 +91,7 @@ class _Judged:
 
 
 class _File:
-    """One module of vLLM: what its file compiles to, and what was last found to run in its place."""
+    """One module of vLLM: what its file compiles to, and what was there at the last check without a difference."""
 
     def __init__(self, name: str, source: Source) -> None:
         self._name = name
@@ -104,7 +105,7 @@ class _File:
         return compile(self._source.text, self._source.path, "exec", dont_inherit=True)
 
     def differences(self) -> Iterator[str]:
-        """One line for each name that does not run what the file says. None while the module has not been imported."""
+        """One line for each name that does not run what the file says. Nothing while the module has not been imported."""
         module = sys.modules.get(self._name)
         if module is None or (self._seen and all(map(_is_unchanged, self._seen))):
             return
@@ -121,7 +122,7 @@ class _File:
             self._seen = seen
 
     def _compare(self, namespace: Namespace, code: CodeType, prefix: str, seen: list[Look]) -> Iterator[str]:
-        """What a module's or class's namespace has, against the code that made it. Notes in `seen` what was looked at."""
+        """Compare a module's or class's namespace with the code that made it. Adds to `seen` what was compared."""
         for name, definitions in _definitions(code).items():
             key = _mangled(name, prefix)
             label = prefix + name
@@ -139,12 +140,12 @@ class _File:
     def _runs(self, value: object, definitions: list[CodeType]) -> bool:
         """Whether a value is a function of this module, from this file, with the code of one of the definitions."""
         function = _without_ours(value)
-        if _owner_of(function).startswith(_OURS):  # it does not say what it is around: what was there at the first look
+        if _owner_of(function).startswith(_OURS):  # it does not show what it wraps; the first look saw that
             return True
         return (
-            type(function) is FunctionType  # isinstance believes what a wrapper says of itself
+            type(function) is FunctionType  # isinstance would believe a wrapper
             and function.__globals__ is vars(sys.modules[self._name])
-            and function.__code__ in definitions  # code objects are equal by content, but for the name of the file
+            and function.__code__ in definitions  # code objects are equal by content, except for the file's name
             and self._is_this_file(function.__code__.co_filename)
         )
 
@@ -159,11 +160,13 @@ class _File:
         return f"{label} runs code that is not in {self._source.path}; it says that it is from {file}"
 
     def _is_settled(self, label: str, definitions: list[CodeType]) -> bool:
-        """Whether the file's own text says what a name is: definitions, undecorated, unconditional, and nothing else."""
+        """Whether the file's text alone decides what a name is: its definitions are undecorated and unconditional, and
+        nothing else binds it.
+        """
         if any(self._lines[code.co_firstlineno - 1].lstrip().startswith("@") for code in definitions):
             return False
         *classes, name = label.split(".")
-        tree = self._source.parse()  # takes longer than compiling, so not before something differs
+        tree = self._source.parse()  # slower than compiling, so only after a difference
         body = tree.body
         for class_name in classes:
             body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name), [])
@@ -174,11 +177,11 @@ class _File:
         return bool(bound) and all(node in body for node in bound) and not bound_by_functions
 
     def holds(self, layer: type) -> bool:
-        """Whether a class is one that this module has at its top level."""
+        """Whether this module has the class at its top level."""
         return vars(sys.modules[self._name]).get(layer.__qualname__) is layer
 
     def additions(self, layer: type) -> Iterator[str]:
-        """One line for each method of one of this module's classes that the class's text does not name."""
+        """One line for each method of one of this module's classes that is not in the class's text."""
         definition = _definitions(self._code)[layer.__qualname__][-1]
         for name in sorted(set(vars(layer)) - set(definition.co_names) - _PYTHONS_OWN):
             value = vars(layer)[name]
@@ -205,22 +208,22 @@ def _definitions(code: CodeType) -> dict[str, list[CodeType]]:
     """The functions and classes that a module's or class's own code defines, by name."""
     found: dict[str, list[CodeType]] = {}
     for constant in code.co_consts:
-        if isinstance(constant, CodeType) and not constant.co_name.startswith("<"):  # as lambdas and comprehensions
+        if isinstance(constant, CodeType) and not constant.co_name.startswith("<"):  # lambdas and comprehensions
             found.setdefault(constant.co_name, []).append(constant)
     return found
 
 
 def _mangled(name: str, prefix: str) -> str:
-    """The name under which a class keeps a method; `prefix` ends with a dot, and with the class's name before it."""
+    """The name under which a class keeps a method. `prefix` is empty, or ends with the class's name and a dot."""
     if not prefix or not name.startswith("__") or name.endswith("__"):
         return name
     return f"_{prefix.split('.')[-2].lstrip('_')}{name}"
 
 
 def _overridden(layer: type, class_name: str, method: str) -> Iterator[str]:
-    """One line for each class of somebody else that is derived from a layer's and takes another way through `method`.
+    """One line for each foreign class that is derived from a layer's class and overrides `method`, or a name that it uses.
 
-    vLLM's own subclasses are known to the patches.
+    The patches know vLLM's own subclasses.
     """
     code = getattr(_without_ours(vars(layer).get(method)), "__code__", None)
     names = {method, *getattr(code, "co_names", ())} | _ATTRIBUTE_HOOKS
@@ -236,7 +239,7 @@ def _overridden(layer: type, class_name: str, method: str) -> Iterator[str]:
 
 
 def _without_ours(value: object) -> object:
-    """What the overlay's own wrappers are around, and what a class keeps a plain function in."""
+    """A value without the overlay's own wrappers, and without the staticmethod or classmethod around a function."""
     while True:
         if type(value) in (staticmethod, classmethod):
             value = value.__func__  # type: ignore[attr-defined]
@@ -247,7 +250,7 @@ def _without_ours(value: object) -> object:
 
 
 def _owner_of(function: object) -> str:
-    """The module whose code runs when `function` is called; functools.wraps copies `__module__`, so that is not it."""
+    """The module whose code runs when `function` is called. Not `__module__`, because functools.wraps copies that."""
     wrapper = getattr(function, "_self_wrapper", None)  # wrapt's
     if wrapper is not None:
         function = wrapper

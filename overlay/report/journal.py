@@ -1,13 +1,14 @@
 """What this process applied, traced, called, refused and why: one JSON file per process.
 
-"Applied" in a log is a claim. The journal holds the proof: how often the op was seen by the compiler (fake), how often
-it ran on two streams, and how often serially and why. Counters are plain integers; the hot path makes no system call.
-Milestones write the file at once. Once layers are patched, or one of vLLM's loops has begun, a daemon thread writes it again
-when it has changed or is gone, so that the file is good even after a kill -9.
+A log line "applied" is only a claim. The journal holds the proof: how often the compiler saw the op (fake), how often it
+ran on two streams, and how often serially and why. Counters are plain integers, and the hot path makes no system call.
+Milestones write the file at once. Once layers are patched, or one of vLLM's loops has begun, a daemon thread writes the
+file again when its content has changed or the file is gone. So the file is good even after a kill -9.
 
-The file's name says of which process it is, and the process holds a lock on it (overlay/report/process_identity.py). The folder may
-be shared by containers, and by hosts, and outlive all of them: at its start a process removes what is an hour old and of no
-process that runs. Of a process of another host only the age is known, so a file is written anew every ten minutes.
+The file's name says of which process it is, and the process holds a lock on it (overlay/report/process_identity.py).
+Containers and hosts may share the folder, and it may outlive them. So at its start a process removes files that are an hour
+old and belong to no running process. Of a process of another host only the file's age is known, so every file is written
+anew every ten minutes.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from overlay.verdict import Verdict
 from overlay.vocabulary import ABSENT, API_SERVER, LANDED, MAIN, NOT_SEEN, RAY_WORKER, REGISTRY_PROBE
 
 SCHEMA = 1
-#: Nothing counts here any more: up to 0.1 one GEMM could do both projections. Schema and log fields keep the place.
+#: Always 0 now. Up to 0.1 one GEMM could do both projections; the schema and the log fields keep the place.
 FUSED_CALLS = 0
 _WRITE_INTERVAL_SECONDS = 1.0
-#: After this time a file is written again, changed or not: its age is all that another host knows of this process.
+#: After this time a file is written again even if nothing has changed, because another host knows only the file's age.
 _REFRESH_SECONDS = 600.0
 _STALE_SECONDS = 3600.0
 _TEMPORARY = ".journal-"
@@ -46,7 +47,7 @@ class Calls:
     """How often a custom op was called, by strategy."""
 
     fake: int = 0
-    lowered: int = 0  #: places in compiled graphs that got stock's calls back (overlay.side_work.lowering)
+    lowered: int = 0  #: places in compiled graphs where stock's calls are back (overlay.side_work.lowering)
     dual_stream: int = 0
     serial: dict[str, int] = field(default_factory=dict)
 
@@ -68,55 +69,57 @@ class PatchRecord:
     patched: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     calls: Calls = field(default_factory=Calls)
-    #: What was measured, or read from disk, for each shape of this patch's layers (overlay.side_work.pairs).
+    #: One entry for each shape of this patch's layers: what was measured or read from disk (overlay.side_work.pairs).
     plans: list[dict[str, Any]] = field(default_factory=list)
-    #: Whether vLLM's own warm-up has to have called the op; else the first step has to.
+    #: Whether vLLM's own warm-up has to call the op. If not, the first step has to.
     runs_in_warm_up: bool = True
-    #: Whether the patch has neither layers nor an op (`Verdict.without_layers`): its reason says what it does.
+    #: Whether the patch has neither layers nor an op (`Verdict.without_layers`). Then its reason says what it does.
     without_layers: bool = False
-    #: The verdict on the source alone, where the target has not been imported and somebody has asked.
+    #: The verdict on the source alone, if the target was not imported and `note_source` was called.
     _on_source: str | None = None
-    #: Verdict and reason before this engine's proof of effect (overlay.engine.proof) overruled them.
+    #: Verdict and reason before this engine's proof of effect (overlay.engine.proof) replaced them.
     _before_overruled: tuple[str, str] | None = None
 
     @property
     def state(self) -> str:
-        """The verdict. A patch whose target was not imported is landed or absent if the source says so."""
+        """The verdict. If the target was not imported and the source says landed or absent, it is that."""
         unseen_is_enough = self.verdict == NOT_SEEN and self._on_source in (LANDED, ABSENT)
         return str(self._on_source) if unseen_is_enough else self.verdict
 
     @property
     def is_overruled(self) -> bool:
-        """Whether something else than the verdict holds in this engine."""
+        """Whether another verdict holds in this engine."""
         return self._before_overruled is not None
 
     def conclude(self, state: str, reason: str) -> None:
-        """What becomes of the patch in this process, and why."""
+        """Set the state of the patch in this process, and the reason."""
         self.verdict, self.reason = state, reason
 
     def judged(self, found: Verdict) -> None:
-        """What becomes of the patch in this process, by a verdict."""
+        """Set the state of the patch in this process from a verdict."""
         self.conclude(found.state, found.reason)
         self.module, self.methods, self.without_layers = found.module, found.methods, found.without_layers
 
     def note_source(self, found: Verdict) -> None:
-        """The target has not been imported; this is the verdict on its source."""
+        """Set the verdict on the source, for a target that was not imported."""
         self._on_source = found.state
         self.reason = f"its target has not been imported; on this vLLM: {found.state}: {found.reason}"
 
     def begin_engine(self) -> None:
-        """What follows is of another engine of this process."""
+        """Forget what belongs to the last engine of this process; a new one begins."""
         self.patched, self.refused, self.calls, self.plans = {}, {}, Calls(), []
         if self._before_overruled is not None:
             (self.verdict, self.reason), self._before_overruled = self._before_overruled, None
 
     def overrule(self, verdict: str, reason: str) -> None:
-        """In this engine, that is not what holds."""
+        """Set another verdict and reason for this engine only."""
         self._before_overruled = self._before_overruled or (self.verdict, self.reason)
         self.verdict, self.reason = verdict, reason
 
     def refuse(self, layer_name: str, reason: str) -> None:
-        """A layer stays stock. The worker's summary counts layers by reason; names are for those who debug."""
+        """Note that a layer stays stock, and why. The worker's summary counts layers by reason; the names are for
+        debugging.
+        """
         logger.debug("overlay: layer %s stays stock: %s", layer_name, reason)
         self.refused[layer_name] = reason
 
@@ -139,7 +142,7 @@ class PatchRecord:
 
 
 def role() -> str:
-    """What this process is in a running vLLM, from what vLLM calls it."""
+    """The role of this process in a running vLLM, from its name or its command line."""
     name = multiprocessing.current_process().name
     if name != "MainProcess":
         return name
@@ -162,7 +165,7 @@ class Journal:
         self._path: str | None = None
         self._writer: threading.Thread | None = None
         self._written: dict[str, Any] | None = None
-        self._written_at = 0.0  #: by the monotonic clock
+        self._written_at = 0.0  #: in seconds of the monotonic clock
         self._held: tuple[int, os.stat_result] | None = None  #: the descriptor that holds the lock, and its file
         self._started = time.time()
         self.patches: dict[str, PatchRecord] = {}
@@ -176,7 +179,7 @@ class Journal:
         self.loop: str | None = None
 
     def open(self, folder: str) -> None:
-        """Name the file and clean up after processes that are gone. A folder that cannot be used costs a WARNING."""
+        """Name the file, and remove those of processes that are gone. If the folder cannot be used, log a WARNING."""
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             own_folder.check_own_folder(folder)
@@ -193,14 +196,14 @@ class Journal:
 
     @property
     def folder(self) -> str | None:
-        """Where this process's journal is, beside those of the others; None while it has none."""
+        """The folder of this process's journal, which other processes share. None if it has none."""
         return os.path.dirname(self._path) if self._path is not None else None
 
     def patch(self, name: str) -> PatchRecord:
         return self.patches.setdefault(name, PatchRecord())
 
     def problem(self, text: str) -> None:
-        """Say it once, at WARNING, and keep it."""
+        """Log a problem once, at WARNING, and keep it."""
         if text in self.problems:
             return
         self.problems.append(text)
@@ -208,24 +211,24 @@ class Journal:
         self.write()
 
     def begin_engine(self) -> None:
-        """A worker begins. A process can have several, one after the other; the journal is about the last one."""
+        """A worker begins. A process can have several, one after the other; the journal describes the last one."""
         for record in self.patches.values():
             record.begin_engine()
 
     def note_unseen(self, judge: Callable[[str], Verdict]) -> None:
-        """Ask for the verdict of every patch whose target nobody has imported."""
+        """Ask for the verdict of every patch whose target was not imported."""
         for name, record in self.patches.items():
             if record.verdict == NOT_SEEN:
                 record.note_source(judge(name))
 
     def entered(self, loop: str) -> None:
-        """This process begins with a loop of vLLM's."""
+        """Note that this process begins one of vLLM's loops."""
         self.loop = loop
         self.write()
         self.keep_current()
 
     def keep_current(self) -> None:
-        """From now on a thread keeps the file up to date. Called when this process has forked those that it forks."""
+        """Start the thread that keeps the file up to date. Call it after this process has forked its children."""
         if self._writer is None and self._path is not None:
             self._writer = threading.Thread(target=self._follow, name="overlay-journal", daemon=True)
             self._writer.start()
@@ -249,12 +252,12 @@ class Journal:
         }
 
     def write(self) -> None:
-        """Write the file if anything has changed, or if somebody has removed it."""
+        """Write the file if anything has changed, or if the file is gone."""
         path = self._path
         if path is None:
             return
         with self._lock:
-            # Compared before it becomes text: that takes milliseconds of the interpreter's time where layers are many.
+            # Compared as objects: to make text takes milliseconds of the interpreter's time if there are many layers.
             content, now = self.as_dict(), time.monotonic()
             fresh = now - self._written_at < _REFRESH_SECONDS
             if fresh and content == self._written and os.path.exists(path):
@@ -272,9 +275,9 @@ class Journal:
         self._path = os.path.join(folder, process_identity.file_name(process_identity.own()))
 
     def _release(self) -> None:
-        """Close the lock's descriptor. A forked child that does this takes nothing from its parent.
+        """Close the lock's descriptor. In a forked child this does not unlock the parent's file.
 
-        A program that becomes a daemon closes all of its descriptors, and the number may be another file's by now.
+        A program that becomes a daemon closes all of its descriptors, so the number may belong to another file now.
         """
         held, self._held = self._held, None
         if held is None:
@@ -287,12 +290,12 @@ class Journal:
     def _follow(self) -> None:
         while self._path is not None:
             time.sleep(_WRITE_INTERVAL_SECONDS)
-            # A counter that gets a new key while it is copied raises RuntimeError; the next round has it.
+            # A counter that gets a new key during the copy raises RuntimeError; the next round writes it.
             with contextlib.suppress(RuntimeError):
                 self.write()
 
     def _after_fork(self) -> None:
-        """A forked child is a process of its own: own file, own counters, and threads do not survive a fork."""
+        """Make a forked child's journal its own: its own file, counters and thread, because threads do not survive a fork."""
         self._lock = threading.Lock()
         self._started = time.time()
         self._release()
@@ -308,17 +311,17 @@ class Journal:
 def _parent() -> int:
     """The number of the process that started this one.
 
-    A process that multiprocessing has started asks multiprocessing: to the kernel the child of a fork server is the
-    server's, and an orphan that of process 1, which may be another vLLM.
+    A process that multiprocessing has started asks multiprocessing. To the kernel, the parent of a fork server's child is
+    the fork server, and the parent of an orphan is process 1, which may be another vLLM.
     """
     started_by = multiprocessing.parent_process()
     return os.getppid() if started_by is None or started_by.pid is None else started_by.pid
 
 
 def _remove_stale(folder: str, now: float) -> None:
-    """Remove the files of the overlay that are an hour old and of no process that runs; a reader may want the fresh ones.
+    """Remove files of the overlay that are an hour old and belong to no running process. A reader may want the fresh ones.
 
-    `now` is the time by the folder's file system, which is not the clock of every host that writes to it.
+    `now` is the time by the folder's file system, because hosts that share the folder have different clocks.
     """
     here = process_identity.own()
     for name in os.listdir(folder):
@@ -327,7 +330,7 @@ def _remove_stale(folder: str, now: float) -> None:
         path = os.path.join(folder, name)
         with contextlib.suppress(OSError):
             information = os.lstat(path)
-            is_old = abs(now - information.st_mtime) > _STALE_SECONDS  # abs: a clock may have been set back since
+            is_old = abs(now - information.st_mtime) > _STALE_SECONDS  # abs: a clock may have been set back
             if is_old and stat.S_ISREG(information.st_mode) and not process_identity.runs(path, here):
                 os.unlink(path)
 

@@ -1,10 +1,10 @@
-"""Reads what the overlay's processes wrote about themselves (overlay/report/journal.py).
+"""Reads the journals that the overlay's processes write (overlay/report/journal.py).
 
-Whatever lies in the folder is taken as it is: half a file, another program's, or one of another age of the overlay. A
-field that is missing or of a wrong type counts as empty, and a file that is no journal is named with the reason. JSON, and
-a bounded number of bytes: nothing of a file is ever evaluated.
+The folder may hold anything: half a file, another program's file, or a journal of an older or newer overlay. A field that
+is missing or of a wrong type counts as empty. A file that is no journal is listed with the reason. A file is read as JSON
+up to a limit of bytes, and nothing in it is ever evaluated.
 
-The one module here that a server imports, too (overlay/report/metrics.py): the standard library only.
+A server imports this module too (overlay/report/metrics.py), so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ class Patch:
     lowered: int = 0
     serial_calls: dict[str, int] = field(default_factory=dict)
     plans: tuple[PlanOfShape, ...] = ()
-    #: The loop of vLLM's that the process is in, for a patch that is about loops.
+    #: The loop of vLLM that the process is in; only for a patch of loops.
     loop: str | None = None
 
     @property
     def calls(self) -> int:
-        """How often the op has really run; what the compiler's fake tensors called does not count."""
+        """How often the op has really run. Calls by the compiler's fake tensors do not count."""
         return self.dual_stream_calls + self.fused_calls + sum(self.serial_calls.values())
 
     def is_in_effect(self) -> bool:
-        """Whether it was installed, and what it installed has run."""
+        """Whether it was installed and has run."""
         return self.verdict == APPLY and (self.calls > 0 or self.loop is not None)
 
 
@@ -71,8 +71,8 @@ class Patch:
 class Journal:
     """One process. `started` is in seconds since the epoch; `raw` is the file's content.
 
-    `identity` is by the file's name, and None where that does not say. `alive`: the process ran on this host when the
-    file was read.
+    `identity` is read from the file's name; None if the name does not say it. `alive`: the process ran on this host when
+    the file was read.
     """
 
     process_id: int
@@ -108,9 +108,10 @@ class Skipped:
 
 
 def load(folder: Path, wanted: Callable[[str], bool] | None = None) -> tuple[list[Journal], list[Skipped]]:
-    """All journals of a folder in the order in which the processes started, or those whose file name is `wanted`.
+    """All journals of a folder, in the order in which the processes started. With `wanted`, only files whose name it
+    accepts.
 
-    Raises OSError where the folder cannot be listed.
+    Raises OSError if the folder cannot be listed.
     """
     found, skipped = [], []
     here = process_identity.own()
@@ -121,10 +122,10 @@ def load(folder: Path, wanted: Callable[[str], bool] | None = None) -> tuple[lis
             journal = _read_file(folder / name)
             identity = process_identity.from_name(name)
             alive = process_identity.runs(str(folder / name), here)
-            if alive is None and identity is None:  # an older overlay's, or one without /proc: all there is is a number
+            if alive is None and identity is None:  # an older overlay, or no /proc: only the number is known
                 alive = process_identity.number_runs(journal.process_id)
             found.append(replace(journal, identity=identity, alive=bool(alive)))
-        except FileNotFoundError:  # removed between the listing and the reading; the overlay cleans up
+        except FileNotFoundError:  # the overlay has removed it since it was listed
             continue
         except (OSError, ValueError, RecursionError) as error:
             skipped.append(Skipped(name, str(error) or type(error).__name__))
@@ -140,7 +141,7 @@ def read(folder: Path) -> list[Journal]:
 
 
 def _read_file(path: Path) -> Journal:
-    """Raises OSError or ValueError, with the reason, for what is no journal."""
+    """Read one journal. Raises OSError or ValueError, with the reason, if the file is no journal."""
     information = path.stat()
     if not stat.S_ISREG(information.st_mode):  # reading a pipe would wait for its other end
         raise ValueError("is not a file")
@@ -160,7 +161,7 @@ def _read_file(path: Path) -> Journal:
 
 
 def parse(raw: dict[str, Any]) -> Journal:
-    """One journal file's content."""
+    """Read the content of one journal file."""
     transformers = _table(raw, "transformers")
     problems, loop = raw.get("problems"), _text(raw.get("loop"))
     return Journal(

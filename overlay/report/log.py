@@ -1,15 +1,15 @@
 """One logger under ``vllm.``, so that operators see the overlay's lines with vLLM's own, in vLLM's format.
 
-The overlay speaks before vLLM has configured logging: up to 0.30.0 that is done when ``vllm.logger`` is imported, from
-0.31.0 on when an entry point calls for it. Until then records are held back; then they go to vLLM's handlers. A process
-that ends before that still gets its warnings, on stderr.
+The overlay logs before vLLM has configured logging. Up to 0.30.0 vLLM does that when ``vllm.logger`` is imported, from
+0.31.0 on when an entry point calls for it. Until then records are held back; then vLLM's handlers get them. If a process
+ends before that, its warnings go to stderr.
 
-A logging configuration resets and silences loggers that it does not name: vLLM's own, which names ``vllm`` and so takes the
-levels of all its children, and one of an operator (``VLLM_LOGGING_CONFIG_PATH``). So this logger keeps its level and its voice
-by itself, and nothing has to be set again after a configuration, however often one comes.
+A logging configuration resets and disables loggers that it does not name. vLLM's own names ``vllm`` and so sets the levels
+of all its children; an operator can set another one (``VLLM_LOGGING_CONFIG_PATH``). So this logger keeps its level by
+itself and cannot be disabled. Nothing has to be set again after a configuration.
 
-Where vLLM logs JSON (``--logging-config.formatter json``, or a formatter in ``VLLM_LOGGING_CONFIG_PATH``), what a record
-has in `FIELD` comes out as a field of its line.
+If vLLM logs JSON (``--logging-config.formatter json``, or a formatter in ``VLLM_LOGGING_CONFIG_PATH``), the content of a
+record's `FIELD` becomes a field of its line.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from typing import Any
 
 from overlay import __version__
 
-#: vLLM's function that sets its handlers, in every release; from 0.31.0 on it is not called at import.
+#: vLLM's function that sets its handlers, in every release. From 0.31.0 on the import does not call it.
 CONFIGURE = "_configure_vllm_root_logger"
-#: The attribute of a record that holds what a machine reads of it.
+#: The attribute of a record that holds its data for machines.
 FIELD = "overlay"
 
 _held: logging.handlers.MemoryHandler | None = None
 
 
 class _Logger(logging.Logger):
-    """Whoever names this logger sets its level; to whoever does not it keeps the chosen one, and cannot be disabled."""
+    """A configuration that names this logger sets its level. Any other leaves it at the chosen level. It cannot be
+    disabled.
+    """
 
     chosen = logging.NOTSET  #: VLLMOVERLAY_LOG_LEVEL
 
@@ -53,7 +55,7 @@ logger.__class__ = _Logger
 
 
 def fields(event: str, **facts: Any) -> dict[str, Any]:
-    """The `extra` of a record: which event it is, of which overlay, and facts that JSON can hold."""
+    """The `extra` of a record: the event, the overlay's version, and facts that JSON can hold."""
     return {FIELD: {"event": event, "version": __version__, **facts}}
 
 
@@ -86,9 +88,9 @@ def release_when_configured(vllm_logger: ModuleType) -> None:
 
 
 def release() -> None:
-    """vLLM's handlers are there: hand over what was held, and everything from now on."""
+    """vLLM's handlers are set: pass on the held records, and send later ones directly."""
     for held in _let_go():
-        # Made anew: vLLM's formatter wants what vLLM's own factory puts into a record (0.31.0 and later).
+        # Made anew, because vLLM's formatter needs the attributes that vLLM's own factory adds (0.31.0 and later).
         extra = {name: value for name, value in vars(held).items() if name == FIELD}
         record = logger.makeRecord(
             held.name,
@@ -102,12 +104,12 @@ def release() -> None:
             extra,
         )
         record.created, record.msecs = held.created, held.msecs
-        if logger.isEnabledFor(record.levelno):  # a configuration may have named this logger meanwhile
+        if logger.isEnabledFor(record.levelno):  # a configuration may have set another level meanwhile
             logger.handle(record)
 
 
 def give_up() -> None:
-    """Nobody will call `release`: what was held goes to stderr, warnings and worse."""
+    """`release` will not be called: write the held warnings and errors to stderr."""
     for record in _let_go():
         if record.levelno >= logging.WARNING:
             sys.stderr.write(f"{record.levelname} {record.name}: {record.getMessage()}\n")
@@ -118,7 +120,7 @@ def _let_go() -> list[logging.LogRecord]:
     if _held is None:
         return []
     held, _held = _held, None
-    if held in logger.handlers:  # else a configuration has seen to both
+    if held in logger.handlers:  # else a configuration has already changed both
         logger.removeHandler(held)
         logger.propagate = True
     return held.buffer

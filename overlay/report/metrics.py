@@ -1,17 +1,17 @@
-"""What the overlay does, on the ``/metrics`` that vLLM's API server has already.
+"""The overlay's metrics, on the ``/metrics`` that vLLM's API server already has.
 
 - ``vllm_overlay_info{version,vllm,fingerprint}``: 1
 - ``vllm_overlay_patch_state{process,patch,state}``: 1 for the state that the patch has in the process
 - ``vllm_overlay_layers{process,patch,state="patched"|"refused"}``: a number of layers
-- ``vllm_overlay_calls_total{process,patch,kind,strategy}``: calls of the op; `kind` is ``dual_stream``, ``fused`` or
-  ``serial``, to add up by; `strategy` is the same with the reason, ``serial: <why>``
-- ``vllm_overlay_tuning_seconds{process,patch,source="measured"|"read"}``: what the plans took at start
+- ``vllm_overlay_calls_total{process,patch,kind,strategy}``: calls of the op. `kind` is ``dual_stream``, ``fused`` or
+  ``serial``, for sums. `strategy` is the same, but ``serial: <why>`` has the reason
+- ``vllm_overlay_tuning_seconds{process,patch,source="measured"|"read"}``: seconds that the plans took at start
 
-`process` is what vLLM calls the process (``VllmWorker-0``, ``EngineCore_DP0``), not its number: a restart makes no new
-series. Inside a CUDA graph a call is counted when it is captured, and a replay calls nothing.
+`process` is vLLM's name for the process (``VllmWorker-0``, ``EngineCore_DP0``), not its number, so a restart makes no new
+series. A call inside a CUDA graph is counted when the graph is captured; a replay makes no call.
 
-The counters live in the workers and the route in the API server, so a scrape reads the workers' journals: nothing is sent
-between processes, nothing happens unless somebody scrapes, and the numbers are about a second old.
+The counters live in the workers and the route in the API server, so a scrape reads the workers' journals. Nothing is sent
+between processes, nothing happens without a scrape, and the numbers are about a second old.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _shown: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def publish(module: ModuleType) -> None:
-    """Add the overlay's metrics to every registry that is shown on the route from now on.
+    """Add the overlay's metrics to every registry that the route shows from now on.
 
-    One API server shows the registry that vLLM's function gives out. With several, the library that makes the route
+    One API server shows the registry that vLLM's function returns. With several, the library that makes the route
     (prometheus_fastapi_instrumentator) makes a registry per scrape instead, and gives it to prometheus_client's collector
-    of all processes; so that one is waited for, too.
+    of all processes. So that collector is wrapped too.
     """
     import wrapt
     from prometheus_client import multiprocess
@@ -69,7 +69,7 @@ def publish(module: ModuleType) -> None:
 
 
 def _show(registry: Any) -> None:
-    """Once per registry; one that will not have it stays as it is."""
+    """Add the metrics once per registry. A registry that refuses them stays as it is."""
     try:
         if registry not in _shown:
             _shown.add(registry)
@@ -79,18 +79,18 @@ def _show(registry: Any) -> None:
 
 
 class Collector:
-    """A custom collector of prometheus_client: asked at each scrape, and never the reason that one fails."""
+    """A custom collector of prometheus_client. Each scrape calls it, and it never makes a scrape fail."""
 
     def __init__(self) -> None:
         self._failed = False
 
     def describe(self) -> list[Any]:
-        """The names, so that a registry can tell what is whose without reading a file."""
+        """The names of the metrics. With them a registry need not call `collect`, which reads files."""
         return _families([])
 
     def collect(self) -> list[Any]:
         try:
-            journal.write()  # this process may have no thread that does it
+            journal.write()  # this process may have no thread that writes it
             return _families(of_this_server(journal.folder))
         except Exception as error:
             if not self._failed:
@@ -102,10 +102,10 @@ class Collector:
 def of_this_server(folder: str | None) -> list[reader.Journal]:
     """The journals of the living processes that belong to this process's server, in the order of their start.
 
-    What links the processes of a server is who started whom. The environment would not do: everything that a launcher
-    starts has the same. From this process the way goes up to the first whose descendants run an engine: vLLM's additional
-    API servers are siblings of theirs, but the servers that a supervisor or a launcher starts have one each. It does not
-    go above or below into a server that somebody has started as a program of its own.
+    Processes of a server are found by who started whom. The environment would not do, because everything that a launcher
+    starts has the same one. The search goes from this process up to the first process whose descendants run an engine.
+    vLLM's additional API servers are siblings of the engines, but each server that a supervisor or a launcher starts has an
+    engine of its own. The search enters no server, above or below, that was started as a program of its own.
     """
     if folder is None:
         return []
@@ -125,7 +125,7 @@ def _server_of(process_id: int, living: dict[int, reader.Journal]) -> list[reade
 
 
 def _line(one: reader.Journal, living: dict[int, reader.Journal]) -> list[int]:
-    """The process and those that it descends from, up to the one that somebody has started as a program of its own."""
+    """The process and its ancestors, up to the first one that was started as a program of its own."""
     line = [one.process_id]
     while one.role not in (API_SERVER, MAIN) and one.parent in living:
         parent = living[one.parent]
@@ -142,7 +142,7 @@ def _runs_an_engine(one: reader.Journal) -> bool:
 
 
 def _families(journals: list[reader.Journal]) -> list[Any]:
-    """prometheus_client's metric families of these journals; processes of one name are added up."""
+    """prometheus_client's metric families of these journals. Processes of one name are added up."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
     info = InfoMetricFamily("vllm_overlay", "The overlay in this server, and the fingerprint of what it applied.")
@@ -158,7 +158,7 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
     tuning = GaugeMetricFamily(
         "vllm_overlay_tuning_seconds", "What the plans took at start.", labels=["process", "patch", "source"]
     )
-    # A process that holds no layers has imported another part of vLLM, and so has another fingerprint.
+    # A process without layers has imported other parts of vLLM, and so has another fingerprint.
     telling = [one for one in journals if one.layers] or journals[:1]
     builds = {(one.overlay or __version__, one.vllm or "", one.fingerprint or "") for one in telling}
     for version, vllm, fingerprint in sorted(builds):
@@ -190,5 +190,5 @@ def _families(journals: list[reader.Journal]) -> list[Any]:
 
 
 def _label(text: str) -> str:
-    """Short, and something that can be encoded: one label that cannot would take the whole page down."""
+    """A short label that can be encoded. One that cannot would make the whole page fail."""
     return text.encode("utf-8", "replace").decode()[:_LONGEST_LABEL]

@@ -1,4 +1,4 @@
-"""Whether the folder of the journals is this user's own."""
+"""Checks that the folder of the journals belongs to this user."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NotOurs(OSError):
-    """A folder for journals that others can write, or choose."""
+    """A folder for journals that others can write to, or that others chose."""
 
 
 def check_own_folder(folder: str) -> None:
-    """Raise NotOurs unless the existing `folder` is this user's own, and closed to the writing of others.
+    """Raise NotOurs unless the existing `folder` belongs to this user and nobody else but root can write to it.
 
-    The default name in /tmp can be foreseen, so anybody may have made it first, or a link to a folder where this user's
-    files could be replaced by journals.
+    The default name in /tmp can be guessed. So anybody may have made it first, or have made a link to a folder where
+    journals would replace this user's files.
     """
     user = os.geteuid()
     entry = os.lstat(folder)

@@ -1,16 +1,15 @@
-"""Which process a file is of, and whether that process still runs.
+"""Which process a file belongs to, and whether that process still runs.
 
-A process number alone does not say it: every container has a process 1, numbers are given out again, and wall clocks are
-set. On Linux four facts name one process for ever: the boot of the kernel, the pid namespace, the number in that
-namespace, and the tick of the boot at which the process started. They are in the file's name, so that nobody has to read
-a file to know whose it is.
+A process number alone is not enough: every container has a process 1, numbers are reused, and wall clocks are set. On Linux
+four facts name one process for ever: the boot of the kernel, the pid namespace, the number in that namespace, and the tick
+of the boot at which the process started. They are in the file's name, so nobody has to read a file to know its process.
 
-In its own namespace a process is found in /proc by number and start. From another namespace of the same host its number
-means nothing; there the lock (flock) tells that the writer holds on its file: the kernel takes it back when the process
-ends, however it ends. Nothing here asks a clock. Another boot, which is another host or the time before a restart,
-cannot be asked at all.
+A process in the same namespace is found in /proc by number and start. In another namespace of the same host its number
+means nothing. There the lock (flock) that the writer holds on its file tells whether it runs, because the kernel releases
+the lock however the process ends. Nothing here uses a clock. Of another boot (another host, or this one before a restart)
+nothing can be said.
 
-The command line and a server read with this, too: the standard library only.
+The command line and a server use this module too, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from typing import NamedTuple
 
 _BOOT_CHARACTERS = 12
 _NAME = re.compile(rf"([0-9]{{1,10}})-([0-9]{{1,20}})-([0-9]{{1,20}})-([0-9a-f]{{{_BOOT_CHARACTERS}}})\.json")
-#: Where /proc does not tell (number, random), and from overlays without identities (number, seconds since the epoch).
+#: Names without an identity: this overlay's without /proc (number, random), and an older one's (number, seconds since the
+#: epoch).
 _NAME_WITHOUT_IDENTITY = re.compile(r"[0-9]{1,10}-([0-9a-f]{32}|[0-9]{9,11})\.json")
 
 
@@ -36,7 +36,7 @@ class Identity(NamedTuple):
 
 
 def own() -> Identity | None:
-    """This process; None where /proc does not tell."""
+    """This process; None if /proc does not tell."""
     start = _started("self")
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -50,27 +50,27 @@ def own() -> Identity | None:
 
 
 def file_name(identity: Identity | None) -> str:
-    """The name of a file of this process. A process without an identity gets a name that nobody else has."""
+    """The name of a file of this process. A process without an identity gets a random name."""
     if identity is None:
         return f"{os.getpid()}-{os.urandom(16).hex()}.json"
     return f"{'-'.join(map(str, identity))}.json"
 
 
 def from_name(name: str) -> Identity | None:
-    """The process that a file is of, by its name; None where the name does not say."""
+    """The process that a file belongs to, by its name; None if the name does not say it."""
     found = _NAME.fullmatch(name)
     return Identity(int(found[1]), int(found[2]), int(found[3]), found[4]) if found else None
 
 
 def is_name(name: str) -> bool:
-    """Whether a file of this name is one of those that this module, or an older overlay, gives names to."""
+    """Whether this module, or an older overlay, makes names like this one."""
     return bool(_NAME.fullmatch(name) or _NAME_WITHOUT_IDENTITY.fullmatch(name))
 
 
 def runs(path: str, here: Identity | None) -> bool | None:
-    """Whether the process that this file is of, by its name, runs now on this host; `here` is `own()`.
+    """Whether the process that this file belongs to, by its name, runs now on this host. `here` is `own()`.
 
-    None where this process cannot tell: the name has no identity, or one of another boot.
+    None if this process cannot tell: the name has no identity, or one of another boot.
     """
     writer = from_name(os.path.basename(path))
     if here is None or writer is None or here.boot != writer.boot:
@@ -79,22 +79,22 @@ def runs(path: str, here: Identity | None) -> bool | None:
 
 
 def runs_beside(name: str, here: Identity | None) -> bool:
-    """Whether the process that a file of this name is of runs in the pid namespace of `here`, by /proc alone.
+    """Whether the process that a file of this name belongs to runs in the pid namespace of `here`, by /proc alone.
 
-    Where /proc tells nobody's identity, any name may be that of such a process.
+    If /proc tells no identity, only a name without one can be that of such a process.
     """
     writer = from_name(name)
     return writer is None if here is None else writer is not None and _runs_beside(writer, here)
 
 
 def number_runs(process_id: int) -> bool:
-    """Whether a process of this number runs, for a file whose name does not say more."""
+    """Whether a process of this number runs, for a file whose name says no more."""
     if not 0 < process_id < 2**31:
         return False
     try:
         os.kill(process_id, 0)
     except OSError as error:
-        return isinstance(error, PermissionError)  # another user's
+        return isinstance(error, PermissionError)  # it is another user's
     return True
 
 
@@ -104,7 +104,7 @@ def _runs_beside(writer: Identity, here: Identity) -> bool:
 
 
 def _started(number: str) -> int | None:
-    """The tick of the boot at which this process started; None where there is none, or one that has ended (a zombie)."""
+    """The tick of the boot at which this process started. None if there is no such process, or it has ended (a zombie)."""
     try:
         with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
             # The second field is the program's name in parentheses and may hold anything.
@@ -115,14 +115,14 @@ def _started(number: str) -> int | None:
 
 
 def _is_locked(path: str) -> bool:
-    """Whether somebody holds the lock of overlay.files.replace on this file."""
+    """Whether a process holds the lock of overlay.files.replace_and_lock on this file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a writer locks new files only: this is in nobody's way
-        # Replaced since it was opened: its writer has just been at it.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # blocks nobody: writers lock new files only
+        # If the file was replaced since it was opened, its writer has just written it.
         return os.fstat(descriptor).st_ino != os.stat(path).st_ino
     except BlockingIOError:
         return True

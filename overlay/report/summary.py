@@ -1,7 +1,7 @@
-"""The one INFO line of a process, as text for people and as fields for a log that is JSON.
+"""The one INFO line of a process, as text for people and as fields for a JSON log.
 
-A worker says after its warm-up what each patch did, with proof. The process of ``vllm serve``, which has no worker of its
-own and is the first in the log, says that the overlay is there at all. Every other process is silent at INFO.
+A worker logs after its warm-up what each patch did, with proof. The process of ``vllm serve`` has no worker of its own and
+logs first; it says that the overlay is there. Every other process logs nothing at INFO.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from overlay.report.journal import FUSED_CALLS, Journal, PatchRecord, role
 from overlay.vocabulary import API_SERVER, APPLY, INERT, NOT_SEEN, WITH_IT_GOES, is_removable, loses_by_removal
 
 REMOVABLE = "nothing to do in this vLLM, it can be removed"
-#: How many reasons for which layers stay stock the line names, and how much of each; the journal has all of them.
+#: How many reasons for stock layers the line names, and how many characters of each. The journal has all of them.
 _REASONS = 3
 _REASON_CHARACTERS = 80
 
 
 def say_armed(vllm_version: str | None) -> None:
-    """In the process of ``vllm serve`` only: the overlay is there, minutes before a worker can say what it did."""
+    """In the process of ``vllm serve`` only: say that the overlay is there, minutes before a worker can say what it did."""
     if role() == API_SERVER:
         log.logger.info(
             "overlay %s is armed in vLLM %s; each worker says after its warm-up what was patched",
@@ -33,7 +33,7 @@ def say_armed(vllm_version: str | None) -> None:
 
 
 def say(journal: Journal, *, removable_is_said_here: bool) -> None:
-    """What every patch of this process did."""
+    """Log what every patch of this process did."""
     patches = [_Patch(name, record.state, record) for name, record in journal.patches.items()]
     states = {patch.name: patch.state for patch in patches}
     removable = is_removable(states)
