@@ -1,4 +1,4 @@
-"""The patch. Its story is the docstring of `overlay.patches.deepseek_v4`."""
+"""The code of the patch. The docstring of `overlay.patches.deepseek_v4` tells why it is there."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from overlay.verdict import Verdict
 from overlay.vocabulary import DRIFTED
 
 NAME = "deepseek_v4"
-#: Tokens; what upstream chose in #41061 (VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD).
+#: Tokens. Upstream chose the same in #41061 (VLLM_MULTI_STREAM_GEMM_TOKEN_THRESHOLD).
 TOKEN_THRESHOLD = 1024
-#: The module global by which a compressor computes its kv_score: (tokens, hidden) bf16, (columns, hidden) bf16 to fp32.
+#: The module global that computes a compressor's kv_score: (tokens, hidden) bf16 and (columns, hidden) bf16 to fp32.
 KV_SCORE_GEMM = "cublas_gemm_bf16_bf16_fp32"
-#: The attribute that holds a layer's `InputGemms`, or None where the layer stays stock.
+#: The attribute that holds a layer's `InputGemms`, or None if the layer stays stock.
 STAGE = "_overlay_input_gemms"
 
 Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class HandoverError(RuntimeError):
-    """A result that was computed ahead was not taken exactly once, for the input that it was computed from."""
+    """A precomputed result was not taken exactly once, with the input that it was computed from."""
 
 
 class Handover:
-    """Results that are ready before upstream asks for them, each for the weight or module that upstream asks with.
+    """Results that are ready before upstream asks for them. The key of each is the weight or module with which upstream
+    asks.
 
-    One for the process: a step runs on one thread, and layers have different weights. Micro-batching, which has two
-    threads, is refused.
+    There is one for the process: a step runs on one thread, and layers have different weights. Micro-batching has two
+    threads, so it is refused.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class Handover:
         self._waiting[id(owner)] = (hidden_states, result)
 
     def take(self, owner: object, hidden_states: torch.Tensor) -> Any | None:
-        """The result that waits for `owner`, which is then gone; None where none does."""
+        """Remove and return the result for `owner`; None if there is none. Raises HandoverError for another input."""
         if not self._waiting:
             return None
         source, result = self._waiting.pop(id(owner), (hidden_states, None))
@@ -63,21 +64,21 @@ class Handover:
         return result
 
     def withdraw(self, owners: Sequence[object]) -> int:
-        """Drop what still waits for `owners`. Gives how many nobody has asked for."""
+        """Remove the results that still wait for `owners`. Returns how many there were."""
         return sum(self._waiting.pop(id(owner), None) is not None for owner in owners)
 
 
 class InputGemms:
-    """The first stage of one layer's attention: its GEMMs, and the streams and events that they run on.
+    """The first stage of one layer's attention: its GEMMs, and their streams and events.
 
-    Memory, beyond what overlay.side_work.streams says: a kv_score is allocated on one of our streams and read on the main stream or
-    on upstream's auxiliary stream, which upstream joins before attention_impl goes on. Our streams get nothing to do
-    until the next layer's fork, whose start event is recorded on the main stream later than that join.
+    Memory, beyond the contract of overlay.side_work.streams: a kv_score is allocated on one of our streams. It is read on
+    the main stream or on upstream's auxiliary stream, and upstream joins that one before attention_impl goes on. Our
+    streams get no work until the next layer's fork, and its start event is recorded on the main stream after that join.
 
     Scratch memory: ``fused_wqa_wkv`` is the only quantized GEMM here. The others are bf16 GEMMs of cuBLAS (`make_stage`
-    refuses anything else), which keeps concurrent calls apart: torch gives a workspace per handle and stream, and
-    for the kv_score, whose binding sets the stream once more and so drops torch's workspace, cuBLAS takes its own pool.
-    Upstream has the same four next to each other since 0.20.1.
+    refuses anything else), and cuBLAS keeps concurrent calls apart. torch gives a workspace to each handle and stream. The
+    binding of the kv_score sets the stream once more, which drops torch's workspace, and then cuBLAS takes its own pool.
+    Upstream has run the same four next to each other since 0.20.1.
     """
 
     def __init__(self, layer: torch.nn.Module, gemm: Gemm, handover: Handover, plan: Plan, record: PatchRecord) -> None:
@@ -97,16 +98,16 @@ class InputGemms:
         positions: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """All of upstream's attention for (tokens, hidden) input, which is written to `out`.
+        """All of upstream's attention for (tokens, hidden) input. It is written to `out`.
 
-        Raises HandoverError where upstream has not taken every result.
+        Raises HandoverError if upstream has not taken every result.
         """
         reason = self._reason_for_serial(hidden_states)
         if reason is None:
             self._record.calls.dual_stream += 1
         else:
             self._record.calls.count_serial(reason)
-            if hidden_states.is_cuda:  # the others where upstream has them: some of them run on its own stream there
+            if hidden_states.is_cuda:  # upstream computes the others, some of them on its own stream
                 qr_kv, _ = layer.fused_wqa_wkv(hidden_states)
                 attention_impl(layer, hidden_states, *_split(layer, qr_kv), positions, out)
                 return
@@ -124,7 +125,7 @@ class InputGemms:
             raise HandoverError(f"{left} of the results that were computed ahead have not been asked for")
 
     def _auxiliary_work(self, hidden_states: torch.Tensor) -> tuple[tuple[object, ...], list[Callable[[], Any] | None]]:
-        """Whom each slot's result is for, and how it is computed; None where the layer has no such GEMM."""
+        """For each slot the owner of its result, and how it is computed. None if the layer has no such GEMM."""
         gemm, indexer = self._gemm, self._indexer
         weight = self._compressor.fused_wkv_wgate.weight
         if indexer is None:
@@ -139,7 +140,7 @@ class InputGemms:
     def _reason_for_serial(self, hidden_states: torch.Tensor) -> str | None:
         if not self._met:
             self._met = True
-            if self._indexer is not None:  # now, when anything that puts a wrapper in its place has done so
+            if self._indexer is not None:  # now, because other code that wraps it has done so by now
                 answer_from(self._handover, self._indexer.weights_proj)
         if not hidden_states.is_cuda:
             return PASS_THROUGH
@@ -147,7 +148,7 @@ class InputGemms:
             if torch.cuda.is_current_stream_capturing():
                 return "no call before the capture"
             self.region.prepare(hidden_states.device)
-            # What libraries allocate on a stream's first use must not be allocated during capture; one row will do.
+            # Libraries allocate memory on a stream's first use, which must not happen during a capture. One row is enough.
             self.region.run(lambda: None, self._auxiliary_work(hidden_states[:1])[1])
         return self._plan.reason_for_serial(hidden_states.shape[0])
 
@@ -157,7 +158,7 @@ def _split(layer: torch.nn.Module, qr_kv: torch.Tensor) -> Any:
 
 
 def answer_from(handover: Handover, projection: torch.nn.Module) -> None:
-    """Let one linear give a result that waits for it, instead of computing it. It never runs inside a trace."""
+    """Make one linear return a result that waits for it, instead of computing it. It never runs inside a trace."""
     compute = projection.forward
 
     def forward(hidden_states: torch.Tensor) -> Any:
@@ -168,7 +169,7 @@ def answer_from(handover: Handover, projection: torch.nn.Module) -> None:
 
 
 def answering_gemm(handover: Handover, compute: Gemm) -> Gemm:
-    """The kv_score GEMM that gives a result that waits for its weight, instead of computing it."""
+    """A kv_score GEMM that returns the result that waits for its weight, instead of computing it."""
 
     @functools.wraps(compute)
     def gemm(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -181,8 +182,8 @@ def answering_gemm(handover: Handover, compute: Gemm) -> Gemm:
 class WithoutItsGemm(StandIn):
     """Stand-in for `self` in upstream's traced forward. Its one GEMM gives a placeholder.
 
-    The placeholder has no rows and so no memory, and vLLM's CUDA graph wrapper leaves it alone (it looks at tensors with
-    elements only).
+    The placeholder has no rows and so no memory. vLLM's CUDA graph wrapper ignores it, because it looks only at tensors
+    with elements.
     """
 
     def fused_wqa_wkv(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -196,7 +197,7 @@ def postponing(layer: torch.nn.Module) -> Any:
 
 
 def project_at_once(original: Callable[..., None]) -> Callable[..., None]:
-    """A function to set on the class in the place of `attention_impl`, which upstream's op calls."""
+    """A function that replaces the class's `attention_impl`, which upstream's op calls."""
 
     @functools.wraps(original)
     def attention_impl(
@@ -219,9 +220,9 @@ def project_at_once(original: Callable[..., None]) -> Callable[..., None]:
 def make_stage(
     layer: torch.nn.Module, module: ModuleType, gemm: Gemm, handover: Handover, plan: Plan, record: PatchRecord
 ) -> tuple[InputGemms, dict[str, int]]:
-    """The stage of a freshly made layer, and its sizes for the journal: columns of each GEMM.
+    """The stage of a new layer, and its sizes for the journal: columns of each GEMM.
 
-    Raises StaysStock with the reason where the layer must stay stock, and ValueError where its sizes do not agree.
+    Raises StaysStock with the reason if the layer must stay stock, and ValueError if its sizes do not agree.
     """
     config = get_current_vllm_config()
     compressor, indexer = layer.compressor, layer.indexer
@@ -235,7 +236,7 @@ def make_stage(
     for part in compressors:
         if type(part) is not module.DeepseekCompressor:
             raise StaysStock(f"its compressor is a {type(part).__qualname__} of {type(part).__module__}")
-    sizes = {"qr_kv": layer.fused_wqa_wkv.output_size_per_partition}  # not sharded: whole on every rank
+    sizes = {"qr_kv": layer.fused_wqa_wkv.output_size_per_partition}  # not sharded: every rank has all of it
     if sizes["qr_kv"] != layer.q_lora_rank + layer.head_dim:
         raise ValueError(
             f"fused_wqa_wkv gives {sizes['qr_kv']} columns, but it is split into {layer.q_lora_rank} and {layer.head_dim}"
@@ -250,7 +251,7 @@ def make_stage(
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
-    """Intercept the class of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
+    """Intercept the class of `verdict` in a module that has just been executed. Returns the verdict that holds here."""
     inert = inert_without_cuda(verdict, settings.serial_pass_through)
     if inert is not None:
         return inert
@@ -276,6 +277,6 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     setattr(compressors, KV_SCORE_GEMM, answering_gemm(handover, gemm))
     target.forward = with_stand_in(target.__dict__["forward"], postponing)
     target.attention_impl = project_at_once(target.__dict__["attention_impl"])
-    # Last, because everything before it changes nothing for a layer without a stage.
+    # Last, because everything before has no effect on a layer without a stage.
     wrapt.wrap_function_wrapper(target, "__init__", after_init)
     return verdict

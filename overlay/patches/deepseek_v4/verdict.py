@@ -1,7 +1,7 @@
-"""The verdict for DeepSeek-V4's input GEMMs: can their results be computed ahead and handed to upstream's own code?
+"""The verdict for DeepSeek-V4's input GEMMs: can their results be computed first and handed to upstream's own code?
 
-The patch relies on more places than one: a traced forward that only passes the first GEMM's result on, an attention_impl
-that asks compressor and indexer once each, and these two, which each run one GEMM of the attention's input. All are read.
+The patch relies on several places, and all are read. The traced forward only passes the first GEMM's result on.
+attention_impl calls compressor and indexer once each. These two run each of their GEMMs of the attention's input once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from overlay.verdict.questions import (
 )
 from overlay.vocabulary import APPLY, DRIFTED, LANDED
 
-#: Where the attention has lived: from vLLM 0.22.0, and 0.20.0 to 0.21.0.
+#: The attention's module from vLLM 0.22.0 on, and from 0.20.0 to 0.21.0.
 MODULES = ("vllm.models.deepseek_v4.attention", "vllm.model_executor.layers.deepseek_v4_attention")
-#: The model itself, in case its attention moves again.
+#: Shows that this vLLM has the model, in case its attention moves again.
 WITNESS = in_model_registry("deepseek_v4")
 COMPRESSOR_MODULE = "vllm.model_executor.layers.deepseek_compressor"
 STREAMS_MODULE = "vllm.utils.multi_stream_utils"
@@ -40,8 +40,8 @@ KV_SCORE_GEMM = "cublas_gemm_bf16_bf16_fp32"
 OP = "deepseek_v4_attention"
 ATTENTION_PARAMETERS = ["self", "hidden_states", "qr", "kv", "positions", "out"]
 PARALLEL = "maybe_execute_in_parallel"
-#: What nobody will change any more, since upstream has its own overlap: the code of vLLM 0.20.0, by its fingerprint. In ASKS
-#: `attention_impl` asks compressor and indexer, or the compressor alone, in functions that `maybe_execute_in_parallel` runs once.
+#: The code of vLLM 0.20.0 by its fingerprint. It will not change any more, because upstream has its own overlap. The code
+#: of ASKS calls compressor and indexer, or the compressor alone, in functions that `maybe_execute_in_parallel` runs once.
 OPS = {OP: "a054a48871990b2d", f"{OP}_fake": "ed122ed4fb597f85"}
 ASKS = "76419109ce75dd66"
 
@@ -129,7 +129,7 @@ def _judge_attention(tree: SourceTree, source: Source, module: str) -> Verdict:
 
 
 def _check_forward(forward: Function) -> None:
-    """The first GEMM's result is split and goes into the op, and nowhere else."""
+    """The first GEMM's result is split and passed to the op, and used nowhere else."""
     check_self(forward)
     _check_input(forward)
     call = _only_call(forward, PROJECTION, uses_of(forward, PROJECTION))
@@ -160,14 +160,14 @@ def _check_forward(forward: Function) -> None:
 
 
 def _check_op(module: ast.Module) -> None:
-    """The op hands on what it was given; its fake looks at no input."""
+    """The op passes on what it gets; its fake reads no input."""
     for name, known in OPS.items():
         if fingerprint(plain_function(module.body, name)) != known:
             raise Drift(plain_function(module.body, name), f"{name} is not the one of vLLM 0.20.0")
 
 
 def _check_attention_impl(method: Function) -> None:
-    """Compressor and indexer are asked once each, always, with the untouched input."""
+    """Compressor and indexer are called once each, in every call, with the unchanged input."""
     arguments = method.args
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     if names != ATTENTION_PARAMETERS or arguments.vararg or arguments.kwarg or arguments.kwonlyargs:
@@ -186,7 +186,7 @@ def _check_attention_impl(method: Function) -> None:
 
 
 def _check_indexer(forward: Function) -> None:
-    """The indexer's two GEMMs of the input, each run once, before anything else has the input in hand."""
+    """The indexer's two GEMMs of the input run once each, before anything else uses the input."""
     _check_input(forward)
     asked = []
     last = 0
@@ -200,7 +200,9 @@ def _check_indexer(forward: Function) -> None:
 
 
 def _check_compressor(source: Source) -> None:
-    """The compressor's one GEMM: a function of its module, on its input and its linear's weight, before anything else."""
+    """The compressor's one GEMM is a function of its module. It gets the input and the linear's weight, before anything
+    else does.
+    """
     module = parse_but_for(source, COMPRESSOR)
     forward = _plain_methods(module, COMPRESSOR, "forward")["forward"]
     imported = binders(module.body, KV_SCORE_GEMM)
@@ -222,8 +224,10 @@ def _check_compressor(source: Source) -> None:
 
 
 def _check_join(module: ast.Module) -> None:
-    """Upstream's own auxiliary stream, which reads our results, is joined before attention_impl goes on: the branch for it
-    leaves at its end only, and its last act is to wait for the event behind the auxiliary stream's work."""
+    """Upstream's own auxiliary stream, which reads our results, is joined before attention_impl goes on.
+
+    The branch for that stream leaves only at its end, and its last statement waits for the event behind the stream's work.
+    """
     function = plain_function(module.body, PARALLEL)
     tests = [node for node in ast.walk(function) if isinstance(node, ast.If)]
     branch = next((node.body for node in tests if "aux_stream is not None" in ast.unparse(node.test)), None)
@@ -243,13 +247,13 @@ def _check_join(module: ast.Module) -> None:
 
 
 def _plain_methods(module: ast.Module, class_name: str, *names: str) -> dict[str, Function]:
-    """The methods of a class, each defined once and plainly, and changed by nothing that follows."""
+    """The methods of a class. Each is defined once and plainly, and nothing changes it later."""
     class_node = plain_class(module, class_name)
     return {name: plain_function(class_node.body, name) for name in names}
 
 
 def _check_input(method: Function) -> None:
-    """The input is a parameter and keeps its name."""
+    """The input is a parameter and is not bound again."""
     if "hidden_states" not in [argument.arg for argument in method.args.args]:
         raise Drift(method, f"{method.name} takes no hidden_states")
     if _stores(method, "hidden_states"):
@@ -257,7 +261,7 @@ def _check_input(method: Function) -> None:
 
 
 def _check_untouched_until(method: Function, last: int, name: str, asked: list[ast.expr]) -> None:
-    """No statement up to `last` leaves the method or has the input in hand, but for the known calls."""
+    """No statement up to `last` leaves the method or uses the input, except in the known calls."""
     early = leaving(method.body[: last + 1])
     if early is not None:
         raise Drift(early, f"{method.name} may end before its GEMM")
@@ -267,7 +271,7 @@ def _check_untouched_until(method: Function, last: int, name: str, asked: list[a
 
 
 def _only_call(method: Function, name: str, uses: Sequence[ast.AST]) -> ast.Call:
-    """The one call of something, and its only use."""
+    """The one call of something, which is also its only use."""
     calls = [node for node in ast.walk(method) if isinstance(node, ast.Call) and node.func in uses]
     if len(uses) != 1 or len(calls) != 1:
         raise Drift(
@@ -277,7 +281,9 @@ def _only_call(method: Function, name: str, uses: Sequence[ast.AST]) -> ast.Call
 
 
 def _statement_of(method: Function, call: ast.Call) -> ast.stmt:
-    """The statement that is this call or assigns its result, at the top level of the method: run once, always."""
+    """The statement that is this call or assigns its result. It is at the top level of the method, so it always runs, and
+    once.
+    """
     for statement in method.body:
         if isinstance(statement, (ast.Assign, ast.Expr)) and statement.value is call:
             return statement
@@ -301,7 +307,7 @@ def _is_load(node: ast.AST, name: str) -> bool:
 
 
 def _stores(root: ast.AST, name: str) -> int:
-    """How often a name is bound, deleted or declared in a function, but for its parameters."""
+    """How often a name is bound, deleted or declared in a function; its parameters do not count."""
     found = 0
     for node in ast.walk(root):
         if isinstance(node, ast.Name):

@@ -1,4 +1,4 @@
-"""The patch. Its story is the docstring of `overlay.patches.frame_stack`."""
+"""The code of the patch. The docstring of `overlay.patches.frame_stack` tells why it is there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NAME = "frame_stack"
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
-    """Have the loops of a module that has just been executed run with room. Gives the verdict that holds here.
+    """Have the loops of a module that has just been executed run above a large frame. Returns the verdict that holds here.
 
-    Raises AttributeError where the module lacks a loop.
+    Raises AttributeError if the module lacks a loop.
     """
     if not room.is_needed():
         python = f"{platform.python_implementation()} {platform.python_version()}"

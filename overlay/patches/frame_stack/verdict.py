@@ -1,4 +1,4 @@
-"""The verdict for frame_stack: are vLLM's loops where they can be wrapped, and do they stay in one call?"""
+"""The verdict for frame_stack: are vLLM's loops where they can be wrapped, and does each run in one call?"""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from overlay.vocabulary import APPLY
 #: The package of all loops.
 PACKAGE = "vllm.v1"
 MODULES = tuple(LOOPS)
-#: Who starts the engine cores.
+#: The module that starts the engine cores.
 WITNESS = Witness("vllm.v1.engine.core_client", "class DPLBAsyncMPClient", r"vllm\.v1\.engine\.core import")
 
 
 def judge(tree: SourceTree) -> Verdict:
-    """The verdict for one vLLM, read from its sources without importing it. It cannot know which Python will run that."""
+    """The verdict for one vLLM, read from its sources without importing it. It does not know which Python will run that
+    vLLM.
+    """
     if not any(map(tree.has, MODULES)):
         lost = f"this vLLM has engine cores, but they are not in {MODULES[0]}"
         return without_target(tree, WITNESS, absent="this vLLM has no processes of its own with a loop", lost=lost)
@@ -40,7 +42,7 @@ def judge(tree: SourceTree) -> Verdict:
 def _line_of_loop(source: Source, name: str) -> int:
     """The line of a method that holds a loop. Raises Drift unless it is there once, is not asynchronous, and loops.
 
-    An asynchronous one would return at once, before its frames are there. The class alone is parsed.
+    An asynchronous method would return at once, before its frames exist. Only the class is parsed.
     """
     class_name, _, method = name.partition(".")
     class_node = cut(source, class_name)

@@ -1,4 +1,4 @@
-"""The patch. Its story is the docstring of `overlay.patches.pooling`."""
+"""The code of the patch. The docstring of `overlay.patches.pooling` tells why it is there."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from overlay.side_work.adoption import StaysStock, adopt, inert_without_cuda
 from overlay.verdict import Verdict
 
 NAME = "pooling"
-#: vLLM's own executors. Each knows the asynchronous output; somebody's own class may not.
+#: vLLM's own executors. Each knows the asynchronous output; a user's own class may not.
 EXECUTORS = ("uni", "mp", "ray", "external_launcher")
 NOTHING_FINISHED = "no request of the step has finished"
-#: The attribute that says of a runner whether `_pool` is to give the asynchronous output.
+#: The attribute of a runner: whether its `_pool` is to give the asynchronous output.
 ADOPTED = "_overlay_gives_asynchronous_output"
 
 
 def executor_of(runner: Any) -> str:
-    """The name of the executor that will ask this runner's output for its result at once. Raises StaysStock if none does.
+    """The name of the executor that will ask for the result of this runner's output at once. Raises StaysStock if none
+    does.
 
-    Raises AttributeError where the runner lacks what the patch flips or fills.
+    Raises AttributeError if the runner lacks the flag that the patch sets, or the stream that it makes.
     """
     if {"use_async_scheduling", "async_output_copy_stream"} - set(vars(runner)):
         raise AttributeError("the runner has no flag or no copy stream of its own")
@@ -46,7 +47,7 @@ def executor_of(runner: Any) -> str:
 
 
 def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict:
-    """Intercept the runner of `verdict` in a module that has just been executed. Gives the verdict that holds here."""
+    """Intercept the runner of `verdict` in a module that has just been executed. Returns the verdict that holds here."""
     inert = inert_without_cuda(verdict, serial_pass_through=False)
     if inert is not None:
         return inert
@@ -81,6 +82,6 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
         return output
 
     wrapt.wrap_function_wrapper(target, "_pool", pool)
-    # Last, because `_pool` is upstream's own for a runner that has not been adopted.
+    # Last, because `_pool` acts like upstream's for a runner that has not been adopted.
     wrapt.wrap_function_wrapper(target, "__init__", after_init)
     return verdict

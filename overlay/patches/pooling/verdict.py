@@ -1,4 +1,4 @@
-"""The verdict for pooling: does one flag, and nothing else, decide whether `_pool` gives the asynchronous output?"""
+"""The verdict for pooling: does one flag alone decide whether `_pool` gives the asynchronous output?"""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from overlay.vocabulary import APPLY, LANDED
 
 MODULE = "vllm.v1.worker.gpu_model_runner"
 MODULES = (MODULE,)
-#: Who makes the runner.
+#: The module that makes the runner.
 WITNESS = Witness("vllm.v1.worker.gpu_worker", "def init_worker_distributed_environment(", "gpu_model_runner")
 RUNNER, METHOD = "GPUModelRunner", "_pool"
-#: Upstream's own class: it copies on a stream of its own, and who asks for the result waits for an event.
+#: Upstream's own class. It copies on a stream of its own, and whoever asks for the result waits for an event.
 OUTPUT = "AsyncGPUPoolingModelRunnerOutput"
-#: What `_pool` reads, and the patch makes true around a call.
+#: The flag that `_pool` reads. The patch makes it true during a call.
 FLAG = "use_async_scheduling"
 STREAM = "async_output_copy_stream"
 COPY, SYNC = "_copy_pooler_output_to_cpu", "_sync_device"
 RESULT, RAW, MASK = "model_runner_output", "raw_pooler_output", "finished_mask"
-#: What takes a worker's output, in the worker's own process: each has to know the asynchronous one.
+#: The modules that take a worker's output in the worker's own process. Each has to know the asynchronous output.
 EXECUTORS = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.executor.multiproc_executor",
@@ -68,7 +68,7 @@ class _Place(ast.AST):
 
 
 def _pool(source: Source) -> Function:
-    """`_pool`, if the class has one plain definition of it and nothing takes its place. Raises Drift."""
+    """`_pool`, if the class has one plain definition of it and nothing replaces that. Raises Drift."""
     text = source.text
     class_start = _only(text, f"\nclass {RUNNER}")
     start = _only(text, f"\n    def {METHOD}")
@@ -95,7 +95,7 @@ def _pool(source: Source) -> Function:
 
 
 def _mentions(text: str, name: str) -> Iterator[int]:
-    """Where `name` stands as a whole word. str.find goes through the file ten times as fast as a regular expression."""
+    """Where `name` stands as a whole word. str.find reads the file ten times as fast as a regular expression."""
     at = text.find(name)
     while at >= 0:
         end = at + len(name)
@@ -115,7 +115,7 @@ def _only(text: str, definition: str) -> int:
 
 
 def _line(text: str, offset: int) -> str:
-    """The line in which `offset` lies; a newline belongs to the line that it ends."""
+    """The line in which `offset` lies. A newline belongs to the line that it ends."""
     end = text.find("\n", offset)
     return text[text.rfind("\n", 0, offset) + 1 : end if end >= 0 else len(text)]
 
@@ -124,7 +124,7 @@ def _line(text: str, offset: int) -> str:
 
 
 def _check_pool(pool: Function) -> None:
-    """Raise Drift unless making the flag true around a call does one thing: the asynchronous output is returned."""
+    """Raise Drift unless a true flag during a call has one effect: the asynchronous output is returned."""
     _check_self(pool)
     reads = uses_of(pool, FLAG)
     if len(reads) != 1:
@@ -148,7 +148,7 @@ def _check_pool(pool: Function) -> None:
 
 
 def _check_self(pool: Function) -> None:
-    """Nothing that is called may read the flag: `self` is not handed out, and no method of it is called but the sync."""
+    """Nothing that is called may read the flag: `self` is not passed on, and no method of it is called except the sync."""
     check_self(pool)
     for node in ast.walk(pool):
         if isinstance(node, ast.Call) and attribute_of_self(node.func) and node.func.attr != SYNC:  # type: ignore[attr-defined]
@@ -158,7 +158,7 @@ def _check_self(pool: Function) -> None:
 
 
 def _check_synchronous(after: list[ast.stmt], given: dict[str, ast.expr], choice: ast.stmt) -> None:
-    """The way without the flag: the same copy of the same tensors into the same result, a device sync, the result."""
+    """The code without the flag: the same copy of the same tensors into the same result, a device sync, and the result."""
     if len(after) != 3:
         raise Drift(
             after[0] if after else choice, f"{METHOD} has {len(after)} statements after the choice, known are 3"
@@ -185,13 +185,13 @@ def _check_synchronous(after: list[ast.stmt], given: dict[str, ast.expr], choice
 
 
 def _returned_output(block: list[ast.stmt]) -> ast.Call | None:
-    """The call of upstream's class, where returning it is all that a block does."""
+    """The call of upstream's class, if a block only returns that call."""
     value = block[0].value if len(block) == 1 and isinstance(block[0], ast.Return) else None
     return value if isinstance(value, ast.Call) and getattr(value.func, "id", "") == OUTPUT else None
 
 
 def _keywords(call: ast.Call) -> dict[str, ast.expr]:
-    """The arguments of a call by name; nothing where one has no name."""
+    """The arguments of a call by name. Empty if one has no name."""
     if call.args or not all(keyword.arg for keyword in call.keywords):
         return {}
     return {str(keyword.arg): keyword.value for keyword in call.keywords}
@@ -202,7 +202,7 @@ def _is_same(node: ast.expr, other: ast.expr) -> bool:
 
 
 def _check_landed(pool: Function) -> None:
-    """Raise Drift unless the method ends with the asynchronous output, and only other platforms leave before."""
+    """Raise Drift unless the method ends with the asynchronous output, and only other platforms return earlier."""
     if _returned_output(pool.body[-1:]) is None:
         raise Drift(pool.body[-1], f"{METHOD} neither asks for {FLAG} nor ends with {OUTPUT}")
     for statement in pool.body[:-1]:
@@ -219,7 +219,7 @@ def _is_other_platform(test: ast.expr) -> bool:
 
 
 def _is_of_locals(test: ast.expr) -> bool:
-    """A condition of what this step gave, as: no request has finished."""
+    """Whether a condition is about this step's own values, such as: no request has finished."""
     return not any(isinstance(node, ast.Attribute) for node in ast.walk(test))
 
 
@@ -227,7 +227,7 @@ def _is_of_locals(test: ast.expr) -> bool:
 
 
 def _check_output(source: Source) -> None:
-    """Upstream's class copies behind the main stream's work, and its result is not read before the copy is there."""
+    """Upstream's class copies after the main stream's work, and gives its result only after the copy."""
     start = _only(source.text, f"\nclass {OUTPUT}")
     node = block(source, start, start, indentation=0)
     assert isinstance(node, ast.ClassDef)
@@ -267,7 +267,7 @@ def _enters_stream(statement: ast.With) -> bool:
 
 
 def _first_call(root: ast.AST, name: str, on: str | None = None) -> ast.Call | None:
-    """The first call of a function or method of that name; `on` is the name that the method has to be of."""
+    """The first call of a function or method of that name. `on` is the name of the object whose method it has to be."""
     for node in ast.walk(root):
         if not isinstance(node, ast.Call) or name not in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
             continue
@@ -281,7 +281,7 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _check_executors(tree: SourceTree, pool: Function) -> None:
-    """Each executor asks its output what it is; one that does not would send an object with CUDA events in it."""
+    """Each executor checks the type of its output. One that does not would send an object that holds CUDA events."""
     for module in EXECUTORS:
         executor = tree.read(module)
         if executor is None or not _TAKES_THE_OUTPUT.search(executor.text):
