@@ -1,7 +1,7 @@
-"""The command line: what can be said of a vLLM before it runs (check, matrix), where it starts (doctor) and while it runs (status).
+"""The command line: tells about a vLLM before it runs (check, matrix), where it starts (doctor) and while it runs (status).
 
-It reads sources and journals and imports neither vllm nor torch. A server imports nothing of it. It needs the libraries of the
-extra ``cli``. vLLM's own image has those that `check`, `doctor` and `status` need.
+It reads sources and journals and imports neither vllm nor torch. A server imports nothing from it. It needs the libraries
+of the extra ``cli``. vLLM's own image has those that `check`, `doctor` and `status` need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands and their options. What a command does is in the module of its name, loaded when it is called."""
+"""The commands and their options. Each command's code is in the module of its name, which is loaded when it is called."""
 
 from __future__ import annotations
 

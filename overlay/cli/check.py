@@ -13,12 +13,12 @@ JSON (schema 1)::
                            "sizes": {"hidden", "qkvz", "ba"}, "linears": ["…"]}],
                "notes": ["…"], "modes": ["…"]}}
 
-`model` is there with ``--model`` only; `unknown` is the state where the checkpoint has a format that check does not know. `sizes` are
-columns per shard (gdn), `linears` what the group is of (lora_linear); `modes` says how vLLM may be served so that every layer stays
-stock; none where no layer would fork.
+`model` is present only with ``--model``. The state is `unknown` if check does not know the checkpoint's format. `sizes` are
+columns per shard (gdn). `linears` are the linears of the group (lora_linear). `modes` are the ways to serve vLLM in which
+every layer stays stock; the list is empty if no layer would fork.
 
-`removable` is true where every patch is landed or absent: then the overlay has nothing to do in this vLLM. frame_stack, which
-mends Python and lands in no vLLM, may be apply.
+`removable` is true if every patch is landed or absent: then the overlay has nothing to do in this vLLM. frame_stack may be
+apply, because it works around Python and lands in no vLLM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``check --model``: what each patch would do with a checkpoint, by its configuration and the sources of one vLLM.
 
-Nothing is loaded but JSON: neither torch nor vLLM, and no weights. How vLLM is started can change the answer (`rules.MODES`), and
-so can the GPU, where vLLM has several kernels for a format; the reasons say so.
+Only JSON is loaded: neither torch nor vLLM, and no weights. How vLLM is started can change the answer (`rules.MODES`). So
+can the GPU, if vLLM has several kernels for a format. The reasons say so.
 """
 
 from __future__ import annotations

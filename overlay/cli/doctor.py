@@ -1,14 +1,15 @@
-"""``doctor``: would a vLLM that is started here have the overlay, and is anything in its way?
+"""``doctor``: would a vLLM that is started here have the overlay, and does anything prevent it?
 
-It looks at this Python, this environment and this user, so run it where vLLM runs: in its container, as its user. What the
-running processes do is told by ``status``, and what each verdict means by ``check``; this says only whether to ask them.
+It examines this Python, this environment and this user. So run it where vLLM runs: in its container, as its user.
+``status`` tells what the running processes do, and ``check`` what each verdict means; doctor only says whether to run them.
 
 JSON (schema 1)::
 
     {"schema": 1, "overlay": "0.1.0", "folder": "…", "ok": true,
      "findings": [{"about": "sitecustomize", "state": "ok" | "note" | "do", "found": "…", "do": "…" | null}]}
 
-`about` is one of ABOUT. "do": something needs doing, and `ok` is false. "note": worth knowing; vLLM has the overlay all the same.
+`about` is one of ABOUT. "do": something has to be done, and `ok` is false. "note": worth knowing; vLLM still has the
+overlay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked for. Every message of a failure leaves the command line here."""
+"""How a command ends if it cannot do what it was asked for. Every message of a failure is written here."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""``matrix``: the verdict of every patch on every release, against what is expected, and as Markdown.
+"""``matrix``: the verdict of every patch on every release, compared with the expected one, and as Markdown.
 
-docs/expected-verdicts.json says for every release and patch what the verdict has to be, and why, in a person's words. A
-verdict that differs is an error. A release that is newer than the table is judged and shown, and is no error: a release
-of upstream's must not break this project's CI. It enters the written table together with its expectation.
+docs/expected-verdicts.json says for every release and patch which verdict is expected, and why, in a person's words. A
+verdict that differs is an error. A release that is newer than the table is judged and shown but is no error, because a new
+release of vLLM must not break this project's CI. It enters the written table together with its expectation.
 
 JSON (schema 1)::
 

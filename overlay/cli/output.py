@@ -1,4 +1,4 @@
-"""Text for people: a console of a known width, and foreign text that may be shown on it."""
+"""Text for people: a console of a known width, and text from outside made safe to show on it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """How the quantization formats of checkpoints name their layers, and what each linear is by them.
 
-Read from vLLM 0.33.0's readers of the same configurations: `Fp8Config`, `ModelOptQuantConfigBase`, `CompressedTensorsConfig`,
-`AutoAWQConfig`, `AutoGPTQConfig`, `INCConfig` (AutoRound), `Mxfp4Config`. A linear that vLLM has fused of several of the checkpoint's
-(`in_proj_qkvz` of `in_proj_qkv` and `in_proj_z`) is left alone where it is named itself, or where all its parts are; vLLM
-refuses a checkpoint that names only some.
+Read from vLLM 0.33.0's readers of the same configurations: `Fp8Config`, `ModelOptQuantConfigBase`,
+`CompressedTensorsConfig`, `AutoAWQConfig`, `AutoGPTQConfig`, `INCConfig` (AutoRound), `Mxfp4Config`. vLLM fuses several of
+a checkpoint's linears into one (`in_proj_qkvz` from `in_proj_qkv` and `in_proj_z`). The fused one is left alone if it is
+named itself, or if all its parts are. vLLM refuses a checkpoint that names only some of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Python files of released vLLM wheels, under `<cache>/<version>/vllm/...`.
 
-Verdicts are read from upstream's own code and this project stores none of it, so it comes from the registry. A wheel is
-250 to 500 MB, its Python files are 6 to 12 MB of that and lie almost side by side in the archive: the directory at the
-archive's end is read first, then the stretches that hold Python files, a handful of ranged requests for a release.
+Verdicts are read from upstream's own code and this project stores none of it, so the code comes from the registry. A wheel
+has 250 to 500 MB. Its Python files are 6 to 12 MB of that, and lie almost side by side in the archive. So the directory at
+the archive's end is read first, and then the stretches that hold Python files: a few ranged requests for a release.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ JSON (schema 1)::
      "skipped": [{"file": "…", "reason": "…"}]}
 
 A verdict is one of check's, or "off" (switched off), "not seen" (the process has not imported the target), "ineffective"
-(patched, and the op never ran) or "refused" (somebody else has patched the same place). `ok` is false where a live
-process has a problem, or a patch that is drifted, ineffective or refused. Processes that are gone are listed with --all.
-Run it on the host of the processes, in any container that has their folder: a process of another host counts as gone.
+(patched, and the op never ran) or "refused" (other code runs than the verdict has read). `ok` is false if a live process
+has a problem, or a patch that is drifted, ineffective or refused. ``--all`` also lists processes that are gone. Run it on
+the host of the processes, in any container that has their folder. A process of another host counts as gone.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Finds the vLLM that a command is asked about: the installed one, an unpacked one, a wheel, or a release by number or as
-the latest."""
+"""Finds the vLLM that a command is asked about: the installed one, an unpacked one, a wheel, or a release by number or
+"latest".
+"""
 
 from __future__ import annotations
 

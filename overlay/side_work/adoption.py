@@ -1,4 +1,4 @@
-"""A patch takes a layer, or leaves it stock and says why; and so for a device on which it has nothing to do."""
+"""A patch takes a layer, or leaves it stock and says why. The same for a device on which the patch has nothing to do."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Adopted = TypeVar("Adopted")
 
 
 class StaysStock(Exception):
-    """Why a layer stays stock: known, expected, and no problem."""
+    """Why a layer stays stock. This is expected, and no problem."""
 
 
 def other_device() -> str | None:
-    """The type of this vLLM's device where it has no auxiliary streams, such as "cpu"; None for CUDA and ROCm."""
+    """The type of this vLLM's device if it has no auxiliary streams, such as "cpu"; None for CUDA and ROCm."""
     from vllm.platforms import current_platform
 
     return None if current_platform.is_cuda_alike() else current_platform.device_type or "none"
@@ -30,7 +30,7 @@ def other_device() -> str | None:
 def inert_without_cuda(
     verdict: Verdict, serial_pass_through: bool, why: str = "no CUDA-like device, but {device}"
 ) -> Verdict | None:
-    """The verdict on a device that has no auxiliary streams, unless the patch is to show its way there, serially; else None."""
+    """The verdict on a device that has no auxiliary streams. None if there are some, or the patch shall run there serially."""
     device = other_device()
     if device is None or serial_pass_through:
         return None
@@ -44,16 +44,16 @@ def check_registered(layer: Any, name: str, config: Any) -> None:
 
 
 def refuse_modes(config: Any, batch_invariant: bool) -> None:
-    """Raise StaysStock where vLLM runs in a mode that no fork is safe or wanted in. `config` is a VllmConfig."""
+    """Raise StaysStock if vLLM runs in a mode in which a fork is not safe or not wanted. `config` is a VllmConfig."""
     if config.parallel_config.use_ubatching:
         raise StaysStock(rules.MICRO_BATCHING)
-    # Each engine has a torch.distributed world of its own then, so overlay.engine.ranks does not compare it with those that
-    # it runs steps together with, today's and those that join later (vLLM 0.17.1 to 0.33.0).
+    # Each engine then has a torch.distributed world of its own. So overlay.engine.ranks does not compare it with the
+    # engines that it runs steps with, neither those of now nor those that join later (vLLM 0.17.1 to 0.33.0).
     if getattr(config.parallel_config, "enable_elastic_ep", False):
         raise StaysStock(rules.ELASTIC)
     if batch_invariant:
         raise StaysStock(rules.BATCH_INVARIANT)
-    if getattr(config.compilation_config, "cache_dir", ""):  # vLLM sets it itself when it compiles, and not before
+    if getattr(config.compilation_config, "cache_dir", ""):  # vLLM itself sets it when it compiles, not before
         raise StaysStock(rules.OWN_CACHE)
 
 
@@ -64,9 +64,9 @@ def adopt(
     make: Callable[[], tuple[Adopted, dict[str, Any]]],
     settings: Settings,
 ) -> Adopted | None:
-    """What `make` gives for a layer, beside what the journal shows of it; None where the layer stays stock.
+    """The first result of `make`, for a layer; the second is its entry in the journal. None if the layer stays stock.
 
-    Runs in upstream's `__init__`: nothing but strict lets an exception out.
+    This runs in upstream's `__init__`, so it raises only under strict.
     """
     for_all = ranks.reason_for_stock(settings) or _stranger(patch, record, settings)
     if for_all is not None:
@@ -79,7 +79,7 @@ def adopt(
         return None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        if reason not in record.refused.values():  # one problem, however many layers have it
+        if reason not in record.refused.values():  # one problem for all layers that have it
             layer = f"layer {layer_name}"
             said = f"{outcome(True)}: {layer}" if settings.strict else f"{layer} stays stock"
             journal.problem(f"{patch}: {said}: {reason}")
@@ -99,7 +99,9 @@ def _leave_stock(patch: str, record: PatchRecord, layer_name: str, reason: str) 
 
 
 def _stranger(patch: str, record: PatchRecord, settings: Settings) -> str | None:
-    """Who has come between the verdict and this layer. The patch is refused then, and under strict vLLM stops."""
+    """What other code has come between the verdict and this layer, and whose. Then the patch is refused, and strict stops
+    vLLM.
+    """
     try:
         found = running_code.stranger(patch)
     except Exception as error:

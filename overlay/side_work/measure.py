@@ -1,11 +1,12 @@
-"""Which strategy is fastest here: measured on this GPU, in CUDA graphs, on the model's own layers.
+"""Which strategy is fastest: measured on this GPU, in CUDA graphs, on the model's own layers.
 
-One graph holds several layers, so each finds the L2 cache as cold as in a step. Of main only the GEMM is measured
-(`gemm_that_reads`): in a compiled step the kernel before often quantizes its input. The strategies take turns, replay by replay,
-and their medians are compared. The fastest wins if it is at least 1 % faster than serial.
+One graph holds several layers, so each layer finds the L2 cache as cold as in a step. Only the GEMM of main is measured
+(`gemm_that_reads`), because in a compiled step the kernel before it often quantizes its input. The strategies take turns,
+replay by replay, and their medians are compared. The fastest wins if it is at least 1 % faster than serial.
 
-A measurement takes memory for the results of a few GEMMs. At the end it frees that, its stream, and the libraries' work space on
-this stream (unless the process has CUDA graphs already). It takes no number from torch's random generators.
+A measurement takes memory for the results of a few GEMMs. At the end it frees that memory, its stream, and the libraries'
+work space on this stream (unless the process has CUDA graphs already). It takes no number from torch's default random
+generators.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from torch.utils._pytree import tree_leaves
 from overlay.side_work import streams
 from overlay.vocabulary import SERIAL
 
-#: The fastest strategy has to take at most this part of serial's time.
+#: The fastest strategy may take at most this part of serial's time.
 ADVANTAGE = 0.99
 ROUNDS = 15
-#: Layers in one graph: enough that their weights are this many times the L2 cache, and in these bounds.
+#: Layers in one graph. Their weights are together at least this many times the L2 cache, within these bounds.
 CACHE_SIZES = 3
 FEWEST_LAYERS, MOST_LAYERS = 8, 24
-#: Sizes that are measured at first; one between two of different strategies is measured as well.
+#: Sizes that are measured first. A size between two with different strategies is measured too.
 MILESTONES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
-#: One layer's work by a strategy: its number in the graph and the input, to its results.
+#: One layer's work by one strategy: from the layer's number in the graph and the input to the results.
 Work = Callable[[int, torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of tokens: microseconds per layer by strategy, and the choice."""
+    """One number of tokens: the time of each strategy in microseconds per layer, and the choice."""
 
     tokens: int
     microseconds: dict[str, float]
@@ -48,10 +49,9 @@ class Row:
 
 @dataclass
 class Measurement:
-    """A stream of its own, and the works by strategy; "serial" is one of them. A work is called with the number of one of
-    `layers` layers and an input of (tokens, hidden).
+    """A stream of its own, and one work for each strategy; "serial" is one of them.
 
-    Two uses::
+    A work gets the number of one of `layers` layers, and an input of (tokens, hidden). Two uses::
 
         with Measurement({"serial": ..., "dual": ...}, layers=8, hidden=2048, dtype=torch.bfloat16, device=device) as measurement:
             row = measurement.row(64)
@@ -64,7 +64,7 @@ class Measurement:
     hidden: int
     dtype: torch.dtype
     device: torch.device
-    #: Called with each new input, before any work gets it.
+    #: Called with each new input before any work gets it.
     prepare: Callable[[torch.Tensor], None] = lambda _: None
     stream: torch.cuda.Stream = field(init=False)
 
@@ -77,7 +77,7 @@ class Measurement:
         self.stream = streams.unused_stream(self.device) or torch.cuda.Stream(self.device)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         self._pool = torch.cuda.graph_pool_handle()
-        self._anchor = torch.cuda.CUDAGraph()  # a pool lives as long as a graph of it
+        self._anchor = torch.cuda.CUDAGraph()  # the pool lives as long as a graph of it
         with torch.cuda.stream(self.stream):
             self._anchor.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             torch.zeros((), device=self.device)
@@ -87,18 +87,19 @@ class Measurement:
     def __exit__(self, *_: object) -> None:
         torch.cuda.synchronize(self.device)
         del self._anchor
-        # Work space that cuBLAS got for these streams stays with them for ever otherwise. torch lets go of all streams' or of
-        # none's, and a captured graph (of another engine in this process) goes on writing to the one that it was captured
-        # with; so then it stays.
+        # Otherwise the work space that cuBLAS got for these streams would stay with them for ever. torch can free that of
+        # all streams or none. A captured graph (of another engine in this process) still writes to its own, so if there is
+        # one, all of it stays.
         clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
         if clear is not None and not self._keeps_workspaces:
             clear()
         torch.cuda.empty_cache()
 
     def rows(self, sizes: Sequence[int], seconds: float) -> list[Row]:
-        """Measure `sizes`, at least the milestones among them, for about `seconds`; in the order of the sizes.
+        """Measure `sizes` for about `seconds`, and at least the milestones among them. Returns a row for each, in the order
+        of sizes.
 
-        A size that is not measured gets its neighbours' strategy where both have the same, else serial.
+        A size that is not measured gets its neighbours' strategy if both have the same one, else serial.
         """
         deadline = time.perf_counter() + seconds
         ordered = sorted(set(sizes))
@@ -140,12 +141,15 @@ class Measurement:
         }
 
     def _capture(self, work: Work, inputs: torch.Tensor) -> torch.cuda.CUDAGraph:
-        """One graph of all layers. Without `torch.cuda.graph`, which collects garbage each time: that takes longer in a
-        loaded vLLM than the measurement. All graphs share a pool, for nobody reads their results."""
-        work(0, inputs)  # outside capture first, for what a kernel sets up on its first use
+        """One graph of all layers. All graphs share a pool, because nobody reads their results.
+
+        It does not use `torch.cuda.graph`, which collects garbage each time. In a loaded vLLM that takes longer than the
+        measurement.
+        """
+        work(0, inputs)  # once outside the capture, because a kernel's first use sets things up
         graph = torch.cuda.CUDAGraph()
         self.stream.synchronize()
-        # Other threads (a watchdog of NCCL's) may call CUDA meanwhile.
+        # thread_local: other threads (such as NCCL's watchdog) may call CUDA meanwhile.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             for layer in range(self.layers):
@@ -156,7 +160,7 @@ class Measurement:
 
 
 def best(times: Mapping[str, float]) -> str:
-    """The strategy to take, of these times by strategy; serial is one of them."""
+    """The strategy to choose, from the time of each. "serial" is one of them."""
     fastest = min(times, key=lambda name: times[name])
     return fastest if times[fastest] <= ADVANTAGE * times[SERIAL] else SERIAL
 
@@ -182,26 +186,26 @@ class _Reader(TorchDispatchMode):  # type: ignore[misc]
 
 
 def gemm_that_reads(weight: torch.Tensor, whole: Callable[[], Any]) -> Callable[[], Any]:
-    """Of what `whole` does the one call that reads `weight`, with the arguments that it gets; `whole` where no op reads it."""
+    """The one call inside `whole` that reads `weight`, with its arguments; `whole` itself if no op reads the weight."""
     with _Reader(weight) as reader:
         whole()
     return reader.call or whole
 
 
 def layers_for(weight_bytes: int, available: int, device: torch.device) -> int:
-    """How many layers of so many bytes a graph needs to find the L2 cache cold."""
+    """How many layers, of `weight_bytes` each, a graph needs so that each finds the L2 cache cold."""
     cache = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20)
     wanted = -(-CACHE_SIZES * cache // max(weight_bytes, 1))
     return max(1, min(available, MOST_LAYERS, max(FEWEST_LAYERS, wanted)))
 
 
 def _graphs_exist() -> bool:
-    """Whether this process has CUDA graphs: each has a memory pool of its own, beside that of everybody."""
+    """Whether this process has CUDA graphs. Each has a memory pool of its own, beside the common one."""
     return any(tuple(segment["segment_pool_id"]) != (0, 0) for segment in torch.cuda.memory_snapshot())
 
 
 def _milestones(sizes: Sequence[int]) -> list[int]:
-    """The sizes nearest to the milestones from above, and the smallest and the largest one."""
+    """The smallest size, the largest size, and for each milestone the nearest size that is not below it."""
     ordered = sorted(set(sizes))
     chosen = {ordered[0], ordered[-1]} if ordered else set()
     for milestone in MILESTONES:
@@ -212,7 +216,7 @@ def _milestones(sizes: Sequence[int]) -> list[int]:
 
 
 def _neighbours(tokens: int, measured: Mapping[int, Row]) -> str | None:
-    """The strategy of the measured sizes on both sides, where it is the same."""
+    """The strategy of the measured sizes on both sides, if it is the same."""
     below = max((size for size in measured if size < tokens), default=None)
     above = min((size for size in measured if size > tokens), default=None)
     around = {measured[size].strategy for size in (below, above) if size is not None}

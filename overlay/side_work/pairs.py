@@ -1,8 +1,8 @@
-"""Main and side of a layer, and at which sizes they fork: measured on the loaded layers, read from disk, or set.
+"""Main and side of a layer, and the sizes at which they fork: measured on the loaded layers, read from disk, or set.
 
-A plan is a choice at run time. It shapes no graph, no memory and no key of a cache, so it may follow the noise of a
-measurement. Layers of one shape and one kind of main share a plan. Each rank measures for itself: every strategy has the same
-bits, so the ranks of a tensor-parallel group need not agree.
+A plan is a choice at run time. It shapes no graph, no memory and no key of a cache, so noise of a measurement may change
+it. Layers of one shape and one kind of main share a plan. Each rank measures for itself. The ranks of a tensor-parallel
+group need not agree, because every strategy gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from overlay.side_work.measure import Measurement, Row
 from overlay.side_work.plan import Plan, SizePlan
 from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL, STRATEGIES
 
-#: Seconds for one shape before what is left is taken from its neighbours.
+#: Seconds of measuring for one shape. Sizes that are left after that get their neighbours' strategy.
 SECONDS_PER_SHAPE = 2.0
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer's main and side linear, as start and join know them.
+    """A layer's main and side linear, as start and join use them.
 
-    `main_columns` and `columns` are the sizes of main's and side's output per tensor-parallel shard. `gate` is the name of main's
-    parameter that main's GEMM reads. `plain`: side is a GEMM of its weight and nothing else, so start needs no layer.
-    `name` says in one line what the plan depends on, beside the machine.
+    `main_columns` and `columns` are the sizes of main's and side's output per tensor-parallel shard. `gate` is the name of
+    main's parameter that main's GEMM reads. `plain`: side is only a GEMM of its weight, so start needs no layer. `name` is
+    one line with everything that the plan depends on, except the machine.
     """
 
     layer: str
@@ -53,11 +53,11 @@ class Pair:
         name = (
             f"{self.hidden} to {self.main_columns} ({self.main_kind}) + {self.columns} ({self.side_kind}), {self.dtype}"
         )
-        object.__setattr__(self, "name", name)  # a field, because Dynamo reads it for each layer
+        object.__setattr__(self, "name", name)  # a field and no property, because Dynamo reads it for each layer
 
     @property
     def shape(self) -> str:
-        """What of the pair shapes the compiled graph."""
+        """The part of the pair that shapes the compiled graph."""
         return f"{self.name} by {self.gate}"
 
     @property
@@ -77,7 +77,7 @@ class Pair:
 
 
 def settle(pairs: Sequence[Pair], worker: Any, settings: Settings, record: PatchRecord, default: Plan) -> None:
-    """Give each pair its plan, when the weights have been loaded and vLLM has not sized its KV cache.
+    """Give each pair its plan, after the weights have been loaded and before vLLM sizes its KV cache.
 
     `worker` is vLLM's. On a GPU the auxiliary stream and its cuBLAS workspace are made here, so vLLM counts their memory.
     """
@@ -89,7 +89,7 @@ def settle(pairs: Sequence[Pair], worker: Any, settings: Settings, record: Patch
     if settings.plan not in (SERIAL, DUAL):
         sizes = captured_sizes(worker.vllm_config, settings)
         plans |= {name: _measured(group, sizes, worker, record) for name, group in on_gpu.items()}
-    for group in on_gpu.values():  # last, because measuring gives the workspaces of all streams back
+    for group in on_gpu.values():  # last, because measuring frees the workspaces of all streams
         lane.use_once(group[0].device, functools.partial(_first_use, group[0]))
     for name, plan in plans.items():
         ops.pairs[name] = ops.PlannedPair(plan, record)
@@ -101,12 +101,12 @@ def _first_use(pair: Pair, on: lane.Lane) -> torch.Tensor:
 
 
 def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: PatchRecord) -> SizePlan:
-    """The plan of one group from disk, else measured, with a line in the log and an entry in the journal."""
+    """The plan of one group, read from disk or else measured, with a line in the log and an entry in the journal."""
     begin = time.perf_counter()
     say = logger.info if not getattr(worker, "rank", 0) else logger.debug
     first = group[0]
     key = _machine(first.device) | {
-        "overlay": compile_cache.source_hash(),  # another way to measure is another plan
+        "overlay": compile_cache.source_hash(),  # other code may measure another plan
         "pair": first.name,
         "sizes": list(sizes),
         "vllm": journal.vllm_version,
@@ -173,7 +173,7 @@ def _measure(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
 def run_pair(
     pair: Pair, main: Callable[[], Any], x: torch.Tensor, strategy: str, on: lane.Lane
 ) -> tuple[Any, torch.Tensor]:
-    """Main's and side's result by a strategy that has been chosen already: what the two ops do around main."""
+    """Run main and side by a given strategy, as the two ops do around main. Returns both results."""
     if strategy == SERIAL:
         return main(), pair.side(x)[0]
     side = start_side(pair, x, strategy, on)
@@ -183,7 +183,7 @@ def run_pair(
 
 
 def start_side(pair: Pair, x: torch.Tensor, strategy: str, on: lane.Lane) -> torch.Tensor:
-    """Start the side, as the ops do; its result."""
+    """Start the side, as the ops do. Returns its result."""
     if not pair.plain:
         return on.start_and_give(lambda: pair.side(x)[0])
     side = x.new_empty((x.shape[0], pair.columns))
@@ -192,10 +192,10 @@ def start_side(pair: Pair, x: torch.Tensor, strategy: str, on: lane.Lane) -> tor
 
 
 def captured_sizes(config: Any, settings: Settings) -> list[int]:
-    """The sizes of the CUDA graphs that vLLM is going to capture, up to the token threshold where one was set.
+    """The sizes of the CUDA graphs that vLLM is going to capture, up to the token threshold if one is set.
 
-    With speculative decoding vLLM rounds them up to whole requests later on (for some graphs, in some releases), so both
-    are among them.
+    With speculative decoding vLLM later rounds them up to whole requests (for some graphs, in some releases), so the list
+    has both.
     """
     compilation = config.compilation_config
     if not lowering.captures(compilation):
@@ -212,7 +212,7 @@ def _weight_bytes(pair: Pair) -> int:
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """The GPU and what drives it, with everything by which torch chooses a GEMM's kernel."""
+    """The GPU and its driver, with every setting by which torch chooses a GEMM's kernel."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "gpu": properties.name,
@@ -233,7 +233,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    """The driver's version by NVML, which vLLM brings; "unknown" where it does not tell."""
+    """The driver's version from NVML, which vLLM brings along; "unknown" if it does not tell."""
     try:
         from vllm.utils.import_utils import import_pynvml
 
@@ -248,7 +248,7 @@ def _driver() -> str:
 
 
 def _cublas() -> str:
-    """The version of cuBLAS that is installed beside torch; "unknown" where it came another way."""
+    """The version of cuBLAS that is installed beside torch; "unknown" if it was installed in another way."""
     from importlib import metadata
 
     for name in ("nvidia-cublas", f"nvidia-cublas-cu{(torch.version.cuda or '').partition('.')[0]}"):
@@ -260,7 +260,7 @@ def _cublas() -> str:
 
 
 def _folder() -> str:
-    """Beside vLLM's own caches, which an operator keeps from one start to the next."""
+    """A folder beside vLLM's own caches, which an operator keeps from one start to the next."""
     from vllm import envs
 
     return os.path.join(os.path.expanduser(str(envs.VLLM_CACHE_ROOT)), "auxstream_overlay")
@@ -285,7 +285,7 @@ def _write(folder: str, key: dict[str, Any], rows: list[Row], say: Callable[...,
 
 
 def table(name: str, layers: int, rows: Sequence[Row], how: str) -> str:
-    """The measured rows as text, microseconds per layer; the choice of sizes in between is in the journal."""
+    """The measured rows as text, in microseconds per layer. The journal has the choice for sizes in between."""
     measured = [row for row in rows if row.microseconds]
     names = [name for name in STRATEGIES if any(name in row.microseconds for row in measured)]
     lines = [["tokens", *names, "plan"]]

@@ -1,9 +1,9 @@
-"""Measured plans on disk, so that the next start need not measure.
+"""Measured plans on disk, so that the next start does not measure again.
 
-One JSON file per key. The key is everything that the times depend on (GPU, driver, torch, vLLM, shapes, sizes); it stands
-in the file in full and is compared, so a file of another machine is not used. A plan is data that can change no result,
-only when work is forked. So nobody asks who could write the folder (volumes in Kubernetes are often writable by a group).
-The file is bounded, checked field by field, and left alone with a reason if anything is off.
+There is one JSON file per key. The key is everything that the times depend on (GPU, driver, torch, vLLM, shapes, sizes).
+The file holds the whole key and it is compared, so a file of another machine is not used. A plan is data: it can change no
+result, only when work is forked. So nobody checks who could write to the folder (volumes in Kubernetes are often writable
+by a group). The file is bounded and checked field by field. If anything is wrong it is not used, and the reason is given.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Unusable(Exception):
 
 
 def path_of(folder: str, key: Mapping[str, Any]) -> str:
-    """Where the plan of a key is."""
+    """The path of a key's plan."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return os.path.join(folder, f"plan-{digest[:24]}.json")
 
 
 def load(folder: str, key: Mapping[str, Any]) -> list[Row] | None:
-    """The rows of a key, or None where there is no file. Raises Unusable."""
+    """The rows of a key, or None if there is no file. Raises Unusable."""
     path = path_of(folder, key)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
@@ -51,7 +51,7 @@ def load(folder: str, key: Mapping[str, Any]) -> list[Row] | None:
 
 
 def _checked(raw: bytes, key: Mapping[str, Any]) -> list[Row]:
-    """The rows in a file's content. Raises ValueError with the reason where it is no plan of this key."""
+    """The rows in a file's content. Raises ValueError with the reason if it is no plan of this key."""
     if len(raw) > LARGEST_BYTES:
         raise ValueError(f"larger than {LARGEST_BYTES} bytes")
     try:
@@ -92,12 +92,12 @@ def _row(raw: Any) -> Row | None:
 
 
 def _is_time(value: Any) -> bool:
-    """A number of microseconds that a GEMM can take."""
+    """Whether a value is a number of microseconds that a GEMM can take."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12
 
 
 def store(folder: str, key: Mapping[str, Any], rows: list[Row]) -> None:
-    """Write the plan of a key, for this user's eyes. Raises OSError."""
+    """Write the plan of a key, readable by this user only. Raises OSError."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
     content = {
         "schema": SCHEMA,

@@ -1,12 +1,12 @@
-"""Fork and join of one step's independent work, within one custom op (`ParallelRegion`); and who has which CUDA stream.
+"""Fork and join of one step's independent work within one custom op (`ParallelRegion`); and the owners of the CUDA streams.
 
-The memory contract is in `overlay.side_work`. A region joins every fork before `run` returns, so no fork spans a piecewise or
-breakable CUDA graph segment, and inputs stay alive: the main stream cannot pass the join before the auxiliary work has read
-them. Results of a slot are allocated on its auxiliary stream.
+The memory contract is in `overlay.side_work`. A region joins every fork before `run` returns, so no fork spans a piecewise
+or breakable CUDA graph segment. Inputs stay alive, because the main stream cannot pass the join before the auxiliary work
+has read them. Results of a slot are allocated on its auxiliary stream.
 
-Streams are made per device, main stream and slot, on first use, never at import (that would initialise CUDA before a
-fork of the process) and never during capture. Events belong to one region (one layer), because a captured graph refers
-to them.
+There is one stream for each device, main stream and slot. It is made on first use, never at import (that would initialise
+CUDA before the process forks) and never during capture. Events belong to one region (one layer), because a captured graph
+refers to them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import torch
 
 Work = Callable[[], Any]
 
-#: torch has so many streams per device, and hands them out in turn.
+#: torch has this many streams per device, and hands them out in turn.
 STREAMS_OF_TORCH = 32
 
-#: By device, main stream and slot: the auxiliary stream, or the main stream itself where none could be had.
+#: By device, main stream and slot: the auxiliary stream, or the main stream itself if there was no other.
 _streams: dict[tuple[torch.device, torch.cuda.Stream, Hashable], torch.cuda.Stream] = {}
 
 
 def auxiliary_stream(device: torch.device, slot: Hashable) -> torch.cuda.Stream:
-    """The auxiliary stream next to the current stream for a slot; made on first use, shared by all who ask for that slot.
+    """The auxiliary stream of a slot, next to the current stream. It is made on first use, and all who ask for that slot
+    share it.
 
-    Never one that is a main stream, or belongs to another slot or main stream. Where torch has no such stream left, and
-    with an allocator that is not torch's own, it is the current stream itself: right, and serial.
+    It is never a main stream, and never that of another slot or main stream. If torch has no such stream left, or the
+    allocator is not torch's own, it is the current stream itself: the results are right, and the work is serial.
     """
     main_stream = torch.cuda.current_stream()
     key = (device, main_stream, slot)
@@ -40,14 +41,14 @@ def auxiliary_stream(device: torch.device, slot: Hashable) -> torch.cuda.Stream:
 
 
 def unused_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream that is not the current one, and no main or auxiliary stream of this process; None where torch has none."""
+    """A stream that is not the current one, and no main or auxiliary stream of this process; None if torch has none left."""
     taken = {torch.cuda.current_stream(), *_streams.values(), *(main for _, main, _ in _streams)}
     made = (torch.cuda.Stream(device=device) for _ in range(STREAMS_OF_TORCH))
     return next((stream for stream in made if stream not in taken), None)
 
 
 class ParallelRegion:
-    """One default callable on the current stream, `slots` auxiliary callables next to it.
+    """One default callable on the current stream, and `slots` auxiliary callables next to it.
 
     Two uses::
 
@@ -71,7 +72,7 @@ class ParallelRegion:
         return self._start is not None
 
     def prepare(self, device: torch.device) -> None:
-        """Make the streams and events. Not allowed while a CUDA graph is captured on the current stream."""
+        """Make the streams and events. Raises RuntimeError while a CUDA graph is captured on the current stream."""
         if self.prepared:
             return
         if torch.cuda.is_current_stream_capturing():
@@ -87,7 +88,8 @@ class ParallelRegion:
     def run(self, default: Work, auxiliary: Sequence[Work | None]) -> tuple[Any, tuple[Any, ...]]:
         """Fork, run, join. A slot that is None costs nothing and gives None.
 
-        Raises what a callable raises, after every launched slot has been joined: a dangling fork would spoil a capture.
+        Raises what a callable raises, but first joins every slot that was launched, because an open fork would spoil a
+        capture.
         """
         self._check(auxiliary)
         start = self._start
@@ -115,7 +117,7 @@ class ParallelRegion:
         return default_result, tuple(results)
 
     def run_serially(self, default: Work, auxiliary: Sequence[Work | None]) -> tuple[Any, tuple[Any, ...]]:
-        """The same work on the current stream, in the order in which upstream issues it: default first."""
+        """The same work on the current stream, in upstream's order: default first."""
         self._check(auxiliary)
         default_result = default()
         return default_result, tuple(None if work is None else work() for work in auxiliary)

@@ -1,7 +1,8 @@
 """The layers that a patch has adopted wait until their model has been loaded. Then each gets its pair, or stays stock.
 
-A pair is made that late because loading quantizes and repacks: only then are kernels and weights final. It is made before vLLM
-sizes its KV cache and traces, so vLLM counts what it allocates, and what it shapes is in the compile cache's key.
+A pair is made that late because loading quantizes and repacks: only then are kernels and weights final. It is made before
+vLLM sizes its KV cache and traces. So vLLM counts the memory that it allocates, and its shape is in the compile cache's
+key.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from overlay.settings import Settings, outcome
 from overlay.side_work import adoption, lowering, ops
 from overlay.verdict import Verdict
 
-#: The attribute that holds a layer's pair, or None where the layer stays stock.
+#: The attribute that holds a layer's pair, or None if the layer stays stock.
 PAIR = "_overlay_pair"
 FAILED = "the plan could not be made"
 
 
 class HasShape(Protocol):
-    """A patch's pair: `shape` is what of it shapes the compiled graph."""
+    """A patch's pair. `shape` is the part of it that shapes the compiled graph."""
 
     @property
     def shape(self) -> str: ...
@@ -30,8 +31,8 @@ class HasShape(Protocol):
 
 Given = TypeVar("Given")
 Pair = TypeVar("Pair", bound=HasShape)
-#: Gets the layers of one model, each with what adopting it gave, and vLLM's worker. Gives for each, in this order, its pair or
-#: the reason why it stays stock.
+#: Gets the layers of one model, each with the result of its check, and vLLM's worker. Returns for each, in this order, its
+#: pair or the reason why it stays stock.
 Make = Callable[[Sequence[tuple[Any, Given]], Any], Sequence[Pair | str]]
 
 
@@ -52,20 +53,20 @@ class Waiting(Generic[Given, Pair]):
         self._settings = settings
         self._make = make
         self._layers: list[tuple[weakref.ref[Any], str, Given]] = []
-        #: What shapes the graph of each layer that has been decided, by name.
+        #: By name of each decided layer: what shapes its graph.
         self._shapes: dict[str, str] = {}
         self._unexpected = False
 
     def begin(self) -> None:
-        """Define the ops, and wait for models to be loaded. Changes nothing for a layer without a pair."""
+        """Define the ops, and wait for models to be loaded. This changes nothing for a layer without a pair."""
         ops.define(declares_writes=adoption.other_device() is None)
         loaded.when_loaded(self.decide)
 
     def adopt(self, layer: Any, name: str, check: Callable[[], tuple[Given, dict[str, Any]]]) -> None:
-        """Take a layer that has just been made, or leave it stock. Only strict lets an exception out.
+        """Take a layer that has just been made, or leave it stock. Raises only under strict.
 
-        `check` gives what the pair will be made of, beside what the journal shows; it raises StaysStock for a layer that stays
-        stock.
+        `check` returns what the pair will be made of, and the layer's entry in the journal. It raises StaysStock if the
+        layer stays stock.
         """
 
         def checked() -> tuple[Given, dict[str, Any]]:
@@ -83,7 +84,9 @@ class Waiting(Generic[Given, Pair]):
             self._layers.append((weakref.ref(layer), name, given))
 
     def decide(self, worker: Any) -> None:
-        """Give every waiting layer its pair, or leave it stock: where deciding fails, too. Only strict lets that out."""
+        """Give every waiting layer its pair, or leave it stock. If that fails, all of them stay stock; raises only under
+        strict.
+        """
         waiting = [(layer, name, given) for one, name, given in self._layers if (layer := one()) is not None]
         unexpected, self._unexpected = self._unexpected, False
         self._layers.clear()
@@ -93,8 +96,9 @@ class Waiting(Generic[Given, Pair]):
         compilation = worker.vllm_config.compilation_config
         found: Sequence[Pair | str]
         try:
-            # All ranks need the same ranges: others would be other warm-up steps, and ranks would wait for each other. Every
-            # rank refuses the same layers, but an error may be one rank's own. So several ranks split before they know.
+            # All ranks need the same ranges: with other ranges a rank runs other warm-up steps, and ranks wait for each
+            # other. Every rank refuses the same layers, but an error may happen on one rank only. So with several ranks the
+            # split comes before the decision.
             several = getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1
             if several:
                 self._split_ranges(worker)
@@ -123,6 +127,6 @@ class Waiting(Generic[Given, Pair]):
         journal.write()
 
     def _split_ranges(self, worker: Any) -> None:
-        """Where a compiled graph shows the ops, its largest range gets stock's calls."""
+        """If the compiled graph shows the ops, have its largest range get stock's calls."""
         if self._verdict.shapes_graph:
             lowering.split_ranges(worker.vllm_config, self._settings.strict)
