@@ -37,7 +37,7 @@ _SITE, _IMPORT, _EXECUTION = "site", "import", "execution"
 _LOOK_UP = ("_find_and_load", "run_module")
 
 _own_files: "set[str]" = set()  # our sitecustomize.py, and those of other copies of the overlay that have run
-_running: "list[str]" = []  # files that we have started and that have not ended
+_running: "list[str]" = []  # those that we have started and that still run
 
 
 def has_run(own_file: str) -> bool:

@@ -13,8 +13,8 @@ from typing import TextIO
 def replace(path: str | os.PathLike[str], text: str, prefix: str, mode: int = 0o600) -> None:
     """Write `text` to `path` in UTF-8 with the permission bits `mode`.
 
-    It writes a temporary file (its name begins with `prefix`) in the same folder and renames it, so a reader never sees
-    half a file. Raises OSError; then the old file stays, and no temporary file is left.
+    A temporary file beside it (named with `prefix`) is renamed, so a reader never sees half a file. Raises OSError; then
+    the old file stays, and no temporary file is left.
     """
     with _becoming(path, prefix, mode) as file:
         file.write(text)

@@ -4,7 +4,7 @@ vLLM finds it by an entry point of the group ``vllm.general_plugins``, in the me
 folder on PYTHONPATH. It runs later than sitecustomize.py, after vLLM has been imported. That is too late for the race over
 transformers, but in time for every patch. If VLLM_PLUGINS is set, it has to name ``auxstream_overlay``.
 
-If parts of the overlay's folder are missing, this import fails; vLLM logs that and goes on without the overlay.
+If parts of the overlay's folder are missing, this import fails; vLLM logs that and goes on.
 """
 
 from __future__ import annotations

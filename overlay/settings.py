@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from overlay.vocabulary import AUTO, DUAL, PATCH_NAMES, PLANS, SERIAL
 
 FAMILY = "VLLMOVERLAY"
-#: What people type by habit. It gets an error that names it, because ignoring it would hide the mistake.
+#: What people type by habit: an error that names it, because ignoring it would hide the mistake.
 HABITUAL = "VLLM_OVERLAY"
 #: One GEMM for both projections, up to overlay 0.1. It now means `auto`, and logs a WARNING.
 RETIRED_PLAN, RETIRED_NAME = "fused", f"{FAMILY}_INEXACT"
@@ -152,7 +152,7 @@ _LINKS = {
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes made this variable. The value is checked too, so that a misspelt setting does not pass as a link."""
+    """Whether Kubernetes made this variable. The value counts too, so that a misspelt setting does not pass as a link."""
     return any(link.fullmatch(name) and form.fullmatch(value) for link, form in _LINKS.items())
 
 
@@ -169,9 +169,8 @@ def outcome(strict: bool, otherwise: str = "vLLM runs stock here") -> str:
 def load(environ: Mapping[str, str]) -> Settings:
     """Parse the family out of `environ`.
 
-    An empty value counts as not set, as for vLLM's own variables: a compose file may set one empty. Variables that
-    Kubernetes sets for a Service are ignored. Raises SettingsError for an unknown name of the family and for a value that
-    is not allowed.
+    An empty value counts as not set, as for vLLM's own variables in a compose file. Variables that Kubernetes sets for a
+    Service are ignored. Raises SettingsError for an unknown name of the family and for a value that is not allowed.
     """
     found: dict[str, Any] = {}
     for name, value in environ.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: The patches, in the order in which they are listed.
 PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling", "frame_stack")
 #: Patches that work around Python and not vLLM. No vLLM will ever make them needless.
 OF_PYTHON = frozenset({"frame_stack"})
@@ -36,7 +35,7 @@ RAY_WORKER = "RayWorker"
 REGISTRY_PROBE = "ModelRegistryProbe"
 
 
-#: Added to the advice to remove the overlay where a patch of OF_PYTHON still applies.
+#: Added to the advice to remove the overlay if a patch of OF_PYTHON applies.
 WITH_IT_GOES = "with it goes frame_stack, which some Pythons need"
 
 

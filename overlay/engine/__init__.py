@@ -1,1 +1,1 @@
-"""Moments of a running vLLM (the ranks meet, the model is loaded, the warm-up is over), and the key of the compile cache."""
+"""Moments of a running vLLM (ranks meet, the model is loaded, warm-up ends), and the key of the compile cache."""

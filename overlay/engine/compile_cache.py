@@ -1,9 +1,9 @@
 """The overlay's part of the key of vLLM's compile cache.
 
-vLLM's key does not know about a monkey patch. So a patched process would load a graph that an unpatched one has cached, and
-never call the op; or the other way round. vLLM hashes every entry of ``vllm.envs.environment_variables``, in JIT and in AOT
-mode, so the overlay adds a fingerprint there (seen in 0.20.0 and 0.33.0: ``compile_factors``). The fingerprint names the
-layers that stay stock too, because the next start may patch them.
+vLLM's key does not know about a monkey patch. A patched process would load a graph that an unpatched one has cached, and
+never call the op; and the reverse. vLLM hashes every entry of ``vllm.envs.environment_variables``, in JIT and in AOT mode,
+so the overlay adds a fingerprint there (seen in 0.20.0 and 0.33.0: ``compile_factors``). It covers stock layers too,
+because the next start may patch them.
 
 A process in which nothing is applied adds no entry, and shares its cache with stock vLLM. If the user sets ``cache_dir``,
 vLLM takes any graph that is there, so every layer stays stock (`overlay.side_work.adoption.refuse_modes`).
@@ -50,9 +50,7 @@ def remove(patch: str) -> None:
 
 
 def _enter() -> None:
-    """Write the fingerprint to vLLM's table and to the journal; nothing else writes it. Without an applied patch there is
-    none.
-    """
+    """Write the fingerprint to vLLM's table and to the journal. Nothing else writes it. Without a patch there is none."""
     entries = sys.modules["vllm.envs"].environment_variables
     current = _fingerprint() if _applied else None
     if current is None:

@@ -1,7 +1,7 @@
-"""The moment after a worker has loaded its model: the weights are there, and vLLM has not traced yet.
+"""The moment when a worker has loaded its model and vLLM has not traced yet.
 
-A patch that has to see the weights before it can decide (overlay.side_work.waiting) is called at this moment. Its decision
-can still shape the graph that vLLM traces later, and that graph's key in the compile cache.
+A patch that has to see the weights before it can decide (overlay.side_work.waiting) is called then. Its decision can still
+shape the graph that vLLM traces later, and that graph's key in the compile cache.
 """
 
 from __future__ import annotations

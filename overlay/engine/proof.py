@@ -4,13 +4,13 @@ A patch can be installed and do nothing: a compiled graph comes from elsewhere, 
 the model's layers run other code. So the counters are read once, when vLLM's warm-up is over (the model has run, the graphs
 are captured). A patch with patched layers whose op was never called becomes ``ineffective``.
 
-Some code does not run in the warm-up: pooling, and everything on a CPU, where the warm-up may be skipped. For that the
-counters are read after the first step. Later steps run vLLM's own `execute_model` again.
+What the warm-up does not run is checked after the first step: pooling, and everything on a CPU, where the warm-up may be
+skipped. Later steps run vLLM's own `execute_model` again.
 
 A process can have several engines, one after the other, such as a script that makes two `LLM`. Each is counted separately:
 the counters start again with each worker, before it makes a runner or a layer.
 
-The worker's one INFO line (overlay/report/summary.py) is also logged at the end of the warm-up.
+The worker's one INFO line (overlay/report/summary.py) also comes at the end of the warm-up.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def forget(patch: str) -> None:
 def prove_after_warm_up(module: ModuleType, settings: Settings, judge: Callable[[str], Verdict]) -> None:
     """Reset the counters when the worker of this module begins, and read them when it has warmed up.
 
-    `judge` gives the verdict of a patch on the source, for a patch whose target was not imported.
+    `judge` gives a patch's verdict on the source, for a target that was not imported.
     """
     import wrapt
 

@@ -38,15 +38,14 @@ from overlay.settings import Settings, outcome
 JOINS_WORLD = "init_worker_distributed_environment"
 
 #: Waited for only if a rank is missing. The ranks have just made their process groups together, so they report within
-#: moments of each other (waits of 0.2 to 16 ms in three starts with TP=2 on two cores). What remains is to read the
-#: overlay's own files, 1 ms here; the rest is for a network's file system.
+#: moments of each other (waits of 0.2 to 16 ms in three starts with TP=2 on two cores). Then only the overlay's own files
+#: are read, 1 ms here; the rest is for a network's file system.
 DEADLINE_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 0.05
 
 NAME = "agreement"
 ALIKE = "alike"
-#: Settings that ranks may have different. They change what is logged and where, or what a failure does, but not what a rank
-#: runs.
+#: Settings that may differ between ranks. They change what is logged and where, or what a failure does, but not what runs.
 _MAY_DIFFER = ("enabled", "strict", "log_level", "journal_folder", "retired")
 _PREFIX = "vllm_overlay/agreement"
 _RESULT = "result"
@@ -55,7 +54,7 @@ _NAMED = 8
 #: The result of the last comparison in this process; None before the first.
 _result: str | None = None
 _watched: list[object] = []
-#: Why layers stay stock in a process that has a world and never loads vLLM's worker. vLLM's weight-cache daemon (``vllm
+#: Why layers stay stock in a process that has a world and never loads vLLM's worker. The weight-cache daemon (``vllm
 #: preload``, from 0.30 on) makes a model and runs none. It is not a problem.
 NO_WORKER = "no worker runs in this process"
 _worker_is_loaded = False

@@ -1,1 +1,1 @@
-"""What the overlay reports: the journal of a process and its reader, the log, the summary line, the metrics."""
+"""What the overlay reports: the journal and its reader, the log, the summary line, the metrics."""

@@ -2,13 +2,13 @@
 
 A log line "applied" is only a claim. The journal holds the proof: how often the compiler saw the op (fake), how often it
 ran on two streams, and how often serially and why. Counters are plain integers, and the hot path makes no system call.
-Milestones write the file at once. Once layers are patched, or one of vLLM's loops has begun, a daemon thread writes the
-file again when its content has changed or the file is gone. So the file is good even after a kill -9.
+Milestones write the file at once. Once layers are patched, or a loop of vLLM has begun, a daemon thread rewrites a file
+that is outdated or gone. So it is good even after a kill -9.
 
-The file's name says of which process it is, and the process holds a lock on it (overlay/report/process_identity.py).
-Containers and hosts may share the folder, and it may outlive them. So at its start a process removes files that are an hour
-old and belong to no running process. Of a process of another host only the file's age is known, so every file is written
-anew every ten minutes.
+The file's name says which process it belongs to, and the process holds a lock on it (overlay/report/process_identity.py).
+Containers and hosts may share the folder, and it may outlive them. So a process removes, when it starts, files that are an
+hour old and belong to no running process. For a process of another host only the age is known, so every file is rewritten
+every ten minutes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCHEMA = 1
 #: Always 0 now. Up to 0.1 one GEMM could do both projections; the schema and the log fields keep the place.
 FUSED_CALLS = 0
 _WRITE_INTERVAL_SECONDS = 1.0
-#: After this time a file is written again even if nothing has changed, because another host knows only the file's age.
+#: After this time an unchanged file is written too, because another host knows only its age.
 _REFRESH_SECONDS = 600.0
 _STALE_SECONDS = 3600.0
 _TEMPORARY = ".journal-"
@@ -82,7 +82,7 @@ class PatchRecord:
 
     @property
     def state(self) -> str:
-        """The verdict. If the target was not imported and the source says landed or absent, it is that."""
+        """The verdict. If the target was not imported: landed or absent, if the source says so."""
         unseen_is_enough = self.verdict == NOT_SEEN and self._on_source in (LANDED, ABSENT)
         return str(self._on_source) if unseen_is_enough else self.verdict
 
@@ -106,7 +106,7 @@ class PatchRecord:
         self.reason = f"its target has not been imported; on this vLLM: {found.state}: {found.reason}"
 
     def begin_engine(self) -> None:
-        """Forget what belongs to the last engine of this process; a new one begins."""
+        """A new engine of this process begins: forget what belongs to the last one."""
         self.patched, self.refused, self.calls, self.plans = {}, {}, Calls(), []
         if self._before_overruled is not None:
             (self.verdict, self.reason), self._before_overruled = self._before_overruled, None
@@ -257,7 +257,7 @@ class Journal:
         if path is None:
             return
         with self._lock:
-            # Compared as objects: to make text takes milliseconds of the interpreter's time if there are many layers.
+            # Compared as objects: with many layers, making text takes milliseconds of the interpreter's time.
             content, now = self.as_dict(), time.monotonic()
             fresh = now - self._written_at < _REFRESH_SECONDS
             if fresh and content == self._written and os.path.exists(path):
@@ -295,7 +295,7 @@ class Journal:
                 self.write()
 
     def _after_fork(self) -> None:
-        """Make a forked child's journal its own: its own file, counters and thread, because threads do not survive a fork."""
+        """Give a forked child its own file, counters and thread. Threads do not survive a fork."""
         self._lock = threading.Lock()
         self._started = time.time()
         self._release()

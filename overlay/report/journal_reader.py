@@ -133,7 +133,7 @@ def load(folder: Path, wanted: Callable[[str], bool] | None = None) -> tuple[lis
 
 
 def read(folder: Path) -> list[Journal]:
-    """All journals of a folder that may not be there yet."""
+    """All journals of a folder; none if there is no such folder."""
     try:
         return load(folder)[0]
     except FileNotFoundError:

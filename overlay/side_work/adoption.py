@@ -47,8 +47,8 @@ def refuse_modes(config: Any, batch_invariant: bool) -> None:
     """Raise StaysStock if vLLM runs in a mode in which a fork is not safe or not wanted. `config` is a VllmConfig."""
     if config.parallel_config.use_ubatching:
         raise StaysStock(rules.MICRO_BATCHING)
-    # Each engine then has a torch.distributed world of its own. So overlay.engine.ranks does not compare it with the
-    # engines that it runs steps with, neither those of now nor those that join later (vLLM 0.17.1 to 0.33.0).
+    # Each engine then has its own torch.distributed world. So overlay.engine.ranks does not compare it with the engines
+    # that share its steps, neither today's nor later ones (vLLM 0.17.1 to 0.33.0).
     if getattr(config.parallel_config, "enable_elastic_ep", False):
         raise StaysStock(rules.ELASTIC)
     if batch_invariant:

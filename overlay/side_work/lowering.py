@@ -73,8 +73,8 @@ def refuse_without_graphs(device: torch.device, config: Any) -> None:
 def split_ranges(config: Any, strict: bool) -> bool:
     """Give the steps above the captured sizes a compiled graph of their own, before vLLM traces. `config` is a VllmConfig.
 
-    False if this vLLM gets no such graph: it compiles no ranges, captures no graph or compiles an encoder too, or the model's
-    hidden size is unknown or above WIDEST_ROW.
+    False where they get none: no ranges, no captures, an encoder compiled too, or a hidden size that is unknown or above
+    WIDEST_ROW.
 
     The same on all ranks of a pipeline stage, whatever their layers do: a rank with another range would run another warm-up
     step, and the others would wait for it. Stages may differ: a warm-up step sends nothing to another stage. Under `strict`

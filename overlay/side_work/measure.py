@@ -1,11 +1,11 @@
 """Which strategy is fastest: measured on this GPU, in CUDA graphs, on the model's own layers.
 
-One graph holds several layers, so each layer finds the L2 cache as cold as in a step. Only the GEMM of main is measured
+One graph holds several layers, so each finds the L2 cache as cold as in a step. Only main's GEMM is measured
 (`gemm_that_reads`), because in a compiled step the kernel before it often quantizes its input. The strategies take turns,
 replay by replay, and their medians are compared. The fastest wins if it is at least 1 % faster than serial.
 
-A measurement takes memory for the results of a few GEMMs. At the end it frees that memory, its stream, and the libraries'
-work space on this stream (unless the process has CUDA graphs already). It takes no number from torch's default random
+A measurement takes memory for the results of a few GEMMs. At the end it frees that, its stream, and the libraries' work
+space on this stream (unless the process has CUDA graphs already). It takes no number from torch's default random
 generators.
 """
 
@@ -28,7 +28,7 @@ from overlay.vocabulary import SERIAL
 #: The fastest strategy may take at most this part of serial's time.
 ADVANTAGE = 0.99
 ROUNDS = 15
-#: Layers in one graph. Their weights are together at least this many times the L2 cache, within these bounds.
+#: Layers in one graph: within these bounds, enough that their weights are this many times the L2 cache.
 CACHE_SIZES = 3
 FEWEST_LAYERS, MOST_LAYERS = 8, 24
 #: Sizes that are measured first. A size between two with different strategies is measured too.
@@ -87,17 +87,16 @@ class Measurement:
     def __exit__(self, *_: object) -> None:
         torch.cuda.synchronize(self.device)
         del self._anchor
-        # Otherwise the work space that cuBLAS got for these streams would stay with them for ever. torch can free that of
-        # all streams or none. A captured graph (of another engine in this process) still writes to its own, so if there is
-        # one, all of it stays.
+        # Otherwise cuBLAS keeps the work space of these streams for ever. torch can free that of all streams or of none. A
+        # captured graph (another engine's in this process) still writes to its own; if there is one, all of it stays.
         clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
         if clear is not None and not self._keeps_workspaces:
             clear()
         torch.cuda.empty_cache()
 
     def rows(self, sizes: Sequence[int], seconds: float) -> list[Row]:
-        """Measure `sizes` for about `seconds`, and at least the milestones among them. Returns a row for each, in the order
-        of sizes.
+        """Measure `sizes` for about `seconds`, at least the milestones among them. Returns a row for each, in order of
+        size.
 
         A size that is not measured gets its neighbours' strategy if both have the same one, else serial.
         """
@@ -143,10 +142,9 @@ class Measurement:
     def _capture(self, work: Work, inputs: torch.Tensor) -> torch.cuda.CUDAGraph:
         """One graph of all layers. All graphs share a pool, because nobody reads their results.
 
-        It does not use `torch.cuda.graph`, which collects garbage each time. In a loaded vLLM that takes longer than the
-        measurement.
+        `torch.cuda.graph` would collect garbage each time, which takes longer in a loaded vLLM than the measurement.
         """
-        work(0, inputs)  # once outside the capture, because a kernel's first use sets things up
+        work(0, inputs)  # outside the capture first, because a kernel's first use sets things up
         graph = torch.cuda.CUDAGraph()
         self.stream.synchronize()
         # thread_local: other threads (such as NCCL's watchdog) may call CUDA meanwhile.

@@ -25,7 +25,7 @@ from overlay.side_work.measure import Measurement, Row
 from overlay.side_work.plan import Plan, SizePlan
 from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST, SERIAL, STRATEGIES
 
-#: Seconds of measuring for one shape. Sizes that are left after that get their neighbours' strategy.
+#: Seconds of measuring for one shape. Sizes that are left get their neighbours' strategy.
 SECONDS_PER_SHAPE = 2.0
 
 
@@ -35,7 +35,7 @@ class Pair:
 
     `main_columns` and `columns` are the sizes of main's and side's output per tensor-parallel shard. `gate` is the name of
     main's parameter that main's GEMM reads. `plain`: side is only a GEMM of its weight, so start needs no layer. `name` is
-    one line with everything that the plan depends on, except the machine.
+    one line: what the plan depends on, except the machine.
     """
 
     layer: str
@@ -194,8 +194,8 @@ def start_side(pair: Pair, x: torch.Tensor, strategy: str, on: lane.Lane) -> tor
 def captured_sizes(config: Any, settings: Settings) -> list[int]:
     """The sizes of the CUDA graphs that vLLM is going to capture, up to the token threshold if one is set.
 
-    With speculative decoding vLLM later rounds them up to whole requests (for some graphs, in some releases), so the list
-    has both.
+    With speculative decoding vLLM later rounds them up to whole requests (some graphs, some releases), so both are
+    included.
     """
     compilation = config.compilation_config
     if not lowering.captures(compilation):

@@ -1,9 +1,9 @@
 """Measured plans on disk, so that the next start does not measure again.
 
 There is one JSON file per key. The key is everything that the times depend on (GPU, driver, torch, vLLM, shapes, sizes).
-The file holds the whole key and it is compared, so a file of another machine is not used. A plan is data: it can change no
-result, only when work is forked. So nobody checks who could write to the folder (volumes in Kubernetes are often writable
-by a group). The file is bounded and checked field by field. If anything is wrong it is not used, and the reason is given.
+The file holds the whole key, which is compared, so a file of another machine is not used. A plan can change no result, only
+when work is forked. So nobody checks who could write to the folder (volumes in Kubernetes are often writable by a group).
+The file is bounded and checked field by field. If anything is wrong, it is not used, with a reason.
 """
 
 from __future__ import annotations

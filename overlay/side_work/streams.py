@@ -26,11 +26,10 @@ _streams: dict[tuple[torch.device, torch.cuda.Stream, Hashable], torch.cuda.Stre
 
 
 def auxiliary_stream(device: torch.device, slot: Hashable) -> torch.cuda.Stream:
-    """The auxiliary stream of a slot, next to the current stream. It is made on first use, and all who ask for that slot
-    share it.
+    """The auxiliary stream of a slot, next to the current stream. Made on first use; all who ask for the slot share it.
 
     It is never a main stream, and never that of another slot or main stream. If torch has no such stream left, or the
-    allocator is not torch's own, it is the current stream itself: the results are right, and the work is serial.
+    allocator is not torch's own, it is the current stream: right results, serial work.
     """
     main_stream = torch.cuda.current_stream()
     key = (device, main_stream, slot)

@@ -84,9 +84,7 @@ class Waiting(Generic[Given, Pair]):
             self._layers.append((weakref.ref(layer), name, given))
 
     def decide(self, worker: Any) -> None:
-        """Give every waiting layer its pair, or leave it stock. If that fails, all of them stay stock; raises only under
-        strict.
-        """
+        """Give every waiting layer its pair, or leave it stock; all of them if that fails. Raises only under strict."""
         waiting = [(layer, name, given) for one, name, given in self._layers if (layer := one()) is not None]
         unexpected, self._unexpected = self._unexpected, False
         self._layers.clear()
@@ -97,8 +95,8 @@ class Waiting(Generic[Given, Pair]):
         found: Sequence[Pair | str]
         try:
             # All ranks need the same ranges: with other ranges a rank runs other warm-up steps, and ranks wait for each
-            # other. Every rank refuses the same layers, but an error may happen on one rank only. So with several ranks the
-            # split comes before the decision.
+            # other. Every rank refuses the same layers, but only one may have an error. So several ranks split before they
+            # decide.
             several = getattr(worker.vllm_config.parallel_config, "world_size_across_dp", None) != 1
             if several:
                 self._split_ranges(worker)

@@ -19,7 +19,7 @@ from overlay.vocabulary import APPLY, DRIFTED, REFUSED
 
 
 def install(patch: str, module: ModuleType, settings: Settings) -> None:
-    """Judge the source of a target module that has just been executed, and install the patch if the verdict is apply."""
+    """Judge the source of a target module that has just been executed, and install the patch if it applies."""
     tree = sources()
     found = registry.judge(patch, tree)
     if found.module != module.__name__ and not (found.module and module.__name__.startswith(f"{found.module}.")):

@@ -1,4 +1,4 @@
-"""The code of the patch. The docstring of `overlay.patches.deepseek_v4` tells why it is there."""
+"""The patch. The docstring of `overlay.patches.deepseek_v4` tells its story."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _judge_attention(tree: SourceTree, source: Source, module: str) -> Verdict:
     )
 
 
-# ---------------------------------------------------------------------------------------------- the places
+# -------------------------------------------------------------------------------- the places that are read
 
 
 def _check_forward(forward: Function) -> None:
@@ -281,9 +281,7 @@ def _only_call(method: Function, name: str, uses: Sequence[ast.AST]) -> ast.Call
 
 
 def _statement_of(method: Function, call: ast.Call) -> ast.stmt:
-    """The statement that is this call or assigns its result. It is at the top level of the method, so it always runs, and
-    once.
-    """
+    """The statement at the method's top level that is this call or assigns its result. So it runs once, always."""
     for statement in method.body:
         if isinstance(statement, (ast.Assign, ast.Expr)) and statement.value is call:
             return statement

@@ -1,4 +1,4 @@
-"""The code of the patch. The docstring of `overlay.patches.frame_stack` tells why it is there."""
+"""The patch. The docstring of `overlay.patches.frame_stack` tells its story."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from overlay.verdict.model import Source, SourceTree, Verdict, Witness, without_
 from overlay.verdict.questions import Drift, binders, drifted
 from overlay.vocabulary import APPLY
 
-#: The package of all loops.
 PACKAGE = "vllm.v1"
 MODULES = tuple(LOOPS)
 #: The module that starts the engine cores.

@@ -1,4 +1,4 @@
-"""The code of the patch. The docstring of `overlay.patches.pooling` tells why it is there."""
+"""The patch. The docstring of `overlay.patches.pooling` tells its story."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ ADOPTED = "_overlay_gives_asynchronous_output"
 
 
 def executor_of(runner: Any) -> str:
-    """The name of the executor that will ask for the result of this runner's output at once. Raises StaysStock if none
-    does.
+    """The name of the executor that will ask for this runner's result at once. Raises StaysStock if none does.
 
     Raises AttributeError if the runner lacks the flag that the patch sets, or the stream that it makes.
     """

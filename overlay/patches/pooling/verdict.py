@@ -57,7 +57,7 @@ def judge(tree: SourceTree) -> Verdict:
     return Verdict(APPLY, reason, MODULE, RUNNER, (METHOD,), where=where, shapes_graph=False)
 
 
-# ----------------------------------------------------------------- out of a file of 7,000 lines, which takes 40 ms to parse
+# --------------------------------------------------------- cut out of a file of 7,000 lines, because parsing it takes 40 ms
 
 
 class _Place(ast.AST):
@@ -107,7 +107,7 @@ def _mentions(text: str, name: str) -> Iterator[int]:
 
 
 def _only(text: str, definition: str) -> int:
-    """The beginning of the one line that defines a name. `definition` is a newline and how that line begins."""
+    """The offset of the only line that defines a name. `definition` is a newline and how that line begins. Raises Drift."""
     found = [at + 1 for at in _mentions(text, definition)]
     if len(found) != 1:
         raise Drift(_Place(text, found[1] if found else 0), f"{len(found)} plain definitions: {definition.strip()}")
@@ -213,7 +213,7 @@ def _check_landed(pool: Function) -> None:
 
 
 def _is_other_platform(test: ast.expr) -> bool:
-    """``not ….is_cuda_alike()``"""
+    """Whether a test is ``not ….is_cuda_alike()``."""
     called = test.operand if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) else None
     return isinstance(called, ast.Call) and getattr(called.func, "attr", "") == "is_cuda_alike"
 
@@ -223,7 +223,7 @@ def _is_of_locals(test: ast.expr) -> bool:
     return not any(isinstance(node, ast.Attribute) for node in ast.walk(test))
 
 
-# ------------------------------------------------------------------------------------------------ what it is handed on to
+# ------------------------------------------------------------------------------------------ the code that gets the output
 
 
 def _check_output(source: Source) -> None:
@@ -256,7 +256,7 @@ def _check_output(source: Source) -> None:
 
 
 def _enters_stream(statement: ast.With) -> bool:
-    """``with ….stream(async_output_copy_stream)``"""
+    """Whether a statement is ``with ….stream(async_output_copy_stream)``."""
     entered = statement.items[0].context_expr
     return (
         len(statement.items) == 1
