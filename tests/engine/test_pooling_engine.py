@@ -20,7 +20,6 @@ import pytest
 
 from devtools import servers
 from overlay.report import journal_reader
-from overlay.report.journal import Calls
 from tests.conftest import REPOSITORY
 from tests.engine.conftest import FEW_PROCESSES
 
@@ -83,7 +82,7 @@ def test_the_journal_says_landed_and_nothing_is_wrapped(both: tuple[Embedded, Em
     for record in seen:
         assert record["verdict"] == "landed", record
         assert record["layers"] == {"patched": {}, "refused": {}}
-        assert record["calls"] == vars(Calls())
+        assert not any(record["calls"].values()), record
         assert record["methods"] == []
     assert {journal.raw["fingerprint"] for journal in overlay.journals} == {None}, "stock's compile cache is shared"
     assert "pooling: landed" in overlay.log
