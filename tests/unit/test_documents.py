@@ -42,6 +42,22 @@ def test_links_lead_somewhere(page: pathlib.Path) -> None:
             assert anchor in anchors(place), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_path_of_this_repository_is_there(page: pathlib.Path) -> None:
+    """`<patch>` and `…` stand for anything."""
+    for path in re.findall(r"`((?:overlay|tests|devtools|benchmarks|docs|deploy)/[\w./*<>…-]+)`", text_of(page)):
+        pattern = re.sub("<[a-z]+>|…", "*", path.rstrip("/"))
+        assert next(REPOSITORY.glob(pattern), None), path
+
+
+def test_the_design_names_every_module() -> None:
+    """The table of the rooms; a patch's own modules are named once for all patches, the command line's not at all."""
+    named = set(re.findall(r"`[\w/<>]*?(\w+)\.py`", text_of(REPOSITORY / "docs" / "design.md")))
+    for path in (REPOSITORY / "overlay").rglob("*.py"):
+        if "cli" not in path.parts and path.stem != "__main__":
+            assert path.stem in named, path
+
+
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "benchmarks" / "README.md"], ids=lambda page: page.name)
 def test_nobody_is_sent_to_a_package_that_is_not_published(page: pathlib.Path) -> None:
     for command in re.findall(r"pip install[^\n`]*", text_of(page)):
