@@ -8,13 +8,13 @@ PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling", "frame_stack")
 #: Patches that work around Python and not vLLM. No vLLM will ever make them needless.
 OF_PYTHON = frozenset({"frame_stack"})
 
-# The state of a patch. These five are a verdict's, read from vLLM's source:
+# The state of a patch. These four are a verdict's, read from vLLM's source:
 APPLY = "apply"  #: the shape is known and there is something to gain
 LANDED = "landed"  #: upstream does it
 ABSENT = "absent"  #: this vLLM has no such model or class
 DRIFTED = "drifted"  #: the source is there, but not in a shape that the patch knows
+# A process adds these five:
 INERT = "inert"  #: the shape is right, but there is nothing to gain here
-# A process adds these four:
 NOT_SEEN = "not seen"  #: this process has not imported the target
 OFF = "off"  #: the patch is switched off
 REFUSED = "refused"  #: other code runs than the verdict has read

@@ -175,7 +175,7 @@ def test_start_comes_before_main_and_join_after_it(main: Main, v2: bool) -> None
     assert texts(stock) and texts(code) == texts(stock)
 
 
-def test_without_the_declared_write_the_order_is_not_given() -> None:
+def test_the_ops_declare_the_writes_that_give_the_order() -> None:
     """The declarations are what the order stands on: start writes to main's weight, join to the side result."""
     schemas = {
         name: str(getattr(torch.ops.vllm_overlay, name).default._schema) for name in ("start", "start_layer", "join")
