@@ -1,8 +1,8 @@
 """Graphs are edited before they are compiled, by the range of tokens that they serve.
 
-Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for. In the other
-graphs of captured sizes alone an op may take over what follows from it (`overlay.side_work.followers`). The rest of this text is
-about the first.
+Steps above the captured sizes run stock's own graph: an op is replaced there by the calls that it stands for. In a graph for
+captured sizes alone an op may take over what follows from it (`overlay.side_work.followers`). A graph for both stays as it is. The
+rest of this text is about the first.
 
 Symptom: a prompt of more tokens than the largest CUDA graph runs as Python on the host, piece by piece. Where the host is the
 limit, an op that is written in Python delays the first token in each layer. It gains nothing: outside a CUDA graph it is serial.
@@ -44,7 +44,7 @@ _intercepted = False
 
 
 def register(op: Any, *, above: Edit | None = None, captured: Edit | None = None) -> None:
-    """Have the nodes of an op (``torch.ops.<library>.<name>``) edited, in the graphs above the captured sizes or in the others."""
+    """Have the nodes of an op (``torch.ops.<library>.<name>``) edited, in graphs above the captured sizes, or for captured sizes alone."""
     for table, edit in ((_above, above), (_captured, captured)):
         if edit is not None:
             table[str(op)] = edit
