@@ -29,6 +29,14 @@ FEW_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROCES
 ALL_PROCESSES = "qwen3_5_text"
 
 
+#: The files that take longest. They come first, so that no worker is left with one of them at the end.
+LONGEST = ("test_ray_engine.py", "test_soak_engine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 #: What vLLM has found out about models, from the last run. It asks a process of its own about each, some seconds every time.
 _known_models: list[pathlib.Path] = []
 
