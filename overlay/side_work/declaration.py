@@ -22,7 +22,7 @@ from vllm.config import get_current_vllm_config
 
 from overlay.report.journal import journal
 from overlay.settings import Settings
-from overlay.side_work import adoption, gemms, lowering, ops, pairs
+from overlay.side_work import adoption, gemms, lowering, ops, pairs, rules
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.pairs import Pair
 from overlay.side_work.plan import Plan
@@ -114,7 +114,7 @@ class TwoLinears:
         main, side = getattr(layer, self.main), getattr(layer, self.side)
         main_columns, columns = sizes.values()
         if gemms.has_adapters(main):
-            raise StaysStock(gemms.ADAPTERS)
+            raise StaysStock(rules.ADAPTERS)
         gemms.check_side(side)
         kind = gemms.gemm_of(side)  # again: loading may have given it another kernel
         lowering.refuse_without_graphs(next(side.parameters()).device, config)

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from overlay.side_work.lowering import op_of
+
 #: Bytes. Kernels are compiled apart for pointers that are multiples of it, as every tensor's of its own memory is.
 ALIGNMENT = 16
 
@@ -35,14 +37,9 @@ class Followers:
     zeros: Node | None
 
 
-def calls(node: Node, op: Any) -> bool:
-    """Whether a node calls an op, by its packet or by its default overload."""
-    return bool(node.op == "call_function" and node.target in (op, op.default))
-
-
 def find(start: Node, start_op: Any, join_op: Any) -> Followers | None:
     """What follows from the result of `start` alone, in a graph that Dynamo traced. None where nothing does."""
-    joins = [node for node in start.users if calls(node, join_op)]
+    joins = [node for node in start.users if op_of(node) == str(join_op)]
     result = start.meta.get("example_value")
     if len(joins) != 1 or result is None or result.dim() != 2:
         return None
@@ -82,7 +79,7 @@ def _zeros(start: Node, start_op: Any, join: Node, result: torch.Tensor) -> Node
     nodes = list(start.graph.nodes)
     before, after = nodes[: nodes.index(start)], nodes[nodes.index(join) + 1 :]
     for node in after:
-        if calls(node, start_op):
+        if op_of(node) == str(start_op):
             break
         if node.op == "call_function" and node.target is torch.zeros:
             plain = len(node.args) == 1 and isinstance(node.args[0], (tuple, list))

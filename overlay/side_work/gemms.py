@@ -13,7 +13,6 @@ from overlay.side_work.adoption import StaysStock
 
 TORCH_GEMM = "default_unquantized_gemm"  #: vLLM's name for a plain torch.nn.functional.linear
 CPU_GEMM = "cpu_unquantized_gemm"
-ADAPTERS = rules.ADAPTERS
 PLAIN = (torch.bfloat16, torch.float16)  #: types of an input that a kernel for quantized weights alone reads
 #: What a Marlin kernel that sets up a workspace for each layer mentions while it does so.
 MARLIN_WORKSPACE = frozenset({"workspace", "marlin_make_workspace_new"})
@@ -24,7 +23,7 @@ LINEARS = (ColumnParallelLinear, MergedColumnParallelLinear, ReplicatedLinear)
 def check_side(linear: Any) -> None:
     """Raise StaysStock, with the reason, where calling a linear may be more than its GEMM."""
     if has_adapters(linear):
-        raise StaysStock(ADAPTERS)
+        raise StaysStock(rules.ADAPTERS)
     if type(linear) not in LINEARS:
         raise StaysStock(f"the side is a {type(linear).__qualname__} of {type(linear).__module__}")
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):

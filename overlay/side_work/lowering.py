@@ -133,11 +133,11 @@ def _with_edited_graph(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> t
 
 def edited(module: torch.fx.GraphModule, edits: dict[str, Edit]) -> torch.fx.GraphModule:
     """A copy of a graph with every edit made; the same object where there is nothing to edit."""
-    if not any(_op_of(node) in edits for node in module.graph.nodes):
+    if not any(op_of(node) in edits for node in module.graph.nodes):
         return module
     graph = copy.deepcopy(module.graph)
     for node in list(graph.nodes):
-        op = _op_of(node)
+        op = op_of(node)
         if op in edits:
             edits[op](graph, node)
     graph.lint()
@@ -146,6 +146,6 @@ def edited(module: torch.fx.GraphModule, edits: dict[str, Edit]) -> torch.fx.Gra
     return changed
 
 
-def _op_of(node: torch.fx.Node) -> str | None:
+def op_of(node: torch.fx.Node) -> str | None:
     """The name of the op that a node calls, as ``<library>.<name>``."""
     return str(getattr(node.target, "overloadpacket", node.target)) if node.op == "call_function" else None

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench.engines import SEED, paired_row
 from overlay.cli.bench.intervals import median
-from overlay.cli.bench.results import Results, journal_summary
-from overlay.cli.bench.serving import WARM_UP_REQUESTS, run_client, running, seconds_of_requests
-from overlay.cli.bench.setup import STOCK, WITH_OVERLAY, Setup
+from overlay.cli.bench.results import Results
+from overlay.cli.bench.serving import WARM_UP_REQUESTS, put_journals, run_client, running, seconds_of_requests
+from overlay.cli.bench.setup import STOCK, Setup
 
 if TYPE_CHECKING:
     from overlay.cli.bench.progress import Progress
@@ -115,9 +115,7 @@ def measure(
                         runs[clients][arm][turn] = found
                     results.put(KEY, "rows", value=rows_of(runs))
                     results.put(KEY, "answers", value=answers_of(runs))
-        for arm in alive:
-            if arm in WITH_OVERLAY:
-                results.put(KEY, "journals", arm, value=journal_summary(setup.journal_folder(f"server-{arm}")))
+        put_journals(setup, results, alive, KEY)
 
 
 def rows_of(runs: Runs) -> list[dict[str, Any]]:

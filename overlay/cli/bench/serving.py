@@ -158,10 +158,14 @@ def measure(
                     progress.step(f"{arm}, {rate:g} requests/s, round {turn + 1} of {load.rounds}")
                     samples[rate][arm].append(_at_rate(setup, servers[arm], tokenizer, rate, turn, load))
                     results.put("serving", "rows", value=rows_of(samples, arms))
-        for arm in group:
-            if arm in WITH_OVERLAY:
-                summary = journal_summary(setup.journal_folder(f"server-{arm}"))
-                results.put("serving", "journals", arm, value=summary)
+        put_journals(setup, results, group)
+
+
+def put_journals(setup: Setup, results: Results, arms: Sequence[str], key: str = "serving") -> None:
+    """What the servers of these arms have written of themselves, for each that has the overlay. They have ended."""
+    for arm in arms:
+        if arm in WITH_OVERLAY:
+            results.put(key, "journals", arm, value=journal_summary(setup.journal_folder(f"server-{arm}")))
 
 
 @contextlib.contextmanager

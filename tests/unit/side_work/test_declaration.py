@@ -20,10 +20,10 @@ from overlay.settings import Settings  # noqa: E402
 from overlay.side_work import adoption, declaration, lowering, ops, pairs, waiting  # noqa: E402
 from overlay.side_work.adoption import StaysStock  # noqa: E402
 from overlay.side_work.declaration import TwoLinears  # noqa: E402
-from overlay.side_work.gemms import ADAPTERS  # noqa: E402
 from overlay.side_work.lowering import NO_CAPTURE  # noqa: E402
 from overlay.side_work.pairs import Pair  # noqa: E402
 from overlay.side_work.plan import Plan  # noqa: E402
+from overlay.side_work.rules import ADAPTERS  # noqa: E402
 from overlay.side_work.waiting import PAIR, Waiting  # noqa: E402
 from overlay.verdict import Verdict  # noqa: E402
 from overlay.vocabulary import APPLY, INERT  # noqa: E402
