@@ -19,43 +19,27 @@ batches depend on the moment, so above one client an answer may differ by roundi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from overlay.cli.bench.engines import SEED, paired_row
+from overlay.cli.bench.engines import paired_row
 from overlay.cli.bench.intervals import median
-from overlay.cli.bench.results import Results
-from overlay.cli.bench.serving import WARM_UP_REQUESTS, put_journals, run_client, running, seconds_of_requests
-from overlay.cli.bench.setup import STOCK, Setup
-
-if TYPE_CHECKING:
-    from overlay.cli.bench.progress import Progress
+from overlay.cli.bench.servers import LEAST_WARM_UP, Fleet, Load, seconds_of_requests
+from overlay.cli.bench.setup import STOCK
 
 KEY = "concurrency"
 METRICS = ("tpot", "ttft")
 #: Requests of a run at least, so that its median means something with one client.
 LEAST_REQUESTS = 8
-#: A run that would begin with less time left is left out.
-RESERVE_SECONDS = 30.0
 
 #: Results of `vllm bench serve` by number of clients, arm and round.
 Runs = dict[int, dict[str, dict[int, dict[str, Any]]]]
 
 
-@dataclass(frozen=True)
-class Loop:
-    """Numbers of clients; rounds, and requests of each client in a round; tokens of a request and of its answer."""
-
-    clients: tuple[int, ...]
-    rounds: int
-    waves: int
-    prompt: int
-    output: int
-
-    def requests(self, clients: int) -> int:
-        return max(LEAST_REQUESTS, self.waves * clients)
+def load(clients: int, waves: int, prompt: int, output: int) -> Load:
+    """Each client sends `waves` requests."""
+    requests = max(LEAST_REQUESTS, waves * clients)
+    return Load(clients, ("--max-concurrency", str(clients)), prompt, output, requests, max(LEAST_WARM_UP, clients))
 
 
 def turns(arms: Sequence[str], rounds: int, together: bool) -> list[tuple[tuple[str, ...], range]]:
@@ -68,54 +52,16 @@ def turns(arms: Sequence[str], rounds: int, together: bool) -> list[tuple[tuple[
     return [(alive, some) for alive, some in found if len(some)]
 
 
-def measure(
-    setup: Setup,
-    results: Results,
-    progress: Progress,
-    engine: Mapping[str, Any],
-    tokenizer: Path,
-    arms: Sequence[str],
-    loop: Loop,
-    together: bool,
-    seed: int | None = SEED,
-) -> None:
-    """All numbers of clients on the servers of these arms, stock first. Results go under `concurrency`."""
-    runs: Runs = {clients: {arm: {} for arm in arms} for clients in loop.clients}
-    for name, value in (("together", together), ("prompt", loop.prompt), ("output", loop.output)):
+def measure(fleet: Fleet, arms: Sequence[str], loads: Sequence[Load], rounds: int, together: bool) -> None:
+    """All numbers of clients on the servers of these arms, stock first."""
+    results = fleet.results
+    runs: Runs = {int(one.size): {arm: {} for arm in arms} for one in loads}
+    for name, value in (("together", together), ("prompt", loads[0].prompt), ("output", loads[0].output)):
         results.put(KEY, name, value=value)
-    schedule = turns(arms, loop.rounds, together)
-    progress.phase(
-        "closed loop", len(arms) * loop.rounds * len(loop.clients) + sum(len(alive) for alive, _ in schedule)
-    )
-    for alive, rounds in schedule:
-        if setup.remaining() < RESERVE_SECONDS:
-            results.unfinished(f"closed loop: out of time before {', '.join(alive)}")
-            return
-        with running(setup, results, progress, engine, tokenizer, alive, seed, KEY) as servers:
-            for turn in rounds:
-                for clients in loop.clients:
-                    for arm in reversed(alive) if turn % 2 else alive:
-                        if setup.remaining() < RESERVE_SECONDS:
-                            results.unfinished(f"closed loop: out of time before N={clients}, round {turn + 1}, {arm}")
-                            return
-                        progress.step(f"{arm}, N={clients}, round {turn + 1} of {loop.rounds}")
-                        found = run_client(
-                            setup,
-                            servers[arm],
-                            tokenizer,
-                            f"loop-{clients}-{turn}-{arm}",
-                            ["--max-concurrency", str(clients)],
-                            sizes=(loop.prompt, loop.output),
-                            requests=loop.requests(clients),
-                            warm_up=max(WARM_UP_REQUESTS, clients),
-                            seed=1000,
-                        )
-                        if found.get("failed"):
-                            results.problem(f"closed loop, N={clients}, {arm}: {found['failed']} requests have failed")
-                        runs[clients][arm][turn] = found
-                    results.put(KEY, "rows", value=rows_of(runs))
-                    results.put(KEY, "answers", value=answers_of(runs))
-        put_journals(setup, results, alive, KEY)
+    for one, arm, turn, found in fleet.drive(turns(arms, rounds, together), loads):
+        runs[int(one.size)][arm][turn] = found
+        results.put(KEY, "rows", value=rows_of(runs))
+        results.put(KEY, "answers", value=answers_of(runs))
 
 
 def rows_of(runs: Runs) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ from overlay.cli.bench import closed_loop, engines, formats, memory, report, ser
 from overlay.cli.bench.engines import Engines
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import REPOSITORY, Results, different
+from overlay.cli.bench.servers import Fleet, ServingError
 from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITH_OVERLAY, Setup
 from overlay.cli.bench.workers import WorkerError
 from overlay.cli.failure import CommandError, without_credentials
@@ -387,7 +388,7 @@ def conduct(
         except KeyboardInterrupt:
             results.put("interrupted", value=True)
             results.unfinished("interrupted; what was measured before is kept")
-        except (WorkerError, serving.ServingError) as error:
+        except (WorkerError, ServingError) as error:
             results.problem(str(error))
     report.show(results.data, console, setup.out / "report.txt", tables)
     if not setup.cpu:
@@ -446,44 +447,21 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
 
         alive.run(arguments, options.together, seed, {phase: functools.partial(one, phase) for phase in phases})
         _check_effect(plan, results, results.data["pair"])
-    if serve and options.concurrency:
-        closed_loop.measure(
-            setup,
-            results,
-            progress,
-            arguments,
-            plan.model.tokenizer(setup.work),
-            options.arms,
-            _loop(plan, options.concurrency),
-            len(options.arms) * plan.need.total <= plan.free,
-            seed,
+    if serve:
+        fleet = functools.partial(
+            Fleet, setup, results, progress, arguments, plan.model.tokenizer(setup.work), seed, at_once=options.together
         )
-        _check_effect(plan, results, results.data["concurrency"])
-    if serve and options.rates:
-        load = serving.Load(
-            options.rates,
-            effort.serving_seconds,
-            effort.serving_rounds,
-            options.serving_prompt,
-            options.serving_output,
-        )
-        together = 2 * plan.need.total <= plan.free
-        serving.measure(
-            setup,
-            results,
-            progress,
-            arguments,
-            plan.model.tokenizer(setup.work),
-            plan.serving_arms,
-            load,
-            together,
-            seed,
-        )
-
-
-def _loop(plan: Plan, clients: tuple[int, ...]) -> closed_loop.Loop:
-    effort, options = plan.effort, plan.options
-    return closed_loop.Loop(clients, effort.loop_rounds, effort.loop_waves, options.serving_prompt, options.loop_output)
+        sizes = options.serving_prompt, options.loop_output
+        loops = [closed_loop.load(clients, effort.loop_waves, *sizes) for clients in options.concurrency or ()]
+        if loops:
+            together = len(options.arms) * plan.need.total <= plan.free
+            closed_loop.measure(fleet(closed_loop.KEY), options.arms, loops, effort.loop_rounds, together)
+            _check_effect(plan, results, results.data[closed_loop.KEY])
+        sizes = options.serving_prompt, options.serving_output
+        rates = [serving.load(rate, effort.serving_seconds, *sizes) for rate in options.rates]
+        if rates:
+            together = 2 * plan.need.total <= plan.free
+            serving.measure(fleet(serving.KEY), plan.serving_arms, rates, effort.serving_rounds, together)
 
 
 def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:

@@ -18,7 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from overlay.cli.bench import closed_loop, command, compare, engines, intervals, memory, plots, report, serving, shapes
+from overlay.cli.bench import (
+    closed_loop,
+    command,
+    compare,
+    engines,
+    intervals,
+    memory,
+    plots,
+    report,
+    servers,
+    serving,
+    shapes,
+)
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import Results, different
 from overlay.cli.bench.setup import Setup
@@ -416,7 +428,7 @@ def test_a_stock_worker_sees_neither_the_overlay_nor_its_sitecustomize(commands:
 
 def test_an_engines_process_finds_nothing_but_what_it_needs() -> None:
     names = sorted(path.name for path in SCRIPT.parent.iterdir() if path.name != "__pycache__")
-    assert names == ["__init__.py", "bench_engine", "run_worker.py"]
+    assert names == ["__init__.py", "bench_engine", "run_client.py", "run_worker.py"]
 
 
 def test_nothing_of_a_workers_own_code_imports_the_overlay() -> None:
@@ -582,7 +594,7 @@ def test_serving_rows_have_medians_percentiles_and_an_interval() -> None:
 
 
 def test_engine_arguments_become_flags() -> None:
-    found = serving.flags(
+    found = servers.flags(
         {"model": "m", "enable_prefix_caching": False, "language_model_only": True, "seed": 0, "a_b": {"c": [1]}}
     )
     assert found == ["--no-enable-prefix-caching", "--language-model-only", "--seed", "0", "--a-b", '{"c": [1]}']
@@ -793,24 +805,25 @@ def test_the_servers_take_turns_and_what_fails_is_a_problem(
     asked: list[tuple[str, str, int]] = []
 
     @contextlib.contextmanager
-    def running(_setup: Any, _results: Any, _progress: Any, _engine: Any, _tokenizer: Any, arms: Any, *_: Any) -> Any:
+    def running(_: servers.Fleet, arms: Any) -> Any:
         alive.append(tuple(arms))
         yield {arm: arm for arm in arms}
 
-    def run_client(
-        _setup: Any, server: str, _tokenizer: Any, name: str, load: list[str], **given: Any
-    ) -> dict[str, Any]:
-        asked.append((server, load[1], int(name.split("-")[2])))
+    def one_run(_: servers.Fleet, client: str, server: str, load: servers.Load, turn: int) -> dict[str, Any]:
+        assert client == "client"
+        asked.append((server, load.flags[1], turn))
         return {**_loop_run(1.0 if server == "stock" else 0.9, "a", "b"), "failed": int(server == "overlay")}
 
-    monkeypatch.setattr(closed_loop, "running", running)
-    monkeypatch.setattr(closed_loop, "run_client", run_client)
+    monkeypatch.setattr(servers.Fleet, "_running", running)
+    monkeypatch.setattr(servers.Fleet, "_client", lambda _: contextlib.nullcontext("client"))
+    monkeypatch.setattr(servers.Fleet, "_run", one_run)
     results = Results(tmp_path / "results.json", lambda text: None)
-    loop = closed_loop.Loop((1, 4), rounds=2, waves=2, prompt=8, output=4)
+    loads = [closed_loop.load(clients, 2, 8, 4) for clients in (1, 4)]
     setup = Setup(tmp_path, tmp_path, None, 100.0)
     progress: Any = Progress(Console(file=io.StringIO()))
+    fleet = servers.Fleet(setup, results, progress, {}, tmp_path, None, closed_loop.KEY)
     arms = ("stock", "overlay")
-    closed_loop.measure(setup, results, progress, {}, tmp_path, arms, loop, together)
+    closed_loop.measure(fleet, arms, loads, 2, together)
     assert alive == ([arms] if together else [("stock",), ("overlay",), ("stock",)])
     assert sorted(asked) == sorted((arm, clients, turn) for arm in arms for clients in "14" for turn in (0, 1))
     if together:
@@ -818,11 +831,11 @@ def test_the_servers_take_turns_and_what_fails_is_a_problem(
     found = results.data["concurrency"]
     assert found["together"] == together and [row["rounds"] for row in found["rows"]] == [2] * 4
     assert all(row["ratio"] == pytest.approx(0.9) for row in found["rows"])
-    assert results.data["problems"][0] == "closed loop, N=1, overlay: 1 requests have failed"
+    assert results.data["problems"][0] == "concurrency 1, overlay, round 1: 1 requests have failed"
     setup.budget = 0.0
-    closed_loop.measure(setup, results, progress, {}, tmp_path, arms, loop, together)
+    closed_loop.measure(fleet, arms, loads, 2, together)
     assert results.data["unfinished"] == [
-        f"closed loop: out of time before {'stock, overlay' if together else 'stock'}"
+        f"concurrency: out of time before {'stock, overlay' if together else 'stock'}"
     ]
 
 

@@ -7,7 +7,6 @@ scheduling stays as vLLM chooses it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -19,7 +18,6 @@ import runpy
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -381,32 +379,6 @@ def main() -> None:
     """
     worker: EngineWorker = runpy.run_path(sys.argv[1])["Worker"]() if len(sys.argv) > 1 else EngineWorker()
     if worker.room:
-        with_room(answer_commands, worker)
+        with_room(replies.answer_commands, worker)
     else:
-        answer_commands(worker)
-
-
-def answer_commands(worker: EngineWorker) -> None:
-    """Answer commands, and end the process."""
-    answers = replies.stream()
-    for line in sys.stdin:
-        message = json.loads(line)
-        command = message.pop("command")
-        if command == "quit":
-            break
-        try:
-            method: Callable[..., Any] = getattr(worker, f"do_{command}")
-            answer: dict[str, Any] = {"result": method(**message)}
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{command}: {type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-    answers.close()
-    journal = sys.modules.get("overlay.report.journal")
-    if journal is not None:
-        with contextlib.suppress(Exception):
-            journal.journal.write()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # vLLM's own shutdown takes seconds of device time
+        replies.answer_commands(worker)

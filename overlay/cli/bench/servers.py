@@ -1,0 +1,251 @@
+"""Real servers: `vllm serve` of each arm, and one process that runs `vllm bench serve` against them again and again.
+
+The client's process lives as long as the servers do: importing vLLM takes longer than most runs. `drive` gives every arm each load in
+turn, round by round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overlay.cli.bench.engines import RESERVE_SECONDS
+from overlay.cli.bench.outside.bench_engine.extension import NAME, WEIGHT_SEED
+from overlay.cli.bench.results import Results, journal_summary
+from overlay.cli.bench.setup import STOCK, WITH_OVERLAY, Setup
+from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, tail
+
+if TYPE_CHECKING:
+    from overlay.cli.bench.progress import Progress
+
+MODEL_NAME = "bench"
+MODULE = ("-m", "vllm.entrypoints.cli.main")
+#: What the client's process runs, by its path.
+CLIENT = SCRIPT.with_name("run_client.py")
+START_SECONDS = 900.0
+STOP_SECONDS = 20.0
+LEAST_WARM_UP = 4
+#: What only `vllm.LLM` takes.
+NOT_FOR_SERVERS = ("model", "skip_tokenizer_init", "disable_log_stats")
+
+
+class ServingError(RuntimeError):
+    """A server or its client failed; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run of the client: its flags for arrivals, the tokens of a prompt and of an answer, requests, and requests before it.
+
+    `size` is the load's number in results and file names: clients, or requests per second. `fresh`: each round sends prompts of its own.
+    """
+
+    size: float
+    flags: tuple[str, ...]
+    prompt: int
+    output: int
+    requests: int
+    warm_up: int = LEAST_WARM_UP
+    fresh: bool = False
+
+
+class Server:
+    """A `vllm serve` in a session of its own."""
+
+    def __init__(self, arm: str, setup: Setup, engine: Mapping[str, Any], tokenizer: Path, seed: int | None) -> None:
+        self.arm, self._setup = arm, setup
+        self.log = setup.work / "logs" / f"server-{arm}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        environment = setup.environment(arm, f"server-{arm}", beside=() if seed is None else (SCRIPT.parent,))
+        del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        command = [sys.executable, *MODULE, "serve", engine["model"], "--served-model-name", MODEL_NAME]
+        command += ["--tokenizer", str(tokenizer)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *flags(engine)]
+        if seed is not None:
+            environment[WEIGHT_SEED] = str(seed)
+            command += ["--worker-extension-cls", NAME]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=self.log.parent,  # not the repository: a stock server must not find the overlay
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.launched = time.monotonic()
+        self.start_seconds = 0.0
+
+    def wait(self) -> None:
+        """Wait until it answers. Raises ServingError where it ends, or the time does."""
+        limit = min(START_SECONDS, max(self._setup.remaining(), 30.0))
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise ServingError(f"{self.arm}: the server ended, status {self._process.returncode}\n{tail(self.log)}")
+            if time.monotonic() - self.launched > limit:
+                raise ServingError(f"{self.arm}: no answer within {limit:.0f} s\n{tail(self.log)}")
+            time.sleep(0.3)
+        self.start_seconds = time.monotonic() - self.launched
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def close(self, hurry: bool = False) -> None:
+        """Stop it, then end whatever of its session is left."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0 if hurry else STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def flags(engine: Mapping[str, Any]) -> list[str]:
+    """Arguments of `vllm.LLM` as flags of `vllm serve`."""
+    found: list[str] = []
+    for name, value in engine.items():
+        if name in NOT_FOR_SERVERS:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return found
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What the servers of all arms have in common. `key` is where their results go.
+
+    `engine` has arguments of `vllm.LLM`. `at_once` starts the servers of a group together, which is right where Triton's cache is warm:
+    its autotuning must not run twice at once. `seed` is that of random weights, None for a checkpoint's own.
+    """
+
+    setup: Setup
+    results: Results
+    progress: Progress
+    engine: Mapping[str, Any]
+    tokenizer: Path
+    seed: int | None
+    key: str
+    at_once: bool = False
+
+    def drive(
+        self, schedule: Sequence[tuple[Sequence[str], range]], loads: Sequence[Load]
+    ) -> Iterator[tuple[Load, str, int, dict[str, Any]]]:
+        """Each load on each arm in every round: load, arm, round and what the client has written.
+
+        `schedule` says which servers are alive for which rounds. Ends early, and says so in the results, where the time is over.
+        """
+        setup, results, progress = self.setup, self.results, self.progress
+        runs = sum(len(alive) * (len(rounds) * len(loads) + 1) for alive, rounds in schedule)
+        progress.phase(self.key, runs)
+        total = 1 + max((rounds[-1] for _, rounds in schedule), default=0)
+        for alive, rounds in schedule:
+            if setup.remaining() < 2 * RESERVE_SECONDS:
+                results.unfinished(f"{self.key}: out of time before {', '.join(alive)}")
+                return
+            with self._running(alive) as servers, self._client() as client:
+                for turn in rounds:
+                    for load in loads:
+                        for arm in reversed(alive) if turn % 2 else alive:
+                            what = f"{self.key} {load.size:g}, {arm}, round {turn + 1}"
+                            if setup.remaining() < 2 * RESERVE_SECONDS:
+                                results.unfinished(f"out of time before {what}")
+                                return
+                            progress.step(f"{what} of {total}")
+                            found = self._run(client, servers[arm], load, turn)
+                            if found.get("failed"):
+                                results.problem(f"{what}: {found['failed']} requests have failed")
+                            yield load, arm, turn, found
+            for arm in alive:
+                if arm in WITH_OVERLAY:  # the servers have ended, and have written what they say of themselves
+                    summary = journal_summary(setup.journal_folder(f"server-{arm}"))
+                    results.put(self.key, "journals", arm, value=summary)
+
+    @contextlib.contextmanager
+    def _running(self, arms: Sequence[str]) -> Iterator[dict[str, Server]]:
+        servers: dict[str, Server] = {}
+        hurry = True
+        try:
+            for arm in arms:
+                servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
+                if not self.at_once:
+                    self._wait(servers[arm])
+            if self.at_once:
+                for server in servers.values():
+                    self._wait(server)
+            yield servers
+            hurry = False
+        finally:
+            for server in servers.values():
+                server.close(hurry)
+
+    def _wait(self, server: Server) -> None:
+        self.progress.step(f"starting {server.arm}")
+        server.wait()
+        self.results.put(self.key, "start_seconds", server.arm, value=server.start_seconds)
+        self.progress.say(f"{server.arm} server answers after {server.start_seconds:.0f} s")
+
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[Worker]:
+        environment = self.setup.environment(STOCK, "client")  # the client is the same for all arms
+        client = Worker("vllm bench serve", environment, self.setup.work / "logs" / "client.log", CLIENT)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def _run(self, client: Worker, server: Server, load: Load, turn: int) -> dict[str, Any]:
+        """One run of `vllm bench serve`: its results file, per request."""
+        target = self.setup.work / "serving" / f"{self.key}-{load.size:g}-{turn}-{server.arm}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        command = ["--backend", "vllm", "--host", "127.0.0.1", "--port", str(server.port)]
+        command += ["--model", MODEL_NAME, "--tokenizer", str(self.tokenizer)]
+        command += ["--dataset-name", "random", "--random-input-len", str(load.prompt)]
+        command += ["--random-output-len", str(load.output), "--num-prompts", str(load.requests)]
+        command += [*load.flags, "--num-warmups", str(load.warm_up), "--seed", str(1000 + turn * load.fresh)]
+        command += ["--temperature", "0", "--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
+        command += ["--result-dir", str(target.parent), "--result-filename", target.name]
+        try:
+            client.call("serve", max(self.setup.remaining(), 0.0) + 60.0, arguments=command)
+        except WorkerError as error:
+            raise ServingError(f"{error}\n{tail(client.log)}") from error
+        found: dict[str, Any] = json.loads(target.read_text())
+        if not found["completed"]:
+            raise ServingError(f"{target.stem}: no request was answered: {found['errors'][:1]}\n{tail(server.log)}")
+        return found
+
+
+def seconds_of_requests(run: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Seconds of every request that was answered: to its first token, and per token after that."""
+    ttft, tpot = [], []
+    for first, gaps, count in zip(run["ttfts"], run["itls"], run["output_lens"], strict=True):
+        if count < 1:
+            continue
+        ttft.append(float(first))
+        if count > 1:
+            tpot.append(sum(gaps) / (count - 1))
+    return {"ttft": ttft, "tpot": tpot}
