@@ -59,7 +59,7 @@ def run(
 ) -> int:
     """Judge one vLLM, and with it a checkpoint where one is named; show both, and give the exit status."""
     if model is None and (lora or shards != 1 or measure):
-        raise CommandError("--tp, --lora and --measure go with --model: they say how that checkpoint is served")
+        raise CommandError("--tp, --lora and --measure go with --model: they are about that checkpoint")
     if measure and given is not None:
         raise CommandError(f"--measure runs the vLLM of this Python, so it does not go with --vllm={given!r}")
     vllm = vllms.find(given, cache)

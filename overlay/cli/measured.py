@@ -155,11 +155,12 @@ def step_bytes(text: Mapping[str, Any], bits: tuple[int, int], tokens: int, shar
 
 def _check_sizes(found: Checkpoint, shape: Shape) -> None:
     try:
-        step_bytes(found.config.text, shape.bits, 1, found.shards)
-    except KeyError as missing:
+        step_bytes(found.config.text, shape.bits, MOST_TOKENS, found.shards)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CommandError(
-            f"--measure: {found.path} has no {missing.args[0]}; allowed is a configuration with all sizes of its layers"
-        ) from missing
+            f"--measure: {found.path}: the size of a step cannot be told ({type(error).__name__}: {error}); allowed is a "
+            "configuration with all sizes of its layers, as numbers"
+        ) from error
 
 
 # ---------------------------------------------------------------- for people
