@@ -76,7 +76,8 @@ def opened(found: Checkpoint) -> Iterator[tuple[Worker, Mapping[str, Any]]]:
     """
     work = Path(tempfile.mkdtemp(prefix="vllm-overlay-measure-"))
     environment = {**os.environ, "VLLMOVERLAY": "0", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    places = [os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *places])
     worker = Worker("vLLM", environment, work / "vllm.log", SCRIPT, COMMANDS)
     keep = False
     try:

@@ -60,6 +60,9 @@ class Worker(EngineWorker):
     ) -> dict[str, Any]:
         """Measure one kind of pair. On a CPU it is only built: then there are no rows."""
         from overlay.settings import Settings
+        from overlay.start.import_hooks import fall_back_on_our_wrapt
+
+        fall_back_on_our_wrapt()  # nothing is armed in this process
         from overlay.side_work import measure, pairs
         from overlay.side_work.adoption import StaysStock
 
