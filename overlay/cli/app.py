@@ -86,16 +86,20 @@ def check(
     ] = None,
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="GPUs on which that checkpoint is served.")] = 1,
     lora: Annotated[bool, typer.Option("--lora", help="That checkpoint is served with --enable-lora.")] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also what a decode step of that checkpoint would gain, measured on this GPU."),
+    ] = False,
     json: Json = False,
     cache: Cache = None,
 ) -> None:
-    """What each patch would do in one vLLM, and with one checkpoint, without importing it.
+    """What each patch would do in one vLLM, and with one checkpoint, without importing it (--measure does, in a process).
 
-    Exit status: 0 all shapes are known, 1 something drifted, 2 bad input.
+    Exit status: 0 all shapes are known, 1 something drifted or vLLM failed at --measure, 2 bad input.
     """
     from overlay.cli import check
 
-    raise typer.Exit(check.run(vllm, json, cache, model, tensor_parallel, lora))
+    raise typer.Exit(check.run(vllm, json, cache, model, tensor_parallel, lora, measure))
 
 
 @app.command()

@@ -16,6 +16,7 @@ JSON (schema 1)::
 `model` is present only with ``--model``. The state is `unknown` if check does not know the checkpoint's format. `sizes` are
 columns per shard (gdn). `linears` are the linears of the group (lora_linear). `modes` are the ways to serve vLLM in which
 every layer stays stock; the list is empty if no layer would fork.
+With ``--measure`` a group that applies has `measured` as well (overlay.cli.measured has its fields).
 
 `removable` is true if every patch is landed or absent: then the overlay has nothing to do in this vLLM. frame_stack may be
 apply, because it works around Python and lands in no vLLM.
@@ -30,9 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overlay import __version__
-from overlay.cli import checkpoint, vllms
+from overlay.cli import checkpoint, measured, vllms
+from overlay.cli.bench.workers import WorkerError
 from overlay.cli.checkpoint import Checkpoint
-from overlay.cli.failure import CommandError
+from overlay.cli.failure import CommandError, say
 from overlay.cli.vllms import Vllm
 from overlay.patches import registry
 from overlay.verdict import Upstream, Verdict
@@ -53,13 +55,22 @@ def run(
     model: str | None = None,
     shards: int = 1,
     lora: bool = False,
+    measure: bool = False,
 ) -> int:
     """Judge one vLLM, and with it a checkpoint where one is named; show both, and give the exit status."""
-    if model is None and (lora or shards != 1):
-        raise CommandError("--tp and --lora go with --model: they say how that checkpoint is served")
+    if model is None and (lora or shards != 1 or measure):
+        raise CommandError("--tp, --lora and --measure go with --model: they are about that checkpoint")
+    if measure and given is not None:
+        raise CommandError(f"--measure runs the vLLM of this Python, so it does not go with --vllm={given!r}")
     vllm = vllms.find(given, cache)
     verdicts = judge(vllm)
     found = None if model is None else checkpoint.judge(model, verdicts, _sources(vllm), shards, lora)
+    if found is not None and measure:
+        try:
+            found = measured.measure(found)
+        except WorkerError as error:
+            say(f"error: --measure: {error}\n")
+            return 1
     if as_json:
         of_model = {} if found is None else {"model": found.as_dict()}
         print(json.dumps({**as_dict(vllm, verdicts), **of_model}, indent=1))
@@ -70,6 +81,8 @@ def run(
         show(vllm, verdicts, console)
         if found is not None:
             show_checkpoint(found, console)
+            if measure:
+                measured.show(found, console)
     return int(is_drifted(verdicts))
 
 

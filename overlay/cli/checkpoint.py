@@ -10,12 +10,13 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from overlay.cli.bench.shapes import EXPERT_COUNTS
 from overlay.cli.failure import CommandError
-from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, find, shown
+from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown
 from overlay.side_work.rules import (
     ADAPTERS,
     MARLIN,
@@ -59,8 +60,26 @@ REGISTRY = "vllm.model_executor.models.registry"
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What ``--measure`` builds of a group: one rank's shard of main and side.
+
+    `layers` are vLLM's names. `main` and `side` are the columns per shard of the parts that vLLM merges into one linear. `bits`
+    are the widths of a weight of the projections, and of the experts or MLPs.
+    """
+
+    layers: tuple[str, ...]
+    hidden: int
+    main: tuple[int, ...]
+    side: tuple[int, ...]
+    bits: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Group:
-    """Layers with which a patch does the same, for the same reason. `sizes`: columns per shard, and of the input."""
+    """Layers with which a patch does the same, for the same reason. `sizes`: columns per shard, and of the input.
+
+    `shape` is there if the patch applies and is for two linears. `measured` is what ``--measure`` has found.
+    """
 
     patch: str
     layers: int
@@ -68,6 +87,8 @@ class Group:
     reason: str
     sizes: tuple[tuple[str, int], ...] = ()
     linears: tuple[str, ...] = ()
+    shape: Shape | None = None
+    measured: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"patch": self.patch, "layers": self.layers, "state": self.state, "reason": self.reason}
@@ -75,6 +96,8 @@ class Group:
             found["sizes"] = dict(self.sizes)
         if self.linears:
             found["linears"] = list(self.linears)
+        if self.measured is not None:
+            found["measured"] = dict(self.measured)
         return found
 
 
@@ -82,13 +105,17 @@ class Group:
 class Checkpoint:
     """What `check --model` says. `notes` are sentences for a person; `modes` is how vLLM may be served so that all stays stock."""
 
-    path: str
+    config: Configuration
     architecture: str
     format: str
     shards: int
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
     modes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return str(self.config.file)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -266,7 +293,7 @@ def judge(
         notes.append(f"no patch applies to {architecture} but lora_linear, {WHEN_SERVED}")
     # pooling asks for none of them: it forks nothing.
     modes = MODES if any(group.state == APPLY and group.patch != "pooling" for group in groups) else ()
-    return Checkpoint(str(config.file), architecture, name, shards, tuple(groups), tuple(notes), modes)
+    return Checkpoint(config, architecture, name, shards, tuple(groups), tuple(notes), modes)
 
 
 @dataclass(frozen=True)
@@ -317,15 +344,43 @@ class _Asked:
         # vLLM 0.22 and later keep ba whole on every rank for these formats: Marlin has no kernel for fewer columns.
         whole = self.format_name.startswith(("awq", "gptq", "auto-round")) and not NEXT.fullmatch(config.architecture)
         whole = whole and WHOLE_SIDE in self.source_of(self.verdicts["gdn"].module or "")
-        side = 2 * (config.size("linear_num_value_heads") if whole else heads)
-        sizes = (("hidden", hidden), ("qkvz", 2 * (keys + values)), ("ba", side))
+        heads = config.size("linear_num_value_heads") if whole else heads
+        main: tuple[int, ...] = (keys, keys, values, values)
+        side: tuple[int, ...] = (heads, heads)
+        sizes = (("hidden", hidden), ("qkvz", sum(main)), ("ba", sum(side)))
+        if NEXT.fullmatch(config.architecture):  # its checkpoint has each of the two as one weight
+            main, side = (sum(main),), (sum(side),)
         layers = [index for index, kind in enumerate(config.kinds()) if kind == "linear_attention"]
         off = self._off("gdn")
-        found = (
-            (STOCK, off) if off is not None else self._of_pair(f"{self.prefix}.{index}.linear_attn", hidden)
-            for index in layers
-        )
-        return self._grouped("gdn", ((state, reason, sizes, "") for state, reason in found))
+        names = [f"{self.prefix}.{index}.linear_attn" for index in layers]
+        rows = [((STOCK, off) if off is not None else self._of_pair(name, hidden)) + (sizes, name) for name in names]
+        return [
+            replace(
+                group,
+                linears=(),
+                shape=Shape(group.linears, hidden, main, side, self._bits(group.linears[0]))
+                if group.state == APPLY
+                else None,
+            )
+            for group in self._grouped("gdn", rows, linears=True)
+        ]
+
+    def _bits(self, layer: str) -> tuple[int, int]:
+        """The widths of a weight of this linear attention layer's main projection, and of the experts or the MLP after it."""
+        mlp = f"{layer.rpartition('.')[0]}.mlp"
+        names = f"{layer}.{MAIN}", f"{mlp}.experts.0.gate_proj" if self._is_mixture() else f"{mlp}.gate_up_proj"
+        main, feed_forward = map(self._bits_of, names)
+        return main, feed_forward
+
+    def _bits_of(self, linear: str) -> int:
+        """16 also for what vLLM does not load, or what is of an unknown format."""
+        try:
+            return bits(self.form.read(linear)) if self.form else 16
+        except Torn:
+            return 16
+
+    def _is_mixture(self) -> bool:
+        return any(self.config.text.get(key) for key in EXPERT_COUNTS)
 
     def _of_pair(self, layer: str, hidden: int) -> tuple[str, str]:
         if self.lora:
@@ -385,7 +440,7 @@ class _Asked:
         config = self.config
         is_hybrid = "linear_num_value_heads" in config.text
         kinds = config.kinds() if is_hybrid else ["full_attention"] * config.layers
-        mixture = any(config.text.get(key) for key in ("num_experts", "n_routed_experts", "num_local_experts"))
+        mixture = self._is_mixture()
         shared = bool(config.text.get("shared_expert_intermediate_size"))
         inner = ("mlp.shared_expert.",) if shared else () if mixture else ("mlp.",)
         for index, kind in enumerate(kinds):

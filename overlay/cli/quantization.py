@@ -95,6 +95,12 @@ def unquantized(dtype: object) -> Linear:
     return Linear(said, TORCH, reads_input=True)
 
 
+def bits(linear: Linear) -> int:
+    """How wide a weight is, by the first number in what its linear is called; 16 without one."""
+    found = re.search(r"\d+", linear.said)
+    return int(found[0]) if found else 16
+
+
 def _quantized(said: str) -> Linear:
     """A kernel that quantizes its input, or that is not known to leave it alone."""
     return Linear(said, OTHER, reads_input=False)

@@ -115,7 +115,7 @@ def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: 
     rows = _read(folder, key, say)
     source = "read"
     if rows is None:
-        source, rows = "measured", _measure(group, sizes)
+        source, rows = "measured", rows_of(group, sizes)
         _write(folder, key, rows, say)
     seconds = time.perf_counter() - begin
     record.plans.append(
@@ -137,12 +137,13 @@ def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: 
     return SizePlan.of({row.tokens: row.strategy for row in rows})
 
 
-def _measure(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
+def rows_of(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
+    """Measure pairs of one name, which are on one GPU. None where no auxiliary stream can be had."""
     first = group[0]
     found = lane.prepare(first.device)
     if found is None or not sizes:
         return []
-    probes = list(group[: measure.layers_for(_weight_bytes(first), len(group), first.device)])
+    probes = list(group[: measure.layers_for(weight_bytes(first), len(group), first.device)])
     strategies = (SERIAL, DUAL, DUAL_MAIN_FIRST) if first.plain else (SERIAL, DUAL)
 
     mains: list[Callable[[], Any]] = []
@@ -207,7 +208,8 @@ def captured_sizes(config: Any, settings: Settings) -> list[int]:
     return sorted(size for size in sizes if limit is None or size <= limit)
 
 
-def _weight_bytes(pair: Pair) -> int:
+def weight_bytes(pair: Pair) -> int:
+    """Of main and side together."""
     return sum(tensor.nbytes for linear in (pair.main, pair.side) for tensor in linear.parameters())
 
 

@@ -73,7 +73,7 @@ def _prepare(watch: Watch) -> Settings | None:
 
 
 def _set_hooks(settings: Settings, watch: Watch) -> None:
-    _fall_back_on_our_wrapt()
+    fall_back_on_our_wrapt()
     from wrapt import register_post_import_hook
 
     def when_imported(module_name: str, what: str, hook: Callable[[ModuleType], None]) -> None:
@@ -98,7 +98,7 @@ def _set_hooks(settings: Settings, watch: Watch) -> None:
         when_imported(name, "loops", loops.wrap_loops)
 
 
-def _fall_back_on_our_wrapt() -> None:
+def fall_back_on_our_wrapt() -> None:
     """The bundle has a folder with wrapt, for an environment that has none. An installed wrapt is used instead."""
     fallback = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(overlay.__file__))), "fallback")
     if importlib.util.find_spec("wrapt") is None and os.path.isdir(fallback):

@@ -114,16 +114,16 @@ def _weights(model: Model) -> int:
         files = {path for pattern in WEIGHT_FILES for path in model.checkpoint.glob(pattern)}
         return sum(path.stat().st_size for path in files)
     form = FORMATS[model.format]
-    embeddings, projections, feed_forward = _parameters(model)
+    embeddings, projections, feed_forward = parameters_by_kind(model)
     return int(embeddings * WIDTH + projections * form.projections + feed_forward * form.feed_forward)
 
 
 def parameters(model: Model) -> int:
     """The number of weights: projections, experts and embeddings; norms and biases are too small to matter."""
-    return sum(_parameters(model))
+    return sum(parameters_by_kind(model))
 
 
-def _parameters(model: Model) -> tuple[int, int, int]:
+def parameters_by_kind(model: Model) -> tuple[int, int, int]:
     """Weights of the embeddings, of attention and linear attention, and of experts or MLPs."""
     text = model.text
     linear = model.linear_layers()
@@ -193,15 +193,19 @@ def cache_bytes(model: Model, load: Load, tensor_parallel: int = 1) -> int:
     page, block = token * 16, 16
     if linear:
         key, value = _linear_sizes(text)
-        width = 4 if text.get("mamba_ssm_dtype") == "float32" else WIDTH
-        state = value * text["linear_key_head_dim"] * width
         convolution = (2 * key + value) * (text["linear_conv_kernel_dim"] - 1) * WIDTH
-        page = max(page, (state + convolution) // tensor_parallel)
+        page = max(page, (state_bytes(text) + convolution) // tensor_parallel)
         block = math.ceil(page / token / 16) * 16
         page = block * token
     running = load.requests * (linear + attention * math.ceil(load.request_tokens / block))
     alone = linear + attention * math.ceil(load.prompt / block)
     return max(LEAST_CACHE, int(max(running, alone) * page * CACHE_SLACK))
+
+
+def state_bytes(text: Mapping[str, Any]) -> int:
+    """The state of one request in one layer with linear attention; its convolution has a small one beside it."""
+    width = 4 if text.get("mamba_ssm_dtype") == "float32" else WIDTH
+    return int(_linear_sizes(text)[1] * text["linear_key_head_dim"] * width)
 
 
 def _activations(text: Mapping[str, Any], load: Load, tensor_parallel: int) -> int:

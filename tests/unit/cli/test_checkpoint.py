@@ -432,8 +432,9 @@ def test_the_command_shows_both_the_vllm_and_the_checkpoint(tree: str, tmp_path:
     [
         (["--model", "/no/such"], "--model='/no/such' is no file; allowed are"),
         (["--model", "a\0b"], r"--model='a\x00b'"),
-        (["--tp", "2"], "--tp and --lora go with --model"),
-        (["--lora"], "--tp and --lora go with --model"),
+        (["--tp", "2"], "--tp, --lora and --measure go with --model"),
+        (["--measure"], "--tp, --lora and --measure go with --model"),
+        (["--lora"], "--tp, --lora and --measure go with --model"),
     ],
 )
 def test_wrong_options_are_one_message_and_status_2(arguments: list[str], said: str, tree: str) -> None:
@@ -448,5 +449,5 @@ def test_a_pipe_is_no_configuration_and_is_not_waited_for(tree: str, tmp_path: P
 
 
 def test_neither_torch_nor_vllm_is_imported() -> None:
-    code = "import sys, overlay.cli.checkpoint; print([name for name in ('torch', 'vllm') if name in sys.modules])"
+    code = "import sys, overlay.cli.check; print([name for name in ('torch', 'vllm') if name in sys.modules])"
     assert run_python("-c", code, environment={**os.environ, "PYTHONPATH": str(REPOSITORY)}).stdout.strip() == "[]"

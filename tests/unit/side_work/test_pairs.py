@@ -86,7 +86,7 @@ class Gpu:
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Gpu:
     made = Gpu()
     monkeypatch.setattr(ops, "pairs", {})
-    monkeypatch.setattr(pairs, "_measure", made.measure)
+    monkeypatch.setattr(pairs, "rows_of", made.measure)
     monkeypatch.setattr(lane, "use_once", lambda device, start: made.order.append("lane"))
     monkeypatch.setattr(Pair, "device", torch.device("cuda", 0))
     monkeypatch.setattr(pairs, "_machine", lambda device: {"gpu": "made up"})
@@ -215,7 +215,7 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, plain: bool, sizes: l
         if not has_lane:
             monkeypatch.setattr(lane, "prepare", lambda device: None)
         group = layers(3, plain=plain)
-        assert pairs._measure(group, sizes) == (usual(sizes) if has_lane else [])
+        assert pairs.rows_of(group, sizes) == (usual(sizes) if has_lane else [])
         if not (sizes and has_lane):
             assert asked == []
             return
