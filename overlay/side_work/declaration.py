@@ -253,7 +253,9 @@ class TwoLinears:
 
         def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
             wrapped(*args, **kwargs)
-            setattr(layer, PAIR, None)  # also where it is no candidate: a module is slow to say that it has no such attribute
+            setattr(
+                layer, PAIR, None
+            )  # also where it is no candidate: a module is slow to say that it has no such attribute
             if self.is_candidate(layer):
                 waiting.adopt(layer, getattr(layer, self.name), lambda: (check(layer),) * 2)
 
