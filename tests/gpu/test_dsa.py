@@ -6,6 +6,7 @@ projection. Its sizes are DeepSeek-V3.2's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,13 +19,13 @@ pytestmark = [
 ]
 breakable = pytest.importorskip("vllm.compilation.breakable_cudagraph", reason="this vLLM has no breakable CUDA graphs")
 
-from overlay.patches.dsa.patch import PROJECTIONS
-from overlay.report.journal import PatchRecord
-from overlay.side_work import lane, ops
-from overlay.side_work.pairs import Pair
-from overlay.side_work.plan import NOT_CAPTURING, Plan
-from overlay.side_work.waiting import PAIR
-from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST
+from overlay.patches.dsa.patch import PROJECTIONS  # noqa: E402
+from overlay.report.journal import PatchRecord  # noqa: E402
+from overlay.side_work import lane, ops  # noqa: E402
+from overlay.side_work.pairs import Pair  # noqa: E402
+from overlay.side_work.plan import NOT_CAPTURING, Plan  # noqa: E402
+from overlay.side_work.waiting import PAIR  # noqa: E402
+from overlay.vocabulary import DUAL, DUAL_MAIN_FIRST  # noqa: E402
 
 HIDDEN, MAIN, KEY, HEADS = 7168, 2112, 128, 64
 LAYERS, REPLAYS, LATE_REPLAYS, LATE = 4, 2_000, 300, 100_000
@@ -168,5 +169,5 @@ def test_the_side_runs_beside_main(model: list[Layer], record: PatchRecord) -> N
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]
     spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
-    overlapping = sum(later[0] < earlier[1] for earlier, later in zip(spans, spans[1:], strict=False))
+    overlapping = sum(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans))
     assert overlapping >= LAYERS
