@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 
 from overlay.verdict import data_flow
@@ -27,7 +28,7 @@ CLASSES = {
 MODULES = tuple(CLASSES)
 #: The model that is built on it.
 MODEL = "vllm.models.deepseek_v32.nvidia.model"
-#: The package of the model. Before vLLM 0.25 these checkpoints ran in models/deepseek_v2.py, which is compiled.
+#: The package of the model. vLLM runs these checkpoints by it from 0.29.0 on, before by models/deepseek_v2.py, which is compiled.
 WITNESS = in_model_registry(r"vllm\.models\.deepseek_v32")
 
 
@@ -43,11 +44,16 @@ def judge(tree: SourceTree) -> Verdict:
         )
     if found.state != APPLY:
         return found
-    # A tree of its own: what runs need not be this text, and vLLM is just importing this module when it is judged.
-    model = SourceTree(tree.folder).read(MODEL)
+    # A tree of its own: what runs need not be these texts, and vLLM is just importing the model when it is judged.
+    others = SourceTree(tree.folder)
+    model, registry = others.read(MODEL), others.read(WITNESS.module)
     if model is not None and "support_torch_compile" in model.text:
         return replace(found, state=DRIFTED, reason="the model is compiled now", methods=(), where=f"{model.path}:1")
-    return replace(found, shapes_graph=False)
+    by_default = registry is None or re.search(WITNESS.names, registry.text)
+    reason = (
+        found.reason if by_default else f"{found.reason}; vLLM runs it only where model_class_overrides asks for it"
+    )
+    return replace(found, reason=reason, shapes_graph=False)
 
 
 def _landed(method: Function) -> tuple[ast.AST, str] | None:
