@@ -269,3 +269,18 @@ def test_a_model_that_is_compiled_drifts(version: str, tmp_path: pathlib.Path) -
     found = judge("dsa", type(tree(version))(tmp_path))
     assert (found.state, found.methods) == (DRIFTED, ()) and "compiled" in found.reason
     assert found.where is not None and found.where.endswith("nvidia/model.py:1")
+
+
+@each_release
+def test_check_knows_which_layers_have_an_indexer(version: str) -> None:
+    """`check --model` reads a configuration as the layer does (`overlay.cli.checkpoint`)."""
+    init = ast.unparse(method(version, "__init__"))
+    for line in (
+        "index_topk_freq = getattr(config, 'index_topk_freq', 1)",
+        "index_topk_pattern = getattr(config, 'index_topk_pattern', None)",
+        "index_skip_topk_offset = getattr(config, 'index_skip_topk_offset', 2)",
+        "skip_topk = max(layer_id - index_skip_topk_offset + 1, 0) % index_topk_freq != 0",
+        "skip_topk = index_topk_pattern[layer_id] == 'S'",
+        "if not skip_topk or is_mtp_layer:",
+    ):
+        assert line in init, line
