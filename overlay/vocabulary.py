@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-PATCH_NAMES = ("gdn", "deepseek_v4", "lora_linear", "pooling", "frame_stack")
+PATCH_NAMES = ("gdn", "deepseek_v4", "dsa", "lora_linear", "pooling", "frame_stack")
 #: Patches that work around Python and not vLLM. No vLLM will ever make them needless.
 OF_PYTHON = frozenset({"frame_stack"})
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from overlay.cli.bench.shapes import EXPERT_COUNTS
 from overlay.cli.failure import CommandError
-from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown
+from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown, unquantized
 from overlay.side_work.rules import (
     ADAPTERS,
     MARLIN,
@@ -43,6 +43,9 @@ ALLOWED = "allowed are a checkpoint's folder and its config.json"
 #: Qwen3-Next and the Qwen3.5 family (3.6 and 3.8 have its architectures): the models on the GDN layer that the patch knows.
 NEXT = re.compile(r"Qwen3Next(ForCausalLM)?|Qwen3NextMTP")
 QWEN3_5 = re.compile(r"Qwen3_[5-9](Moe)?(ForCausalLM|ForConditionalGeneration|MTP)|ColQwen3_5")
+#: The models with DeepSeek-V3.2's attention (DSA), and the package that their class is in from vLLM 0.29 on.
+DSA = re.compile(r"(DeepseekV32|GlmMoeDsa)ForCausalLM")
+DSA_PACKAGE = "vllm.models.deepseek_v32"
 DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 #: How vLLM tells a pooling model by its architecture (`_SUFFIX_TO_DEFAULTS`); a model that generates ends otherwise.
 POOLING = re.compile(r"(ForTextEncoding|For\w*Classification|ForRewardModeling|(?<!Chat)(?<!LMHead)Model)$")
@@ -53,6 +56,7 @@ OTHER_LINEARS = ("q_lora_rank", "kv_lora_rank", "compress_ratios")
 ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 MLP = {"gate_up_proj": ("gate_proj", "up_proj")}
 GDN = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+LATENT = {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 MAIN, SIDE = "in_proj_qkvz", "in_proj_ba"
 WHOLE_SIDE = "disable_tp_for_ba_proj"
 #: The module of vLLM that names all architectures.
@@ -146,16 +150,16 @@ class Configuration:
     def wrong(self, key: str, value: object, allowed: str) -> CommandError:
         return CommandError(f"--model: {self.file}: {key} is {shown(value)}; allowed is {allowed}")
 
-    def size(self, key: str, most: int = 1 << 30) -> int:
+    def size(self, key: str, most: int = 1 << 30, least: int = 1) -> int:
         """A size of the language model, which has to be there."""
         found = self.text.get(key)
-        if type(found) is not int or not 1 <= found <= most:
-            raise self.wrong(key, found, f"a whole number from 1 to {most}")
+        if type(found) is not int or not least <= found <= most:
+            raise self.wrong(key, found, f"a whole number from {least} to {most}")
         return found
 
-    def size_or(self, key: str, default: int) -> int:
+    def size_or(self, key: str, default: int, least: int = 1) -> int:
         """The same of one that may be missing."""
-        return default if self.text.get(key) is None else self.size(key)
+        return default if self.text.get(key) is None else self.size(key, least=least)
 
     @property
     def layers(self) -> int:
@@ -249,7 +253,7 @@ def judge(
     nested = architecture.endswith("ForConditionalGeneration") and config.text is not config.content
     names = Names(
         {"model.language_model.": "language_model.model." if nested else "model."},
-        {**ATTENTION, **MLP, **({} if NEXT.fullmatch(architecture) else GDN)},
+        {**ATTENTION, **MLP, **LATENT, **({} if NEXT.fullmatch(architecture) else GDN)},
     )
     notes: list[str] = []
     form: Format | None = None
@@ -276,6 +280,8 @@ def judge(
     groups: list[Group] = []
     if NEXT.fullmatch(architecture) or QWEN3_5.fullmatch(architecture):
         groups += asked.gdn()
+    if DSA.fullmatch(architecture):
+        groups += asked.dsa()
     if DEEPSEEK_V4.fullmatch(architecture):
         groups += asked.deepseek_v4()
     if POOLING.search(architecture) or (config.file.parent / POOLS).is_file():
@@ -401,6 +407,43 @@ class _Asked:
         if hidden > WIDEST_ROW:
             said.append(f"hidden size above {WIDEST_ROW}: prompts above the captured sizes keep the ops, serially")
         return APPLY, "; ".join(said)
+
+    def dsa(self) -> list[Group]:
+        """The first projections of the layers that have an indexer. The others have nothing to overlap, and are not counted."""
+        config, off = self.config, self._off("dsa")
+        if off is None and DSA_PACKAGE not in self.source_of(REGISTRY):
+            off = self.verdicts["dsa"].reason
+        latent = sum(config.size(key) for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"))
+        side = config.size("index_head_dim") + config.size("index_n_heads")
+        sizes = (("hidden", config.size("hidden_size")), ("qkv_a", latent), ("wk_weights", side))
+        rows = []
+        for index in self._indexers():
+            state, reason = (STOCK, off) if off is not None else self._beside_latent(f"{self.prefix}.{index}.self_attn")
+            rows.append((state, reason, sizes, ""))
+        return self._grouped("dsa", rows)
+
+    def _indexers(self) -> list[int]:
+        """The numbers of the layers that have an indexer, as vLLM 0.25 to 0.33 reads them from a configuration."""
+        config = self.config
+        pattern = config.text.get("index_topk_pattern")
+        if pattern is None:
+            every, offset = config.size_or("index_topk_freq", 1), config.size_or("index_skip_topk_offset", 2, least=0)
+            return [index for index in range(config.layers) if max(index - offset + 1, 0) % every == 0]
+        if not isinstance(pattern, (str, list)) or not all(isinstance(one, str) for one in pattern):
+            raise config.wrong("index_topk_pattern", pattern, "a letter for each layer, S for one without an indexer")
+        return [index for index in range(config.layers) if pattern[index : index + 1] not in ("S", ["S"])]
+
+    def _beside_latent(self, layer: str) -> tuple[str, str]:
+        if self.lora:
+            return STOCK, f"{ADAPTERS} (unless --lora-target-modules leaves both out)"
+        side = unquantized(self.config.dtype).said  # vLLM never quantizes it, so main may be anything
+        if self.form is None:
+            return APPLY, f"wk_weights_proj is {side} beside a format that is {self.format_name}"
+        try:
+            main = self.form.read(f"{layer}.fused_qkv_a_proj").said
+        except Torn as error:
+            return STOCK, f"vLLM does not load it: {error}"
+        return APPLY, f"wk_weights_proj is {side} beside {main}"
 
     def deepseek_v4(self) -> list[Group]:
         """The GEMMs before the attention: layers with a compressor."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from overlay.patches.deepseek_v4 import verdict as deepseek_v4
+from overlay.patches.dsa import verdict as dsa
 from overlay.patches.frame_stack import verdict as frame_stack
 from overlay.patches.gdn import verdict as gdn
 from overlay.patches.lora_linear import verdict as lora_linear
@@ -15,6 +16,7 @@ from overlay.verdict import SourceTree, Verdict
 _VERDICTS: dict[str, Any] = {
     "gdn": gdn,
     "deepseek_v4": deepseek_v4,
+    "dsa": dsa,
     "lora_linear": lora_linear,
     "pooling": pooling,
     "frame_stack": frame_stack,

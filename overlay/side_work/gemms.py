@@ -30,6 +30,8 @@ def check_side(linear: Any) -> None:
         raise StaysStock("the side has a hook")
     if getattr(linear, "bias", None) is not None:
         raise StaysStock("the side has a bias")
+    if not getattr(linear, "return_bias", True):
+        raise StaysStock("the side gives its result alone, without a bias")
     if getattr(linear, "gather_output", False):
         raise StaysStock("the side gathers its output")
 

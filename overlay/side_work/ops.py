@@ -114,12 +114,14 @@ def _start_layer(
     x: torch.Tensor, gate: torch.Tensor, columns: int, side: str, name: str, layer_name: LayerNameType
 ) -> torch.Tensor:
     strategy, found = choose(x, name)
-    layer = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
+    linear = get_forward_context().no_compile_layers[resolve_layer_name(layer_name)]
+    for part in side.split("."):
+        linear = linear._modules[part]
 
     def work() -> torch.Tensor:
         # Inductor may have given x other strides, and not every kernel takes those. A copy is made here, on the stream that
         # reads it: main's stream would give its memory away when this op returns.
-        return layer._modules[side](x.contiguous())[0]
+        return linear(x.contiguous())[0]
 
     if strategy == SERIAL or found is None:
         result = work()

@@ -34,8 +34,9 @@ class Pair:
     """A layer's main and side linear, as start and join use them.
 
     `main_columns` and `columns` are the sizes of main's and side's output per tensor-parallel shard. `gate` is the name of
-    main's parameter that main's GEMM reads. `plain`: side is only a GEMM of its weight, so start needs no layer. `name` is
-    one line: what the plan depends on, except the machine.
+    main's parameter that main's GEMM reads. `plain`: side is only a GEMM of its weight, so start needs no layer. `traced`:
+    Dynamo traces the layer's method, so start and join are ops around main's GEMM; otherwise they are plain calls around all
+    of main. `name` is one line: what the plan depends on, except the machine.
     """
 
     layer: str
@@ -47,13 +48,19 @@ class Pair:
     side_kind: str
     gate: str
     plain: bool
+    traced: bool = True
     name: str = field(init=False)
+    on_gpu: bool = field(init=False)
 
     def __post_init__(self) -> None:
         name = (
             f"{self.hidden} to {self.main_columns} ({self.main_kind}) + {self.columns} ({self.side_kind}), {self.dtype}"
         )
-        object.__setattr__(self, "name", name)  # a field and no property, because Dynamo reads it for each layer
+        if not self.traced:
+            name += ", not compiled"
+        # Fields and no properties: Dynamo reads the one for each layer, and a step the other.
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "on_gpu", self.device.type == "cuda")
 
     @property
     def shape(self) -> str:
@@ -84,7 +91,7 @@ def settle(pairs: Sequence[Pair], worker: Any, settings: Settings, record: Patch
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.name, []).append(pair)
-    on_gpu = {name: group for name, group in groups.items() if group[0].device.type == "cuda"}
+    on_gpu = {name: group for name, group in groups.items() if group[0].on_gpu}
     plans: dict[str, Plan] = dict.fromkeys(groups, default)
     if settings.plan not in (SERIAL, DUAL):
         sizes = captured_sizes(worker.vllm_config, settings)
@@ -149,9 +156,7 @@ def rows_of(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
     mains: list[Callable[[], Any]] = []
 
     def prepare(x: torch.Tensor) -> None:
-        mains[:] = [
-            measure.gemm_that_reads(getattr(pair.main, pair.gate), functools.partial(pair.main, x)) for pair in probes
-        ]
+        mains[:] = [_between_start_and_join(pair, x) for pair in probes]
 
     def work(strategy: str) -> measure.Work:
         def run(layer: int, x: torch.Tensor) -> Sequence[Any]:
@@ -169,6 +174,12 @@ def rows_of(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
         prepare,
     ) as measurement:
         return measurement.rows(sizes, SECONDS_PER_SHAPE)
+
+
+def _between_start_and_join(pair: Pair, x: torch.Tensor) -> Callable[[], Any]:
+    """What main's stream runs in the meantime: in a compiled graph main's GEMM alone, because the input is quantized before."""
+    main = functools.partial(pair.main, x)
+    return measure.gemm_that_reads(getattr(pair.main, pair.gate), main) if pair.traced else main
 
 
 def run_pair(

@@ -9,7 +9,8 @@ The result is upstream's if, on every way through the method:
 - they are given one object. It is followed through other names and through branches;
 - between the first and the last call nothing writes to anything, calls what might write or break the segment of a CUDA
   graph, or leaves the method. A tensor may have more names, so what is not known to be harmless counts;
-- nothing reads the result of a side that has been started and not joined.
+- nothing reads the result of a side that has been started and not joined;
+- nothing but the calls can reach a linear that belongs to a child of the layer: the child is not handed out.
 """
 
 from __future__ import annotations
@@ -48,18 +49,33 @@ ASKING = frozenset({"hasattr", "isinstance", "len"})
 
 @dataclass(frozen=True)
 class Pair:
-    """Linears of a layer that read one input: attributes, called as ``result, bias = self.<attribute>(<input>)``."""
+    """Linears of a layer that read one input: attributes of it (``linear``) or of a child (``child.linear``).
+
+    A call is ``result, bias = self.<linear>(<input>)`` or ``result = self.<linear>(<input>)[0]``.
+    """
 
     main: str
     sides: tuple[str, ...]
     #: The methods that run the layer, those of them that are there. The first one has to lead to the calls.
     entries: tuple[str, ...]
-    #: Tests, as source text, of branches that a layer with this pair never enters.
+    #: Tests, as source text, of branches that a layer with this pair never enters, and of those that it always enters.
+    #: What they ask has to be true whenever the stand-in runs.
     never: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
 
     @property
     def all(self) -> tuple[str, ...]:
         return (self.main, *self.sides)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The linears' own names, without the children that they belong to."""
+        return frozenset(path.rpartition(".")[2] for path in self.all)
+
+    @property
+    def children(self) -> frozenset[str]:
+        """The children that linears belong to."""
+        return frozenset(path.rpartition(".")[0] for path in self.all) - {""}
 
 
 def judge(
@@ -121,9 +137,20 @@ def _reached(entries: Iterable[str], methods: Mapping[str, Function]) -> dict[st
 def _concerns(method: Function, pair: Pair) -> bool:
     """Whether a method is to be intercepted: an entry that names one of the linears, or a helper that calls them all."""
     if method.name in pair.entries:
-        return any(getattr(node, "attr", None) in pair.all for node in ast.walk(method))
+        return any(getattr(node, "attr", None) in pair.names for node in ast.walk(method))
     called = {getattr(node.func, "attr", None) for node in ast.walk(method) if isinstance(node, ast.Call)}
-    return called.issuperset(pair.all)
+    return called.issuperset(pair.names)
+
+
+def run_in_parallel(method: Function, pair: Pair) -> ast.AST | None:
+    """Where a method gives all the linears to upstream's own `execute_in_parallel` (or one with a longer name)."""
+    calls = (node for node in ast.walk(method) if isinstance(node, ast.Call))
+    return next((call for call in calls if _runs_in_parallel(call, pair)), None)
+
+
+def _runs_in_parallel(call: ast.Call, pair: Pair) -> bool:
+    given = (any(uses_of(argument, linear) for argument in call.args) for linear in pair.all)
+    return ast.unparse(call.func).endswith("execute_in_parallel") and all(given)
 
 
 @dataclass(frozen=True)
@@ -159,6 +186,7 @@ class _Ways:
         method = self._method
         asked = [node.args[0] for node in ast.walk(method) if self._asks_for_another(node)]  # type: ignore[attr-defined]
         check_self(method, excused=asked)
+        self._check_children()
         for attribute in self._pair.all:
             if not any(
                 isinstance(node, ast.Call) and attribute_of_self(node.func, attribute) for node in ast.walk(method)
@@ -170,12 +198,28 @@ class _Ways:
             raise Drift(method, f"{method.name} may end before it has called {' and '.join(self._pair.all)}")
 
     def _asks_for_another(self, node: ast.AST) -> bool:
-        """``hasattr(self, "…")``, or ``getattr(self, "…")`` of anything but these linears."""
+        """``hasattr(self, "…")``, or ``getattr(self, "…")`` of anything but these linears and their children."""
         if not isinstance(node, ast.Call) or len(node.args) < 2:
             return False
         function, attribute = getattr(node.func, "id", ""), getattr(node.args[1], "value", None)
-        known = isinstance(attribute, str) and (function == "hasattr" or attribute not in self._pair.all)
+        ours = {path.partition(".")[0] for path in self._pair.all}
+        known = isinstance(attribute, str) and (function == "hasattr" or attribute not in ours)
         return known and function in ("hasattr", "getattr")
+
+    def _check_children(self) -> None:
+        """Raise Drift unless the children with linears are only read from, or compared with None: stand-ins take their places."""
+        fine = set()
+        for node in ast.walk(self._method):
+            match node:
+                case (
+                    ast.Attribute(value=asked, ctx=ast.Load())
+                    | ast.Compare(left=asked, ops=[ast.Is() | ast.IsNot()], comparators=[ast.Constant(value=None)])
+                ):
+                    fine.add(id(asked))
+        for child in self._pair.children:
+            for use in uses_of(self._method, child):
+                if id(use) not in fine:
+                    raise Drift(use, f"{self._method.name} hands out {child}, or stores to it")
 
     def _begun(self, state: _State) -> list[_Calls]:
         """The ways on which some of the linears have been called, and others have not."""
@@ -191,13 +235,14 @@ class _Ways:
         if isinstance(statement, ast.If):
             self._check_other(statement.test, state)
             state = self._bind(statement.test, state)
-            never = ast.unparse(statement.test) in self._pair.never
+            test = ast.unparse(statement.test)
             return self._either(
-                None if never else self._block(statement.body, state), self._block(statement.orelse, state)
+                None if test in self._pair.never else self._block(statement.body, state),
+                None if test in self._pair.always else self._block(statement.orelse, state),
             )
         call = self._call(statement)
         if call is not None:
-            state = self._after(call, statement, state)
+            state = self._after(*call, statement, state)
         else:
             self._check_other(statement, state)
             if isinstance(statement, (ast.Return, ast.Raise)):
@@ -231,19 +276,27 @@ class _Ways:
         """The number of what a name stands for; None for a name that is not the method's alone."""
         return None if value.id in self._shared else state.names.get(value.id)
 
-    def _call(self, statement: ast.stmt) -> ast.Call | None:
-        """The call of one of the linears, where the statement unpacks its result into two names."""
+    def _call(self, statement: ast.stmt) -> tuple[ast.Call, str] | None:
+        """The call of a linear and which one, where the statement unpacks the result into two names, or names its first part."""
         match statement:
-            case ast.Assign(
-                targets=[ast.Tuple(elts=[ast.Name(), ast.Name()])],
-                value=ast.Call(func=ast.Attribute(attr=attribute) as function, args=[ast.Name()], keywords=[]) as call,
-            ) if attribute in self._pair.all and attribute_of_self(function):
-                return call
+            case (
+                ast.Assign(targets=[ast.Tuple(elts=[ast.Name(), ast.Name()])], value=ast.Call() as call)
+                | ast.Assign(
+                    targets=[ast.Name()], value=ast.Subscript(value=ast.Call() as call, slice=ast.Constant(value=0))
+                )
+            ):
+                linear = next((path for path in self._pair.all if attribute_of_self(call.func, path)), None)
+                if (
+                    linear is not None
+                    and len(call.args) == 1
+                    and isinstance(call.args[0], ast.Name)
+                    and not call.keywords
+                ):
+                    return call, linear
         return None
 
-    def _after(self, call: ast.Call, statement: ast.stmt, state: _State) -> _State:
+    def _after(self, call: ast.Call, attribute: str, statement: ast.stmt, state: _State) -> _State:
         """The state behind the call of one of the linears."""
-        attribute = call.func.attr  # type: ignore[attr-defined]
         given = self._given(call.args[0], state)  # type: ignore[arg-type]
         if given is None:
             raise Drift(call, f"{attribute} is given something that is not the method's own")
@@ -263,7 +316,7 @@ class _Ways:
         name = self._method.name
         for attribute in self._pair.all:
             for use in uses_of(node, attribute):
-                what = f"{name} does not call {attribute} plainly: on a name, unpacked into two names, under nothing but if"
+                what = f"{name} does not call {attribute} plainly: on a name, for two names or with [0], under nothing but if"
                 raise Drift(use, what)
         begun = self._begun(state)
         if not begun:

@@ -62,19 +62,19 @@ def methods_of(class_node: ast.ClassDef) -> dict[str, Function]:
     return {node.name: node for node in class_node.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
 
-def attribute_of_self(node: ast.AST, name: str | None = None) -> bool:
-    """Whether `node` is ``self.<name>`` (of any name, where none is given)."""
-    return (
-        isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "self"
-        and (name is None or node.attr == name)
-    )
+def attribute_of_self(node: ast.AST, path: str | None = None) -> bool:
+    """Whether `node` is ``self.<path>``, such as ``linear`` or ``child.linear`` (any one name, where none is given)."""
+    holder, _, name = (path or "").rpartition(".")
+    if not isinstance(node, ast.Attribute) or (path is not None and node.attr != name):
+        return False
+    if holder:
+        return attribute_of_self(node.value, holder)
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
-def uses_of(root: ast.AST, attribute: str) -> list[ast.AST]:
-    """Every place in `root` where ``self.<attribute>`` stands."""
-    return [node for node in ast.walk(root) if attribute_of_self(node, attribute)]
+def uses_of(root: ast.AST, path: str) -> list[ast.AST]:
+    """Every place in `root` where ``self.<path>`` stands."""
+    return [node for node in ast.walk(root) if attribute_of_self(node, path)]
 
 
 def binders(block: list[ast.stmt], name: str) -> list[ast.AST]:

@@ -124,8 +124,8 @@ DRIFTING: dict[str, str] = {
     "yield from between": between("yield from ($qkvz,)"),
     # ------------------------------------------------------------------ what becomes of the results
     "ba not unpacked": code(QKVZ, "$ba = self.in_proj_ba($input)", "$ba = $ba[0]"),
-    "ba indexed": code(QKVZ, "$ba = self.in_proj_ba($input)[0]"),
-    "qkvz indexed": code("$qkvz = self.in_proj_qkvz($input)[0]", BA),
+    "ba by another index": code(QKVZ, "$ba = self.in_proj_ba($input)[-1]"),
+    "qkvz by a slice": code("$qkvz, = self.in_proj_qkvz($input)[:1]", BA),
     "ba a tensor": code(QKVZ, "$ba = self.in_proj_ba($input)"),
     "ba unpacked into three": code(QKVZ, "$ba, _, _ = self.in_proj_ba($input)"),
     "ba unpacked into one": code(QKVZ, "($ba,) = self.in_proj_ba($input)"),
@@ -181,6 +181,8 @@ UNRELATED: tuple[str, ...] = (
 
 #: The patch must still be applied: the same two calls, on the same input.
 HARMLESS: dict[str, str] = {
+    "ba by its first part": code(QKVZ, "$ba = self.in_proj_ba($input)[0]"),
+    "qkvz by its first part": code("$qkvz = self.in_proj_qkvz($input)[0]", BA),
     "as it is": code(QKVZ, BA),
     "ba first": code(BA, QKVZ),
     "targets in parentheses": code("($qkvz, _) = self.in_proj_qkvz($input)", "($ba, _) = self.in_proj_ba($input)"),

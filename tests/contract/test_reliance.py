@@ -25,9 +25,10 @@ from tests.contract import released
 
 pytestmark = pytest.mark.contract
 PATCHES = sorted(path.parent.name for path in (REPOSITORY / "overlay" / "patches").glob("*/verdict.py"))
-# These import nothing from vLLM: the loops have a test of their own, and a declaration is built on what is SHARED.
+# These import nothing from vLLM: the loops have a test of their own, and declarations are built on what is SHARED.
 PATCHES.remove("frame_stack")
 PATCHES.remove("gdn")
+PATCHES.remove("dsa")
 #: What every patch is built on.
 SHARED = (
     "engine/proof",

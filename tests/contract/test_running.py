@@ -33,6 +33,10 @@ RELIED_ON = {
         ("compressor", "DeepseekCompressor.forward"),
         ("multi_stream_utils", "maybe_execute_in_parallel"),
     ),
+    "dsa": (
+        ("attention", "DeepseekV32Attention.__init__"),
+        ("attention", "DeepseekV32Indexer.__init__"),
+    ),
     "lora_linear": (
         ("layers.base", "BaseLayerWithLoRA.set_mapping"),
         ("base_linear", "BaseLinearLayerWithLoRA._apply_sync"),

@@ -106,7 +106,7 @@ DRIFTING: dict[str, tuple[list[tuple[str, str]], str]] = {
     "main called twice": ([(MAIN, MAIN * 2)], "in_proj_qkvg twice"),
     "side under a condition": ([(SIDE, f"        if self.tp_size:\n    {SIDE}")], "may change the input or leave"),
     "side in a helper": ([(SIDE, "        b = self._b(hidden_states)\n")], "does not call b_proj"),
-    "side not unpacked": ([(SIDE, "        b = self.b_proj(hidden_states)[0]\n")], "does not call b_proj"),
+    "side not unpacked": ([(SIDE, "        b = self.b_proj(hidden_states)\n")], "does not call b_proj"),
     "one fused linear": ([(SIDE, "        b = projected_qkvg[..., :8]\n")], "does not call b_proj"),
     "main's result in the input's place": ([(MAIN, MAIN.replace("projected_qkvg, _", "hidden_states, _"))], "another input"),
     "main's bias in the input's place": ([(MAIN, MAIN.replace(", _", ", hidden_states"))], "another input"),
@@ -138,6 +138,7 @@ HARMLESS: dict[str, list[tuple[str, str]]] = {
                                    (SIDE, SIDE.replace("hidden_states", "x")),
                                    ("        num_tokens = hidden_states.size(0)\n", "        num_tokens = 1\n        x = hidden_states\n")],
     "side first": [(SIDE, ""), (MAIN, SIDE + MAIN)],
+    "side by its first part": [(SIDE, "        b = self.b_proj(hidden_states)[0]\n")],
     "the other small linear gone": [("        a, _ = self.a_proj(hidden_states)\n", "        a = b\n")],
     "the side's result changed later": [(SIDE, f"{SIDE}        b = torch.sigmoid(b)\n")],
 }  # fmt: skip
@@ -305,27 +306,21 @@ def test_the_patched_method_gives_upstreams_bits(module: types.ModuleType, world
 def test_start_main_and_join_run_in_this_order_and_the_side_once(
     installed: Installed, module: types.ModuleType, world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
+    """With a lane that notes what it is asked for, in the place of a GPU's. Without one the order is stock's."""
+    from overlay.side_work import ops
+    from tests.unit.lanes import NotingLane
 
     layer = make(module, world)
     installed.load(world)
     order: list[str] = []
-    given: dict[str, tuple[Any, ...]] = {}
-    for name in ("start_layer", "join"):
-        op = getattr(torch.ops.vllm_overlay, name)
-
-        def spy(*arguments: Any, op: Any = op, name: str = name) -> Any:
-            order.append(name)
-            given[name] = arguments
-            return op(*arguments)
-
-        monkeypatch.setattr(torch.ops.vllm_overlay, name, spy)
     for name in ("in_proj_qkvg", "b_proj", "a_proj"):
         getattr(layer, name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
     run(layer, type(layer)._full_forward, world, 5)
-    assert order == ["start_layer", "b_proj", "in_proj_qkvg", "join", "a_proj"]  # a CPU runs the side in start
-    assert given["start_layer"][1] is layer.in_proj_qkvg.weight, "the gate is main's weight"
-    assert given["join"][2] is given["start_layer"][0], "join keeps the input"
+    assert order == ["in_proj_qkvg", "b_proj", "a_proj"]
+    order.clear()
+    monkeypatch.setattr(ops, "choose", lambda *_: ("dual", NotingLane(order)))
+    run(layer, type(layer)._full_forward, world, 5)
+    assert order == ["start", "b_proj", "in_proj_qkvg", "join", "a_proj"]
 
 
 def spoil_side(layer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Kernel by kernel: one GDN layer and its MLP in a replayed decode step, and what of the side work is hidden.
+"""Kernel by kernel: one layer with a pair and its MLP in a replayed decode step, and what of the side work is hidden.
 
 `results.json` gets `timeline`, all times in microseconds::
 
@@ -8,7 +8,7 @@
                     "side_duration", "overlap", "hideable", "hidden_share", "renamed": [{"stock", "arm", "difference"}],
                     "only_stock": [name], "only_arm": [name], "like", "retuned": [{"name", "stock", "arm"}], "like_tuned"}}}}]
 
-A **segment** goes from one layer's `causal_conv1d` kernel to the next layer's. Those of attention layers and of the end of a
+A **segment** goes from the first kernel after the two projections (BOUNDARIES) to the next layer's. Those of attention layers and of the end of a
 step differ in their kernels: only segments with the most common kernels count (`alike` of `all`), by each stream's order.
 `low` and `high` are the 5th and 95th percentile, everything else medians over them. `stream` is "main" for the stream with
 the most of the segment's kernel time, "side 1" and so on for others.
@@ -17,7 +17,7 @@ Against stock:
 
 - `side`: an arm's kernels on other streams than the main one, without those that stock has there, too. `overlap` is how much of its duration some kernel of the main
   stream runs at the same time. `stock` is the same kernel in stock's segment, `duration` and `gap` (idle time before it);
-  where stock has several of that name, the last ones: the side projection is the last GEMM before the convolution.
+  where stock has several of that name, the last ones: the side projection is the last GEMM before the boundary.
 - `hideable`: the sum of these durations and gaps. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`.
   None where a side kernel has no counterpart, or there is no side kernel.
 - `only_stock`, `only_arm`: names that one of them has more often. `renamed`: kernels of the main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's
@@ -39,8 +39,8 @@ from overlay.cli.bench.engines import RESERVE_SECONDS, Engines
 from overlay.cli.bench.intervals import median, quantile
 from overlay.cli.bench.setup import STOCK
 
-#: What begins a segment: part of a kernel's name.
-BOUNDARY = "causal_conv1d"
+#: What begins a segment, the first kernel after both projections: a part of its name in a GDN layer, and in DeepSeek-V3.2's.
+BOUNDARIES = ("causal_conv1d", "fused_norm_rope")
 MAIN = "main"
 STEPS, ROUNDS = 6, 2
 SEED = 20251120 + 300_000
@@ -104,7 +104,7 @@ def read(answer: Mapping[str, Any]) -> list[Kernel]:
 def segments(kernels: Sequence[Kernel]) -> list[tuple[list[Kernel], float]]:
     """From each boundary to the next: its kernels, streams named and starts counted from the boundary, and its length."""
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
-    bounds = [index for index, kernel in enumerate(ordered) if BOUNDARY in kernel.name]
+    bounds = [index for index, kernel in enumerate(ordered) if any(part in kernel.name for part in BOUNDARIES)]
     found = []
     for first, last in itertools.pairwise(bounds):
         begin = ordered[first].start
@@ -293,7 +293,9 @@ def measure(alive: Engines, batches: Sequence[int]) -> None:
         found = row(count, traces)
         missing = [arm for arm in traces if arm not in found["arms"]]
         if missing:
-            alive.results.unfinished(f"timeline, N={count}: no {BOUNDARY} kernels seen in {', '.join(missing)}")
+            alive.results.unfinished(
+                f"timeline, N={count}: no {' or '.join(BOUNDARIES)} kernels seen in {', '.join(missing)}"
+            )
         if len(missing) == len(traces):
             break
         alive.results.put("timeline", value=[*alive.results.data.get("timeline", []), found])

@@ -8,7 +8,7 @@ from dataclasses import replace
 from overlay.verdict import data_flow
 from overlay.verdict.data_flow import Pair
 from overlay.verdict.model import SourceTree, Upstream, Verdict, in_model_registry, without_target
-from overlay.verdict.questions import Function, uses_of
+from overlay.verdict.questions import Function
 from overlay.vocabulary import ABSENT, APPLY
 
 QKVZ, BA = "in_proj_qkvz", "in_proj_ba"
@@ -55,10 +55,6 @@ def judge(tree: SourceTree) -> Verdict:
 
 def _landed(method: Function) -> tuple[ast.AST, str] | None:
     """Where upstream's own overlap stands."""
-    for node in ast.walk(method):
-        lands = getattr(node, "attr", None) == LANDED_OP
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("execute_in_parallel"):
-            lands = all(any(uses_of(argument, linear) for argument in node.args) for linear in PAIR.all)
-        if lands:
-            return node, f"upstream overlaps the projections in {method.name} (vLLM #36795)"
-    return None
+    op = (node for node in ast.walk(method) if getattr(node, "attr", None) == LANDED_OP)
+    at = next(op, None) or data_flow.run_in_parallel(method, PAIR)
+    return (at, f"upstream overlaps the projections in {method.name} (vLLM #36795)") if at is not None else None

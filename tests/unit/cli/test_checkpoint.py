@@ -38,10 +38,17 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 def sources(module: str) -> str:
     """Of a vLLM that has every model, and keeps ba whole."""
     every = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3NextForCausalLM", *OTHERS)
-    return " ".join(f'"{name}"' for name in every) + checkpoint.WHOLE_SIDE
+    return " ".join(f'"{name}"' for name in every) + checkpoint.WHOLE_SIDE + checkpoint.DSA_PACKAGE
 
 
-OTHERS = ("LlamaForCausalLM", "DeepseekV4ForCausalLM", "BertModel", "Qwen3_5ForCausalLM")
+OTHERS = (
+    "DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM",
+    "LlamaForCausalLM",
+    "DeepseekV4ForCausalLM",
+    "BertModel",
+    "Qwen3_5ForCausalLM",
+)
 #: By name: a shape with the layers of one group.
 BASE = {name: dict(shapes.find(name, 4).config) for name in shapes.SHAPES}
 
@@ -271,6 +278,71 @@ def test_other_models(tmp_path: Path) -> None:
 
     unknown = judged(tmp_path, LLAMA | {"quantization_config": {"quant_method": "quark"}})
     assert [one.state for one in unknown.groups] == ["unknown"] and unknown.notes == ()
+
+
+#: DeepSeek-V3.2, as its `config.json` says it, with few layers.
+V32 = {
+    "architectures": ["DeepseekV32ForCausalLM"], "torch_dtype": "bfloat16", "num_hidden_layers": 6, "hidden_size": 7168,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "index_n_heads": 64,
+    "quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+}  # fmt: skip
+
+
+def dsa(found: checkpoint.Checkpoint) -> list[tuple[int, str, str]]:
+    return [(one.layers, one.state, one.reason) for one in found.groups if one.patch == "dsa"]
+
+
+def test_every_layer_of_deepseek_v32_has_an_indexer(tmp_path: Path) -> None:
+    found = judged(tmp_path, V32)
+    assert dsa(found) == [(6, APPLY, "wk_weights_proj is bf16 beside FP8 in blocks")] and found.modes == rules.MODES
+    (group,) = (one for one in found.groups if one.patch == "dsa")
+    assert dict(group.sizes) == {"hidden": 7168, "qkv_a": 2112, "wk_weights": 192}
+    assert judged(tmp_path, V32, shards=8).groups == found.groups, "both are whole on every rank"
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({}, 6),
+        ({"index_topk_freq": 4}, 3),  # 0 and 1, then 5: the offset is 2
+        ({"index_topk_freq": 2, "index_skip_topk_offset": 0}, 3),
+        ({"index_topk_pattern": "FSSFSS"}, 2),
+        ({"index_topk_pattern": ["F", "S"]}, 5),  # what the pattern does not name has one
+    ],
+)
+def test_layers_without_an_indexer_are_not_counted(fields: dict[str, Any], layers: int, tmp_path: Path) -> None:
+    glm = {**V32, "architectures": ["GlmMoeDsaForCausalLM"], **fields}
+    assert [count for count, _, _ in dsa(judged(tmp_path, glm))] == [layers]
+
+
+def test_the_side_of_dsa_is_never_quantized_so_main_may_be_anything(tmp_path: Path) -> None:
+    plain = {key: value for key, value in V32.items() if key != "quantization_config"}
+    assert dsa(judged(tmp_path, plain)) == [(6, APPLY, "wk_weights_proj is bf16 beside bf16")]
+    unknown = {**V32, "quantization_config": {"quant_method": "quark"}}
+    ((_, state, reason),) = dsa(judged(tmp_path, unknown))
+    assert state == APPLY and "beside a format that is unknown" in reason
+    ((_, state, reason),) = dsa(judged(tmp_path, V32, lora=True))
+    assert state == "stock" and reason.startswith(rules.ADAPTERS)
+    one = {**V32["quantization_config"], "modules_to_not_convert": ["model.layers.2.self_attn.q_a_proj"]}  # type: ignore[dict-item]
+    torn = [row for row in dsa(judged(tmp_path, {**V32, "quantization_config": one})) if row[1] == "stock"]
+    assert [count for count, _, _ in torn] == [1] and "only some of q_a_proj, kv_a_proj_with_mqa" in torn[0][2]
+
+
+def test_dsa_says_why_it_does_nothing_in_this_vllm(tmp_path: Path) -> None:
+    absent = {**APPLIES, "dsa": Verdict(ABSENT, "another layer")}
+    assert dsa(judged(tmp_path, V32, verdicts=absent)) == [(6, "stock", "absent in this vLLM: another layer")]
+    (tmp_path / "config.json").write_text(json.dumps(V32))
+    of_028 = checkpoint.judge(str(tmp_path), APPLIES, lambda _: '"DeepseekV32ForCausalLM"', 1, False)
+    assert dsa(of_028) == [(6, "stock", "the shape is known")], "its table of models has another class under that name"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("index_topk_pattern", 7), ("index_topk_pattern", [1]), ("index_topk_freq", 0), ("index_n_heads", "64")],
+)
+def test_a_wrong_value_of_the_indexer_has_one_message(field: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=f"{field} is .*; allowed is"):
+        judged(tmp_path, {**V32, field: value})
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_all_as_expected(world: pathlib.Path) -> None:
     result = invoke(world)
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("0.")]
-    assert rows == [[version, "apply", *["absent"] * 4] for version in ("0.32.0", "0.33.0")]
+    assert rows == [[version, "apply", *["absent"] * 5] for version in ("0.32.0", "0.33.0")]
     assert "DIFFERENT" not in result.stdout and "not in the table" not in result.stdout
 
 

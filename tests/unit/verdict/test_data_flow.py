@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import collections
 import itertools
+import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,8 @@ from overlay.vocabulary import APPLY, DRIFTED, LANDED
 
 CLASSES = {"vllm.new": "Layer", "vllm.old": "OldLayer"}
 PAIR = Pair("main", ("side",), ("forward",), never=("hasattr(self, 'split')",))
+#: The same with the side in a child of the layer, which the layer may lack.
+PAIR_OF_CHILD = Pair("main", ("child.side",), ("forward",), always=("self.child is not None",))
 
 
 class Memory(SourceTree):
@@ -141,9 +145,24 @@ class StandIn:
         return self._started(x), None
 
 
+class Child:
+    """A child of the layer, which has the side."""
+
+    def __init__(self, side: Callable[[Tensor], Any]) -> None:
+        self.side = side
+
+
+class StandInWithChild(StandIn):
+    """The same for a layer whose side is in a child."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(types.SimpleNamespace(main=layer.main, side=layer.child.side, a=layer.a, b=layer.b))
+        self.__dict__.update(child=Child(self.side))
+
+
 def with_stand_in(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(layer: Any, *args: Any) -> Any:
-        stand_in = StandIn(layer)
+        stand_in = StandInWithChild(layer) if hasattr(layer, "child") else StandIn(layer)
         result = original(stand_in, *args)
         if stand_in.result is not None and not stand_in.result.storage.ready:
             raise Wrong("a side is never joined")
@@ -176,7 +195,11 @@ def seen(text: str, intercepted: tuple[str, ...], conditions: tuple[bool, ...]) 
     for name in intercepted:
         setattr(layer_class, name, with_stand_in(vars(layer_class)[name]))
     layer, ran = layer_class(), list[str]()
-    layer.main, layer.side, layer.a, layer.b = Linear(3, ran, "main"), Linear(7, ran, "side"), *conditions
+    layer.main, side, layer.a, layer.b = Linear(3, ran, "main"), Linear(7, ran, "side"), *conditions
+    if "self.child" in text:
+        layer.child = Child(side)
+    else:
+        layer.side = side
     x = Tensor(Storage(2))
     try:
         result = [getattr(value, "value", value) for value in layer.forward(x)]
@@ -262,9 +285,9 @@ def classes(draw: st.DrawFn) -> str:
     return "\n".join(["class Layer:", *indented(methods)])
 
 
-def check_one(text: str) -> str:
+def check_one(text: str, pair: Pair = PAIR) -> str:
     """Compare the verdict on a class with what its runs show; gives the verdict's state."""
-    found = judged(text)
+    found = judged(text, pair)
     if found.state == APPLY:
         for conditions in itertools.product((True, False), repeat=2):
             stock = seen(text, (), conditions)
@@ -273,21 +296,30 @@ def check_one(text: str) -> str:
     return found.state
 
 
-def check_many(examples: int) -> collections.Counter[str]:
+def in_child(text: str) -> str:
+    """A class whose side is in a child; results are taken by [0] instead of being unpacked."""
+    text = re.sub(r"r, _ = self\.side\((\w)\)", r"r = self.child.side(\1)[0]", text).replace(
+        "self.side", "self.child.side"
+    )
+    return re.sub(r"q, _ = self\.main\((\w)\)", r"q = self.main(\1)[0]", text)
+
+
+def check_many(examples: int, pair: Pair = PAIR) -> collections.Counter[str]:
     """The states of the verdicts on generated classes. Raises AssertionError where one is wrong."""
     states: collections.Counter[str] = collections.Counter()
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     @given(classes())
     def check(text: str) -> None:
-        states[check_one(text)] += 1
+        states[check_one(text if pair is PAIR else in_child(text), pair)] += 1
 
     check()
     return states
 
 
-def test_no_apply_is_wrong() -> None:
-    states = check_many(150)
+@pytest.mark.parametrize("pair", [PAIR, PAIR_OF_CHILD], ids=["a side of the layer", "a side in a child"])
+def test_no_apply_is_wrong(pair: Pair) -> None:
+    states = check_many(150, pair)
     assert states[APPLY] > 30 and states[DRIFTED] > 30, states
 
 
@@ -357,6 +389,61 @@ def test_what_drifts_would_be_wrong(name: str) -> None:
             return True
 
     assert any(map(differs, itertools.product((True, False), repeat=2)))
+
+
+#: What may be done with the child between the calls or elsewhere, and whether the verdict lets it be.
+WITH_CHILD = {
+    "asked for what it has": ("n = self.child.width", APPLY),
+    "compared with None": ("n = self.child is None", APPLY),
+    "called": ("n = self.child(x)", DRIFTED),
+    "under another name": ("n = self.child", DRIFTED),
+    "handed out": ("write(self.child)", DRIFTED),
+    "compared with something else": ("n = self.child is not x", DRIFTED),
+    "by getattr": ("n = getattr(self, 'child')", DRIFTED),
+    "in a list": ("n = [self.child]", DRIFTED),
+    "given another side": ("self.child.side = x", DRIFTED),
+    "replaced": ("self.child = x", DRIFTED),
+    "its side not called": ("n = self.child.side.weight", DRIFTED),
+    "its side once more": ("n = self.child.side(x)[0]", DRIFTED),
+}
+CHILDS_SIDE = "r = self.child.side(x)[0]"
+
+
+@pytest.mark.parametrize("name", WITH_CHILD)
+def test_a_child_with_a_side_is_only_read_from(name: str) -> None:
+    statement, state = WITH_CHILD[name]
+    for body in ((MAIN, CHILDS_SIDE, statement), (statement, MAIN, CHILDS_SIDE)):
+        found = judged(layer(*body), PAIR_OF_CHILD)
+        assert found.state == state, (body, found)
+
+
+def test_a_branch_that_the_layer_always_enters_is_known_by_its_test() -> None:
+    """Without the child there is nothing to overlap, and then the stand-in does not run."""
+    body = ("q = self.main(x)[0]", "if self.child is not None:", f"    {CHILDS_SIDE}", "else:", "    r = write(x)")
+    assert judged(layer(*body), PAIR_OF_CHILD).state == APPLY
+    assert check_one(layer(*body), PAIR_OF_CHILD) == APPLY
+    for test in ("self.child", "self.a", "self.child is not None and self.a", "not self.child is None"):
+        other = layer(body[0], f"if {test}:", *body[2:])
+        assert judged(other, PAIR_OF_CHILD).state == DRIFTED, test
+
+
+@pytest.mark.parametrize("part", ["[0]", "[1]", "[-1]", "[:1]", ".result", ""])
+def test_only_the_first_part_of_what_a_linear_gives_may_be_named(part: str) -> None:
+    expected = APPLY if part == "[0]" else DRIFTED
+    assert judged(layer(f"q = self.main(x){part}", SIDE)).state == expected
+    assert judged(layer(MAIN, f"r = self.side(x){part}")).state == expected
+
+
+def test_upstreams_own_helper_for_parallel_work_is_found_where_it_gets_all_linears() -> None:
+    def at(*body: str) -> bool:
+        found = ast.parse(layer(*body)).body[0].body[0]  # type: ignore[attr-defined]
+        return data_flow.run_in_parallel(found, PAIR_OF_CHILD) is not None
+
+    both = "lambda: self.main(x), lambda: self.child.side(x)"
+    assert at(f"q, r = maybe_execute_in_parallel({both}, self.events)")
+    assert at(f"q, r = streams.execute_in_parallel({both})")
+    assert not at("q, r = execute_in_parallel(lambda: self.main(x), lambda: self.side(x))")
+    assert not at(f"q, r = both({both})")
 
 
 #: What upstream may do at any time: none of it is a reason to step back.

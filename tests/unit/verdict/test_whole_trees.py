@@ -30,7 +30,7 @@ from overlay.cli.app import app
 
 #: What the witnesses say of a vLLM that has every target: each name stands before the file's last definition.
 NAMES = {
-    stub_vllm.REGISTRY: '_MORE = {"DeepseekV4ForCausalLM": "deepseek_v4", "Qwen3_5ForCausalLM": "qwen3_5"}\n',
+    stub_vllm.REGISTRY: '_MORE = {"DeepseekV4ForCausalLM": "deepseek_v4", "Qwen3_5ForCausalLM": "qwen3_5", "V32": "vllm.models.deepseek_v32"}\n',
     "engine/arg_utils.py": "enable_lora: bool = False\n",
     "v1/worker/gpu_worker.py": "from vllm.v1.worker.gpu_model_runner import GPUModelRunner\n",
     "v1/engine/core_client.py": "from vllm.v1.engine.core import EngineCoreProc\n",
