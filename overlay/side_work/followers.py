@@ -92,24 +92,21 @@ def take(graph: Graph, start: Node, found: Followers, start_into: Any, join_into
     """Replace `start`, its join and what follows by `start_into` and `join_into`, in place."""
     x, weight, gate, columns, name = start.args
     parts = found.copies or (start,)
+    zeros = () if found.zeros is None else (found.zeros,)
     with graph.inserting_before(start):
         rows = graph.call_method("size", (x, 0))
-        size = (len(parts), rows, columns // len(parts))
-        results = [graph.call_method("new_empty", (x, size))]
-        if found.zeros is not None:
-            results.append(graph.call_method("new_empty", (x, found.zeros.args[0])))
+        sizes = ((len(parts), rows, columns // len(parts)), *(node.args[0] for node in zeros))
+        results = [graph.call_method("new_empty", (x, size)) for size in sizes]
         graph.call_function(start_into, (x, weight, results, gate, name))
     with graph.inserting_before(found.join):
         graph.call_function(join_into, (results, *found.join.args[1:]))
         made = [graph.call_function(operator.getitem, (results[0], index)) for index in range(len(parts))]
     graph.erase_node(found.join)
-    for node, result in zip((*parts, found.zeros), (*made, results[-1]), strict=True):
-        if node is not None:
-            result.meta = dict(node.meta)
-            node.replace_all_uses_with(result)
-    for node in (*found.copies, found.zeros):
-        if node is not None:
-            graph.erase_node(node)
+    for node, result in zip((*parts, *zeros), (*made, *results[1:]), strict=True):
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+    for node in (*found.copies, *zeros):
+        graph.erase_node(node)
     for chunk in list(start.users):
         for part_of_it in list(chunk.users):
             graph.erase_node(part_of_it)
