@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
 import pathlib
-import pickle
 import shutil
 import subprocess
 import sys
@@ -148,35 +146,21 @@ def run_engine(
 
 @pytest.fixture(scope="session")
 def engine(model: Callable[[str], pathlib.Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """`engine(name, overlay=…, compiled=…, …)`: the run of a tiny model; the same arguments give the same run.
+    """`engine(name, overlay=…, compiled=…, …)`: the run of a tiny model; the same arguments give the same run."""
+    runs: dict[tuple[Any, ...], Run] = {}
 
-    All workers of a session share the runs: the first one that asks makes it, and the others wait for it.
-    """
-    place = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # else the parent is every session's
-        place = place.parent
-    place = place / "shared-engines"
-    place.mkdir(exist_ok=True)
-
-    @functools.cache
     def get(name: str, *, overlay: bool, compiled: bool = False, tensor_parallel_size: int = 1) -> Run:
-        folder = place / f"{name}-overlay-{overlay}-compiled-{compiled}-tp-{tensor_parallel_size}"
-        kept = folder / "run.pickle"
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not kept.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a run that failed
-                run = run_engine(
-                    model(name),
-                    folder,
-                    overlay=overlay,
-                    compiled=compiled,
-                    tensor_parallel_size=tensor_parallel_size,
-                    **(PASS_THROUGH if overlay else {}),
-                    **({} if overlay and compiled and name == ALL_PROCESSES else FEW_PROCESSES),
-                )
-                kept.write_bytes(pickle.dumps(run))
-            found: Run = pickle.loads(kept.read_bytes())
-        return found
+        key = (name, overlay, compiled, tensor_parallel_size)
+        if key not in runs:
+            runs[key] = run_engine(
+                model(name),
+                tmp_path_factory.mktemp("engine"),
+                overlay=overlay,
+                compiled=compiled,
+                tensor_parallel_size=tensor_parallel_size,
+                **(PASS_THROUGH if overlay else {}),
+                **({} if overlay and compiled and name == ALL_PROCESSES else FEW_PROCESSES),
+            )
+        return runs[key]
 
     return get

@@ -12,7 +12,6 @@ import pytest
 
 from devtools import tiny_models
 from overlay import __version__
-from overlay.engine import ranks
 from overlay.patches.frame_stack.room import is_needed as room_is_needed
 from tests.engine.conftest import Run
 
@@ -60,16 +59,6 @@ def test_sizes_are_per_shard_with_two_real_shards(engine: Engine, name: str) -> 
         frame_stack = journal.raw["patches"]["frame_stack"]
         said = ("apply", "WorkerProc.worker_busy_loop runs above one large frame")
         assert ((frame_stack["verdict"], frame_stack["reason"]) == said) == room_is_needed()
-
-
-def test_the_ranks_of_one_node_agree(engine: Engine) -> None:
-    overlay = engine("qwen3_5_text", overlay=True, compiled=True, tensor_parallel_size=2)
-    found = [journal.raw["agreement"] for journal in overlay.workers]
-    assert sorted(found, key=lambda one: one["rank"]) == [
-        {"world": 2, "rank": rank, "result": ranks.ALIKE} for rank in range(2)
-    ]
-    alone = engine("qwen3_5_text", overlay=True, compiled=True)
-    assert [journal.raw["agreement"] for journal in alone.workers] == [None]
 
 
 def test_every_process_of_the_engine_has_a_journal(engine: Engine) -> None:

@@ -189,6 +189,16 @@ def missing(rank: int) -> str:
     return f"rank {rank} runs without the overlay (no report within 4 s)"
 
 
+def test_the_ranks_of_one_node_agree(engine: Engine) -> None:
+    overlay = engine(MODEL, overlay=True, compiled=True, tensor_parallel_size=2)
+    found = [journal.raw["agreement"] for journal in overlay.workers]
+    assert sorted(found, key=lambda one: one["rank"]) == [
+        {"world": 2, "rank": rank, "result": ranks.ALIKE} for rank in range(2)
+    ]
+    alone = engine(MODEL, overlay=True, compiled=True)
+    assert [journal.raw["agreement"] for journal in alone.workers] == [None]
+
+
 def test_every_ray_actor_has_its_journal_and_the_tokens_are_stocks(
     engine: Engine, model: Callable[[str], pathlib.Path], shared: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
