@@ -29,7 +29,7 @@ from overlay.side_work.rules import (
     reason_against_main,
 )
 from overlay.verdict import Verdict
-from overlay.vocabulary import APPLY
+from overlay.vocabulary import APPLY, UNPROVEN
 
 #: The state of a group: the patch would take it, it stays stock, or nobody can tell from the configuration.
 STOCK, UNKNOWN = "stock", "unknown"
@@ -45,6 +45,7 @@ NEXT = re.compile(r"Qwen3Next(ForCausalLM)?|Qwen3NextMTP")
 QWEN3_5 = re.compile(r"Qwen3_[5-9](Moe)?(ForCausalLM|ForConditionalGeneration|MTP)|ColQwen3_5")
 #: The models with DeepSeek-V3.2's attention (DSA), and the package that their class is in from vLLM 0.29 on.
 DSA = re.compile(r"(DeepseekV32|GlmMoeDsa)ForCausalLM")
+ASKED_FOR = "off until VLLMOVERLAY_PATCHES names it"
 DSA_PACKAGE = "vllm.models.deepseek_v32"
 DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 #: How vLLM tells a pooling model by its architecture (`_SUFFIX_TO_DEFAULTS`); a model that generates ends otherwise.
@@ -419,6 +420,8 @@ class _Asked:
         rows = []
         for index in self._indexers():
             state, reason = (STOCK, off) if off is not None else self._beside_latent(f"{self.prefix}.{index}.self_attn")
+            if state == APPLY and "dsa" in UNPROVEN:
+                reason = f"{reason}; {ASKED_FOR}"
             rows.append((state, reason, sizes, ""))
         return self._grouped("dsa", rows)
 
