@@ -179,10 +179,6 @@ class Fleet:
                             if found.get("failed"):
                                 results.problem(f"{what}: {found['failed']} requests have failed")
                             yield load, arm, turn, found
-            for arm in alive:
-                if arm in WITH_OVERLAY:  # the servers have ended, and have written what they say of themselves
-                    summary = journal_summary(setup.journal_folder(f"server-{arm}"))
-                    results.put(self.key, "journals", arm, value=summary)
 
     @contextlib.contextmanager
     def _running(self, arms: Sequence[str]) -> Iterator[dict[str, Server]]:
@@ -201,6 +197,10 @@ class Fleet:
         finally:
             for server in servers.values():
                 server.close(hurry)
+            for arm in servers:
+                if arm in WITH_OVERLAY:  # now it has written what it says of itself
+                    summary = journal_summary(self.setup.journal_folder(f"server-{arm}"))
+                    self.results.put(self.key, "journals", arm, value=summary)
 
     def _wait(self, server: Server) -> None:
         self.progress.step(f"starting {server.arm}")
