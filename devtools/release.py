@@ -45,8 +45,8 @@ import importlib.util, sys
 from overlay import __version__, bootstrap
 assert importlib.util.find_spec("wrapt") is None, "the environment is not a bare one"
 assert bootstrap._armed and __version__ == sys.argv[1]
-from overlay.start.import_hooks import _fall_back_on_our_wrapt
-_fall_back_on_our_wrapt()
+from overlay.start.import_hooks import fall_back_on_our_wrapt
+fall_back_on_our_wrapt()
 import wrapt
 assert wrapt.__file__.startswith(sys.argv[2]), wrapt.__file__
 """
