@@ -335,7 +335,8 @@ class _Asked:
         """Rows (state, reason, sizes[, linear]) that are alike as one group, in the order in which they come."""
         found: dict[tuple[Any, ...], list[str]] = {}
         for state, reason, sizes, linear in rows:
-            found.setdefault((state, reason, sizes), []).append(linear)
+            said = f"{reason}; {ASKED_FOR}" if state == APPLY and patch in UNPROVEN else reason
+            found.setdefault((state, said, sizes), []).append(linear)
         return [
             Group(patch, len(names), state, reason, sizes, tuple(dict.fromkeys(names)) if linears else ())
             for (state, reason, sizes), names in found.items()
@@ -420,8 +421,6 @@ class _Asked:
         rows = []
         for index in self._indexers():
             state, reason = (STOCK, off) if off is not None else self._beside_latent(f"{self.prefix}.{index}.self_attn")
-            if state == APPLY and "dsa" in UNPROVEN:
-                reason = f"{reason}; {ASKED_FOR}"
             rows.append((state, reason, sizes, ""))
         return self._grouped("dsa", rows)
 

@@ -253,11 +253,12 @@ class TwoLinears:
 
         def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
             wrapped(*args, **kwargs)
-            setattr(
-                layer, PAIR, None
-            )  # also where it is no candidate: a module is slow to say that it has no such attribute
             if self.is_candidate(layer):
                 waiting.adopt(layer, getattr(layer, self.name), lambda: (check(layer),) * 2)
+            else:
+                setattr(
+                    layer, PAIR, None
+                )  # each step asks for it, and a module is slow to say that it has no attribute
 
         def check(layer: torch.nn.Module) -> dict[str, int]:
             kind = type(layer)

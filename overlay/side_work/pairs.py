@@ -145,7 +145,7 @@ def _measured(group: Sequence[Pair], sizes: Sequence[int], worker: Any, record: 
 
 
 def rows_of(group: Sequence[Pair], sizes: Sequence[int]) -> list[Row]:
-    """Measure pairs of one name, which are on one GPU. None where no auxiliary stream can be had."""
+    """Measure pairs of one name, which are on one GPU. The list is empty where no auxiliary stream can be had."""
     first = group[0]
     found = lane.prepare(first.device)
     if found is None or not sizes:

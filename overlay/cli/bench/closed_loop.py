@@ -24,13 +24,11 @@ from typing import Any
 
 from overlay.cli.bench.engines import paired_row
 from overlay.cli.bench.intervals import median
-from overlay.cli.bench.servers import LEAST_WARM_UP, Fleet, Load, seconds_of_requests
+from overlay.cli.bench.servers import LEAST_REQUESTS, LEAST_WARM_UP, Fleet, Load, seconds_of_requests
 from overlay.cli.bench.setup import STOCK
 
 KEY = "concurrency"
 METRICS = ("tpot", "ttft")
-#: Requests of a run at least, so that its median means something with one client.
-LEAST_REQUESTS = 8
 
 #: Results of `vllm bench serve` by number of clients, arm and round.
 Runs = dict[int, dict[str, dict[int, dict[str, Any]]]]

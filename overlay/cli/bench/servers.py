@@ -36,6 +36,8 @@ CLIENT = SCRIPT.with_name("run_client.py")
 START_SECONDS = 900.0
 STOP_SECONDS = 20.0
 LEAST_WARM_UP = 4
+#: Requests of a run at least, so that its median means something.
+LEAST_REQUESTS = 8
 #: What only `vllm.LLM` takes.
 NOT_FOR_SERVERS = ("model", "skip_tokenizer_init", "disable_log_stats")
 

@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from overlay.cli.bench.intervals import compare_sets, median, quantile
-from overlay.cli.bench.servers import Fleet, Load, seconds_of_requests
+from overlay.cli.bench.servers import LEAST_REQUESTS, Fleet, Load, seconds_of_requests
 
 KEY = "serving"
-#: Requests of a run at least, so that its median means something.
-LEAST_REQUESTS = 8
 
 
 def load(rate: float, seconds: float, prompt: int, output: int) -> Load:
