@@ -9,44 +9,53 @@ from overlay.verdict.model import Source
 from overlay.verdict.questions import Drift
 
 
-def cut(source: Source, name: str, indentation: int = 0) -> ast.stmt:
-    """A class or function by name, with the line numbers of its file. Raises Drift unless it is there once."""
-    margin = " " * indentation
-    headers = list(re.finditer(rf"^{margin}(?:class|def|async def) {name}\b", source.text, re.MULTILINE))
-    if len(headers) != 1:
-        line = source.text.count("\n", 0, headers[1].start()) + 1 if headers else 1
-        raise Drift(ast.Pass(lineno=line, col_offset=0), f"{name} is defined {len(headers)} times")
-    header = start = headers[0].start()
-    before = source.text[:start].splitlines()
-    while before and re.match(rf"{margin}@", before[-1]):  # its decorators belong to it
-        start -= len(before.pop()) + 1
-    return block(source, start, header, indentation)
+def cut(source: Source, path: str) -> ast.stmt:
+    """A function, a class or a method (``Class.method``), with its decorators and the line numbers of its file.
+
+    A class may be under a condition, if a method of it is asked for. Raises Drift unless the path is there once, and
+    SyntaxError.
+    """
+    text, start, end, margin = source.text, 0, len(source.text), 0
+    holder, _, name = path.rpartition(".")
+    if holder:
+        start = _header(text, holder, " *", 0, end)
+        indentation = text.index("class", start) - start
+        end, margin = _end(text, start, indentation), indentation + 4
+    header = _header(text, name, " " * margin, start, end)
+    # Decorators belong to it. Each may take several lines, which are further in or close a bracket.
+    decorators = re.compile(rf"(?:^ {{{margin}}}@.*\n(?:^ {{{margin}}}[ )].*\n)*)*\Z", re.MULTILINE)
+    decorated = decorators.search(text, max(start, text.rfind("\n\n", 0, header) + 1), header)
+    return block(source, decorated.start() if decorated else header, header, margin)
 
 
 def block(source: Source, start: int, header: int, indentation: int) -> ast.stmt:
     """The class or function whose first line (a decorator, maybe) begins at `start` and whose header begins at `header`, with
     the line numbers of its file."""
     text = source.text
-    # A comment ends no block, and neither does a bracket that closes the header.
-    end = re.compile(rf"^ {{0,{indentation}}}[^\s#)\]}}]", re.MULTILINE).search(text, header + 1)
     above = "\n" * text.count("\n", 0, start)
     if indentation:
         above = f"{above[1:]}if True:\n"
-    statement = ast.parse(f"{above}{text[start : end.start() if end else len(text)]}", source.path).body[0]
+    statement = ast.parse(f"{above}{text[start : _end(text, header, indentation)]}", source.path).body[0]
     return statement.body[0] if isinstance(statement, ast.If) else statement
 
 
-def parse_but_for(source: Source, *names: str) -> ast.Module:
-    """The module without the bodies of all other classes and functions; line numbers stay. A third of the time."""
-    lines = source.text.splitlines()
-    dropping = False
-    for index, line in enumerate(lines):
-        if line[:1] in (" ", "\t", "") or line[0] in ")]#":
-            if dropping:
-                lines[index] = ""
-            continue
-        found = re.match(r"(async\s+def|def|class)\s+(\w+)", line)
-        dropping = found is not None and found[2] not in names
-        if dropping and found is not None:
-            lines[index] = f"class {found[2]}: ..."
-    return Source("\n".join(lines), source.path).parse()
+def _header(text: str, name: str, margin: str, start: int, end: int) -> int:
+    """Where the line of the one definition of a name begins. Raises Drift."""
+    defines = re.compile(rf"{margin}(?:class|def|async def) {name}\b")
+    found = []
+    at = text.find(f" {name}", start, end)  # reads the file ten times as fast as a regular expression
+    while at >= 0:
+        line = text.rfind("\n", 0, at) + 1
+        if defines.match(text, line):
+            found.append(line)
+        at = text.find(f" {name}", text.find("\n", at) + 1 or end, end)
+    if len(found) != 1:
+        line = text.count("\n", 0, found[1]) + 1 if found else 1
+        raise Drift(ast.Pass(lineno=line, col_offset=0), f"{name} is defined {len(found)} times")
+    return found[0]
+
+
+def _end(text: str, header: int, indentation: int) -> int:
+    """Where a definition ends. A comment does not end it, and neither does a bracket that closes the header."""
+    end = re.compile(rf"\n {{0,{indentation}}}[^\s#)\]}}]").search(text, header + 1)  # twice as fast as with ^
+    return end.start() + 1 if end else len(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 from collections.abc import Iterable
 
 from overlay.verdict.model import Verdict
@@ -127,21 +126,3 @@ def plain_function(block: list[ast.stmt], name: str) -> ast.FunctionDef:
     if len(found) == 1 and isinstance(found[0], ast.FunctionDef) and not found[0].decorator_list and found[0] in block:
         return found[0]
     raise Drift(found[-1] if found else ast.Pass(), f"{name} has not one plain definition")
-
-
-def leaving(block: Iterable[ast.stmt]) -> ast.AST | None:
-    """The first node by which statements may leave their function before their end."""
-    nodes = (node for statement in block for node in ast.walk(statement))
-    return next((node for node in nodes if isinstance(node, (ast.Return, ast.Raise, ast.Yield, ast.YieldFrom))), None)
-
-
-def fingerprint(node: ast.AST) -> str:
-    """A digest of code's structure and names, without comments and layout; the same in every Python."""
-    return hashlib.sha256(repr(_structure(node)).encode()).hexdigest()[:16]
-
-
-def _structure(value: object) -> object:
-    if isinstance(value, ast.AST):
-        fields = ((name, _structure(part)) for name, part in ast.iter_fields(value) if part not in (None, []))
-        return type(value).__name__, *fields
-    return [*map(_structure, value)] if isinstance(value, list) else value

@@ -26,6 +26,9 @@ import torch
 
 from overlay.patches.pooling import verdict
 
+#: The runner's method that waits for the whole device.
+SYNC = "_sync_device"
+
 MODULE = verdict.MODULE
 HIDDEN = 32
 #: What is the release's own: a package with all below it, or one module.
@@ -192,7 +195,7 @@ def released_module(path: pathlib.Path, text: str | None = None) -> types.Module
             wanted.append(node)
         elif isinstance(node, ast.ClassDef) and name == verdict.RUNNER:
             node.bases = [ast.Name("RunnerBase", ast.Load())]
-            node.body = [item for item in node.body if getattr(item, "name", "") in (verdict.METHOD, verdict.SYNC)]
+            node.body = [item for item in node.body if getattr(item, "name", "") in (verdict.METHOD, SYNC)]
             wanted.append(node)
     assert [getattr(node, "name", "") for node in wanted] == [verdict.COPY, verdict.OUTPUT, verdict.RUNNER]
     tree = ast.fix_missing_locations(ast.Module(wanted, []))

@@ -422,7 +422,7 @@ def _check_punica(reading: _Reading) -> None:
 
 def _punica_method(source: Source, name: str, prefix: str) -> tuple[ast.FunctionDef, list[ast.Call], Counter[str]]:
     """A plain method of the wrapper, its calls that begin with `prefix`, and how often its code names what."""
-    method = plain_function([cut(source, name, indentation=4)], name)
+    method = plain_function([cut(source, f"PunicaWrapperGPU.{name}")], name)
     if [argument.arg for argument in method.args.args] != PUNICA_METHODS[name]:
         raise Drift(method, f"{name} does not take {', '.join(PUNICA_METHODS[name])}")
     nodes = [node for statement in method.body for node in ast.walk(statement)]
