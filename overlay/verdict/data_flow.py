@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from overlay.verdict.model import SourceTree, Verdict
@@ -62,6 +62,8 @@ class Pair:
     #: What they ask has to be true whenever the stand-in runs.
     never: tuple[str, ...] = ()
     always: tuple[str, ...] = ()
+    #: An op of upstream's own that does what the patch does, if there has been one.
+    upstream_op: str = ""
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -83,12 +85,10 @@ def judge(
     classes: Mapping[str, str],
     pair: Pair,
     reason: str,
-    landed: Callable[[Function], tuple[ast.AST, str] | None] = lambda method: None,
 ) -> Verdict | None:
     """The verdict on the first of `classes` (class name by module) that this vLLM has a module of; None without any.
 
-    `reason` is said where the patch applies. `landed` gives the node where a method does itself what the patch does, and
-    what to say then.
+    `reason` is said where the patch applies.
     """
     found = next(((module, source) for module in classes if (source := tree.read(module))), None)
     if found is None:
@@ -102,10 +102,10 @@ def judge(
         if not reached:
             raise Drift(class_node, f"{class_name} has none of the methods {', '.join(pair.entries)}")
         for method in reached.values():
-            at = landed(method)
+            at = _landed(method, pair)
             if at is not None:
-                where = f"{source.path}:{getattr(at[0], 'lineno', method.lineno)}"
-                return Verdict(LANDED, at[1], module, class_name, where=where)
+                said = f"upstream overlaps {' and '.join(pair.all)} in {method.name}"
+                return Verdict(LANDED, said, module, class_name, where=f"{source.path}:{at.lineno}")
         intercepted = [method for method in reached.values() if _concerns(method, pair)]
         for name in pair.entries:
             for binder in binders(class_node.body, name):
@@ -142,10 +142,14 @@ def _concerns(method: Function, pair: Pair) -> bool:
     return called.issuperset(pair.names)
 
 
-def run_in_parallel(method: Function, pair: Pair) -> ast.AST | None:
-    """Where a method gives all the linears to upstream's own `execute_in_parallel` (or one with a longer name)."""
-    calls = (node for node in ast.walk(method) if isinstance(node, ast.Call))
-    return next((call for call in calls if _runs_in_parallel(call, pair)), None)
+def _landed(method: Function, pair: Pair) -> ast.expr | None:
+    """Where a method overlaps the linears itself: by upstream's op, or by its `execute_in_parallel` (or one with a longer name)."""
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and pair.upstream_op and node.attr == pair.upstream_op:
+            return node
+        if isinstance(node, ast.Call) and _runs_in_parallel(node, pair):
+            return node
+    return None
 
 
 def _runs_in_parallel(call: ast.Call, pair: Pair) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from dataclasses import replace
 
 from overlay.verdict import data_flow
 from overlay.verdict.data_flow import Pair
 from overlay.verdict.model import SourceTree, Verdict, in_model_registry, without_target
-from overlay.verdict.questions import Function
 from overlay.vocabulary import APPLY, DRIFTED
 
 QKV_A, WK_WEIGHTS = "fused_qkv_a_proj", "indexer.wk_weights_proj"
@@ -34,7 +32,7 @@ WITNESS = in_model_registry(r"vllm\.models\.deepseek_v32")
 
 def judge(tree: SourceTree) -> Verdict:
     """The verdict for one vLLM, read from its sources without importing it."""
-    found = data_flow.judge(tree, CLASSES, PAIR, f"{WK_WEIGHTS} runs after {QKV_A}, and needs nothing of it", _landed)
+    found = data_flow.judge(tree, CLASSES, PAIR, f"{WK_WEIGHTS} runs after {QKV_A}, and needs nothing of it")
     if found is None:
         return without_target(
             tree,
@@ -54,9 +52,3 @@ def judge(tree: SourceTree) -> Verdict:
         found.reason if by_default else f"{found.reason}; vLLM runs it only where model_class_overrides asks for it"
     )
     return replace(found, reason=reason, shapes_graph=False)
-
-
-def _landed(method: Function) -> tuple[ast.AST, str] | None:
-    """Where upstream's own overlap stands."""
-    at = data_flow.run_in_parallel(method, PAIR)
-    return (at, f"upstream overlaps the projections in {method.name}") if at is not None else None

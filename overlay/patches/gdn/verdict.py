@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import replace
 
 from overlay.verdict import data_flow
 from overlay.verdict.data_flow import Pair
 from overlay.verdict.model import SourceTree, Upstream, Verdict, in_model_registry, without_target
-from overlay.verdict.questions import Function
 from overlay.vocabulary import ABSENT, APPLY
 
 QKVZ, BA = "in_proj_qkvz", "in_proj_ba"
@@ -18,6 +16,7 @@ PAIR = Pair(
     entries=("forward_cuda", "forward", "forward_hip", "forward_cpu"),
     # The separate projections that 0.19.0 to 0.20.2 use under LoRA.
     never=("hasattr(self, 'in_proj_qkv')",),
+    upstream_op="gdn_in_proj",  # vLLM #36795 brought it, and #38152 reverted it
 )
 #: Where the class has lived: from vLLM 0.22.0, and 0.19.0 to 0.21.0.
 CLASSES = {
@@ -29,8 +28,6 @@ MODULES = tuple(CLASSES)
 MODEL = "vllm.model_executor.models.qwen3_next"
 #: The models that are built on it.
 WITNESS = in_model_registry("qwen3_next|qwen3_5")
-#: The op that vLLM #36795 brought and #38152 reverted. Where it is back, upstream does the overlap.
-LANDED_OP = "gdn_in_proj"
 #: The op of vLLM #56530. It is for a few layers only (both projections FP8 per tensor), which the patch refuses itself.
 OPT_IN = "vllm.model_executor.layers.mamba.gdn.input_projection"
 OPT_IN_UPSTREAM = Upstream("#56530", False, "additional_config.gdn_concurrent_input_gemm")
@@ -38,7 +35,7 @@ OPT_IN_UPSTREAM = Upstream("#56530", False, "additional_config.gdn_concurrent_in
 
 def judge(tree: SourceTree) -> Verdict:
     """The verdict for one vLLM, read from its sources without importing it."""
-    found = data_flow.judge(tree, CLASSES, PAIR, f"{QKVZ} and {BA} run one after the other", _landed)
+    found = data_flow.judge(tree, CLASSES, PAIR, f"{QKVZ} and {BA} run one after the other")
     if found is not None:
         return replace(found, upstream=OPT_IN_UPSTREAM) if found.state == APPLY and tree.has(OPT_IN) else found
     model = tree.read(MODEL)
@@ -51,10 +48,3 @@ def judge(tree: SourceTree) -> Verdict:
         absent="this vLLM has no Qwen3-Next and no GDN layer",
         lost=f"this vLLM has Qwen3-Next, but its GDN layer is not in {' or '.join(MODULES)}",
     )
-
-
-def _landed(method: Function) -> tuple[ast.AST, str] | None:
-    """Where upstream's own overlap stands."""
-    op = (node for node in ast.walk(method) if getattr(node, "attr", None) == LANDED_OP)
-    at = next(op, None) or data_flow.run_in_parallel(method, PAIR)
-    return (at, f"upstream overlaps the projections in {method.name} (vLLM #36795)") if at is not None else None

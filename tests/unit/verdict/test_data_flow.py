@@ -7,12 +7,12 @@ may read its result before.
 
 from __future__ import annotations
 
-import ast
 import collections
 import itertools
 import re
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,8 +43,8 @@ class Memory(SourceTree):
         return Source(self._modules[module], f"{module}.py") if module in self._modules else None
 
 
-def judged(text: str, pair: Pair = PAIR, **landed: Any) -> Verdict:
-    found = data_flow.judge(Memory(new=text), CLASSES, pair, "one after the other", **landed)
+def judged(text: str, pair: Pair = PAIR) -> Verdict:
+    found = data_flow.judge(Memory(new=text), CLASSES, pair, "one after the other")
     assert found is not None
     return found
 
@@ -436,8 +436,7 @@ def test_only_the_first_part_of_what_a_linear_gives_may_be_named(part: str) -> N
 
 def test_upstreams_own_helper_for_parallel_work_is_found_where_it_gets_all_linears() -> None:
     def at(*body: str) -> bool:
-        found = ast.parse(layer(*body)).body[0].body[0]  # type: ignore[attr-defined]
-        return data_flow.run_in_parallel(found, PAIR_OF_CHILD) is not None
+        return judged(layer(*body), PAIR_OF_CHILD).state == LANDED
 
     both = "lambda: self.main(x), lambda: self.child.side(x)"
     assert at(f"q, r = maybe_execute_in_parallel({both}, self.events)")
@@ -586,10 +585,8 @@ def test_each_of_several_sides_is_called_once_on_the_input() -> None:
 
 
 def test_what_upstream_does_itself_is_seen_in_helpers_too() -> None:
-    def landed(method: Any) -> tuple[ast.AST, str] | None:
-        calls = [node for node in ast.walk(method) if getattr(node, "attr", "") == "both_at_once"]
-        return (calls[0], f"in {method.name}") if calls else None
-
     text = of(method("return self.project(x)"), method("return torch.ops.both_at_once(x)", name="project"))
-    found = judged(text, landed=landed)
-    assert (found.state, found.reason, found.where) == (LANDED, "in project", "vllm.new.py:5")
+    found = judged(text, replace(PAIR, upstream_op="both_at_once"))
+    assert (found.state, found.where) == (LANDED, "vllm.new.py:5")
+    assert found.reason == "upstream overlaps main and side in project"
+    assert judged(text).state == DRIFTED
