@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest
-# A file of engine tests shares what its engines have answered, so it stays in one process.
 IN_PARALLEL := -n 2
-FILES_IN_PARALLEL := $(IN_PARALLEL) --dist loadfile --no-loadscope-reorder
+# Engine tests that share what their engines have answered stay in one process (tests/engine/conftest.py).
+GROUPS_IN_PARALLEL := $(IN_PARALLEL) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo soak test unit contract engine gpu matrix latest bundle release container lint types format lock environment clean
@@ -30,7 +30,7 @@ contract: environment ## The verdicts against the sources of released vLLM versi
 	$(PYTEST) tests/contract $(IN_PARALLEL) $(TEST_OPTIONS)
 
 engine: environment ## The overlay in a real vLLM engine on the CPU
-	$(PYTEST) tests/engine $(FILES_IN_PARALLEL) $(TEST_OPTIONS)
+	$(PYTEST) tests/engine $(GROUPS_IN_PARALLEL) $(TEST_OPTIONS)
 
 gpu: ## The tests that need an NVIDIA GPU, in the Python that has its vLLM
 	$(PYTHON) -m pytest tests/gpu $(TEST_OPTIONS)

@@ -158,6 +158,9 @@ def cpu_environment() -> dict[str, str]:
         # Upstream's own switch for its CPU tests: Dynamo traces the model as ever, and the traced graph runs without
         # Inductor's C++ code. That halves the start and needs no compiler on the machine.
         "VLLM_CPU_CI_ENV": "1",
+        # A tiny model gains nothing by more threads, and vLLM would bind those of every server to the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -66,24 +66,15 @@ def serve_arguments() -> list[str]:
     return [*arguments, "--gpu-memory-utilization", "0.2"] if has_gpu_engine() else arguments
 
 
-def shares_of(cores: list[int]) -> tuple[list[int], list[int]]:
-    """Two equal shares of the machine's cores; a single core is shared."""
-    half = len(cores) // 2
-    return (cores[:half], cores[half : 2 * half]) if half else (cores, cores)
-
-
 @contextlib.contextmanager
 def both_servers(progress: Progress, folder: Path) -> Iterator[dict[str, Server]]:
     """Both alive at once, with what they write in `folder`. On a GPU one starts after the other: vLLM measures the free memory of the device meanwhile."""
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
-        for name, cores in zip((STOCK, OVERLAY), shares_of(sorted(os.sched_getaffinity(0))), strict=True):
-            settings = {}
-            if not has_gpu_engine():
-                # By itself vLLM binds both servers to the same cores, and one of them gets most of the time.
-                settings = {**cpu_environment(), "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
-                if name == OVERLAY:
-                    settings["VLLMOVERLAY_SERIAL_PASS_THROUGH"] = "1"
+        for name in (STOCK, OVERLAY):
+            settings = {} if has_gpu_engine() else cpu_environment()
+            if name == OVERLAY and not has_gpu_engine():
+                settings["VLLMOVERLAY_SERIAL_PASS_THROUGH"] = "1"
             servers[name] = stack.enter_context(
                 launch(
                     sys.executable,

@@ -20,7 +20,9 @@ from devtools import demo, servers
 from overlay.report import journal_reader as journal_files
 from tests.conftest import REPOSITORY
 
-RUN_SECONDS = 240.0
+RUN_SECONDS = 300.0
+#: A test starts up to three engines that no other test has started yet, on cores that have other work.
+TEST_SECONDS = 900.0
 PASS_THROUGH = {"VLLMOVERLAY_SERIAL_PASS_THROUGH": "1", "VLLMOVERLAY_STRICT": "1"}
 #: The engine in the process that asks for it, tensor parallelism's other ones forked. Each process that vLLM starts anew
 #: imports for twelve seconds; where nothing but tokens and layers is asked for, nobody needs to wait for that.
@@ -29,12 +31,17 @@ FEW_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROCES
 ALL_PROCESSES = "qwen3_5_text"
 
 
-#: The files that take longest. They come first, so that no worker is left with one of them at the end.
-LONGEST = ("test_ray_engine.py", "test_soak_engine.py")
+#: Files that want the same engines. They run in one process, and each other file in one, too.
+SHARING = ("test_ray_engine.py", "test_gdn_engine.py")
+#: The files that take longest come first, so that no worker is left with one of them at the end.
+LONGEST = (*SHARING, "test_soak_engine.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        item.add_marker(pytest.mark.timeout(TEST_SECONDS))
+        item.add_marker(pytest.mark.xdist_group("sharing" if item.path.name in SHARING else item.path.name))
 
 
 #: What vLLM has found out about models, from the last run. It asks a process of its own about each, some seconds every time.
@@ -118,10 +125,7 @@ def run_engine(
         "adapters": [str(adapter) for adapter in adapters],
         "options": options or {},
     }
-    extra = dict(servers.cpu_environment())
-    if tensor_parallel_size > 1:
-        extra["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(core) for core in range(tensor_parallel_size))
-    extra.update(settings)
+    extra = {**servers.cpu_environment(), **settings}
     base = {**os.environ, "PYTHONPATH": str(behind)} if behind else os.environ
     environment = servers.environment(overlay, folder, base, extra)
     infos = pathlib.Path(environment["VLLM_CACHE_ROOT"]) / "modelinfos"

@@ -20,7 +20,7 @@ import pytest
 
 from tests.engine.conftest import FEW_PROCESSES, PASS_THROUGH, Run, run_engine
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 MODEL = "qwen3_5_text"
 
 

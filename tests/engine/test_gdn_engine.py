@@ -44,6 +44,7 @@ def test_same_tokens_and_every_layer_through_the_op(engine: Engine, name: str, c
     assert worker.layers == layers and worker.calls >= layers * 12
     assert worker.calls % layers == 0, "some layers went around the op"
     assert gdn_sizes(overlay) == [dict.fromkeys(worker.patches[0].layers, SHARD_SIZES[1])]
+    assert worker.raw["agreement"] is None, "there is nobody to agree with"
     assert (overlay.fake_calls() > 0) == compiled
 
 

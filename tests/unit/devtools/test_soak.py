@@ -20,7 +20,6 @@ pytest.importorskip("openai")
 
 from devtools import servers
 from devtools.soak import load, memory, report
-from devtools.soak.__main__ import shares_of
 from overlay.report.journal_reader import Journal, Patch
 
 POOL = load.make_pool(["first", "second"])
@@ -251,13 +250,6 @@ def test_a_check_names_what_differs_and_where() -> None:
     found = report.check(1.0, {"a": (1, 2, 3), "b": (1, 9, 3), "c": (1, 2), "d": "timeout"}, wanted)
     assert found.compared == 4
     assert found.different == ("b: from token 1 on", "c: from token 2 on", "d: timeout")
-
-
-@pytest.mark.parametrize(
-    ("cores", "shares"), [([0, 1], ([0], [1])), ([0, 1, 2, 4, 7], ([0, 1], [2, 4])), ([3], ([3], [3]))]
-)
-def test_each_server_gets_half_of_the_cores(cores: list[int], shares: tuple[list[int], list[int]]) -> None:
-    assert shares_of(cores) == shares
 
 
 def journal(**changes: Any) -> Journal:
