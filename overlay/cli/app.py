@@ -236,10 +236,21 @@ def bench(
     together: Annotated[
         bool, typer.Option("--start-together", help="Start all engines at once; start times then mean nothing.")
     ] = False,
+    in_turn: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Benches with the same file start their engines at the same time, and measure one after the other.",
+        ),
+    ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Keep the compile caches of an earlier run.")] = False,
     memory_check: Annotated[
         bool, typer.Option("--memory-check/--no-memory-check", help="Refuse what does not fit into the free memory.")
     ] = True,
+    ask_stock: Annotated[
+        int,
+        typer.Option(metavar="N", min=2, help="How often stock answers each case of tokens, to see what it repeats."),
+    ] = 2,
     engine: Annotated[
         list[str] | None, typer.Option(metavar="NAME=JSON", help="A further argument of vllm.LLM, of all arms.")
     ] = None,
@@ -286,6 +297,8 @@ def bench(
                 work=work,
                 budget=budget,
                 quick=quick,
+                ask_stock=ask_stock,
+                in_turn=in_turn,
                 together=together,
                 warm=warm,
                 memory_check=memory_check,

@@ -7,7 +7,8 @@
      "pair": {"stock": {"vllm", "torch", "compile_seconds", "build_seconds", "counters", …}, "overlay": {…},
               "weights_equal": true, "started_together": false, "journals": {"overlay": […]}},
      "tokens": [{"case", "requests", "generated", "distinct", "stock_repeats_itself", "stock_repeats_logprobs",
-                 "arms": {"overlay": {"different_requests", "first_difference", "logprobs_equal"}}, …}],
+                 "stock_asked", "stock_answers",
+                 "arms": {"overlay": {"different_requests", "first_difference", "logprobs_equal", "one_of_stocks"}}, …}],
      "decode": [{"requests", "rounds", "stock", "overlay", "ratio", "low", "high",
                  "arms": {"overlay": {"seconds", "ratio", "low", "high"}},
                  "against": {"serial": {"ratio", "low", "high"}}}],
@@ -122,6 +123,8 @@ class Options:
     serving_prompt: int = 512
     serving_output: int = 64
     loop_output: int = 128
+    ask_stock: int = 2
+    in_turn: Path | None = None
     engine: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
     overlay_variables: tuple[str, ...] = ()
@@ -311,6 +314,11 @@ def setup_of(plan: Plan) -> Setup:
         variables.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(plan.need.cache / memory.GIB)))
     if (out / "results.json").exists():
         raise CommandError(f"--out={str(out)!r} has results already; allowed is a new folder")
+    if options.in_turn is not None:
+        try:
+            options.in_turn.open("a").close()
+        except OSError as error:
+            raise CommandError(f"--in-turn={str(options.in_turn)!r} cannot be used: {error.strerror}") from error
     _make("--out", out)
     _make("--work", work)
     return Setup(
@@ -325,6 +333,7 @@ def setup_of(plan: Plan) -> Setup:
         arms=options.arms,
         variables=variables,
         overlay_environment=overlay,
+        turns=options.in_turn,
         flashinfer=importlib.util.find_spec("flashinfer") is not None,
         installed=is_installed(),
     )
@@ -468,7 +477,7 @@ def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
     """One phase on the engines that are alive. `reserve`: seconds that the servers will want afterwards."""
     effort = plan.effort
     if phase == "tokens":
-        alive.tokens(plan.batches, plan.prompts)
+        alive.tokens(plan.batches, plan.prompts, plan.options.ask_stock - 1)
     elif phase == "timeline":
         timeline.measure(alive, plan.batches)
     elif phase == "ttft":

@@ -7,6 +7,7 @@ in the next one the other half: no engine keeps a core that is faster or slower 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -67,18 +68,21 @@ class Engines:
     ) -> None:
         """Start all arms, see `start`, go through the phases, and end all arms. A phase that fails is a problem of the run."""
         hurry = True
-        try:
-            self.start(engine, together, seed)
-            for name, phase in phases.items():
-                try:
-                    phase()
-                except WorkerError as error:
-                    self.results.problem(f"{name}: {error}")
-                    if not self.usable():
-                        break
-            hurry = False
-        finally:
-            self.close(hurry)
+        with contextlib.ExitStack() as turn:
+            try:
+                with self.setup.in_turn(alone=False):
+                    self.start(engine, together, seed)
+                turn.enter_context(self.setup.in_turn(alone=True))
+                for name, phase in phases.items():
+                    try:
+                        phase()
+                    except WorkerError as error:
+                        self.results.problem(f"{name}: {error}")
+                        if not self.usable():
+                            break
+                hurry = False
+            finally:
+                self.close(hurry)
 
     def start(self, engine: Mapping[str, Any], together: bool, seed: int | None = SEED) -> None:
         """Start all arms: one after the other, or all at once where nothing may be timed at start.
@@ -157,15 +161,15 @@ class Engines:
 
     # ---- phases
 
-    def tokens(self, batches: Sequence[int], lengths: Sequence[int]) -> None:
-        """Greedy tokens and log probabilities: every arm against stock, and stock against itself."""
+    def tokens(self, batches: Sequence[int], lengths: Sequence[int], repetitions: int = 1) -> None:
+        """Greedy tokens and log probabilities: every arm against stock, and stock against itself, `repetitions` times."""
         cases = [(f"N={count}", [12 + (index * 7) % 23 for index in range(count)]) for count in batches]
         cases += [(f"prompt {length}", [length]) for length in lengths]
         mixed = [length for length in (8, 100, 128, 300, 512) if length in lengths or length in (100, 300)]
         cases.append(("mixed prompts", mixed * 2))
         self.progress.phase("tokens", len(cases))
         for index, (name, prompts) in enumerate(cases):
-            if self.same_tokens(name, lengths=prompts, seed=SEED + 1000 * index) is None:
+            if self.same_tokens(name, repetitions=repetitions, lengths=prompts, seed=SEED + 1000 * index) is None:
                 break
 
     def same_tokens(
@@ -284,14 +288,21 @@ def _decode_rows(
 
 
 def token_row(found: Mapping[str, dict[str, Any]], *again: Mapping[str, Any]) -> dict[str, Any]:
-    """The arms' answers against stock's. `again`: stock asked once more; where one differs, nothing else says much."""
+    """The arms' answers against stock's. `again`: stock asked once more; where one differs, nothing else says much.
+
+    Then it helps to ask stock often: `one_of_stocks` says whether an arm's answer, log probabilities and all, is one that
+    stock has given, too, and `stock_answers` how many different ones stock has given.
+    """
     stock = found[STOCK]
+    of_stock = [(answer["tokens"], answer["logprobs"]) for answer in (stock, *again)]
     everything = [token for request in stock["tokens"] for token in request]
     row: dict[str, Any] = {
         "generated": len(everything),
         "distinct": len(set(everything)),
         "stock_repeats_itself": all(other["tokens"] == stock["tokens"] for other in again),
         "stock_repeats_logprobs": all(other["logprobs"] == stock["logprobs"] for other in again),
+        "stock_asked": len(of_stock),
+        "stock_answers": sum(one not in of_stock[:index] for index, one in enumerate(of_stock)),
         "arms": {},
     }
     for arm, answer in found.items():
@@ -303,6 +314,7 @@ def token_row(found: Mapping[str, dict[str, Any]], *again: Mapping[str, Any]) ->
             "different_requests": len(different),
             "first_difference": _first_difference(stock, answer, different),
             "logprobs_equal": stock["logprobs"] == answer["logprobs"],
+            "one_of_stocks": (answer["tokens"], answer["logprobs"]) in of_stock,
         }
     return {**row, **row["arms"].get(OVERLAY, {})}
 

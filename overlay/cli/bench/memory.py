@@ -129,7 +129,11 @@ def parameters_by_kind(model: Model) -> tuple[int, int, int]:
     linear = model.linear_layers()
     embeddings = text["vocab_size"] * text["hidden_size"] * (1 if text.get("tie_word_embeddings") else 2)
     attention = linear * (_linear_attention(text) if linear else 0) + (model.layers - linear) * _attention(text)
-    return int(embeddings), int(attention), int(model.layers * _feed_forward(text))
+    dense = min(model.layers, text.get("first_k_dense_replace") or 0) if _experts(text) else model.layers
+    mixtures = model.layers - dense
+    # A configuration need not have the sizes of what it has none of.
+    feed_forward = (dense * _mlp(text) if dense else 0) + (mixtures * _mixture(text) if mixtures else 0)
+    return int(embeddings), int(attention), int(feed_forward)
 
 
 def _packed_head(text: Mapping[str, Any]) -> int:
@@ -138,11 +142,29 @@ def _packed_head(text: Mapping[str, Any]) -> int:
 
 
 def _attention(text: Mapping[str, Any]) -> int:
+    if text.get("kv_lora_rank"):
+        return _latent_attention(text)
     head = _head(text)
     queries = text["num_attention_heads"] * head
     keys = _key_heads(text) * head
     gated = 2 if text.get("attn_output_gate") else 1
     return int(text["hidden_size"] * (gated * queries + 2 * keys + queries))
+
+
+def _latent_attention(text: Mapping[str, Any]) -> int:
+    """DeepSeek's: queries, keys and values by way of narrow ones, and the indexer where there is one."""
+    hidden, heads, rope = text["hidden_size"], text["num_attention_heads"], text["qk_rope_head_dim"]
+    latent, queries = text["kv_lora_rank"], heads * (text["qk_nope_head_dim"] + rope)
+    narrow = text.get("q_lora_rank")
+    indexers = text.get("index_n_heads") or 0
+    index = text.get("index_head_dim") or 0
+    return int(
+        (hidden * narrow + narrow * (queries + indexers * index) if narrow else hidden * queries)
+        + hidden * (latent + rope)
+        + latent * heads * (text["qk_nope_head_dim"] + text["v_head_dim"])
+        + heads * text["v_head_dim"] * hidden
+        + hidden * (index + indexers)
+    )
 
 
 def _linear_attention(text: Mapping[str, Any]) -> int:
@@ -151,12 +173,16 @@ def _linear_attention(text: Mapping[str, Any]) -> int:
     return int(text["hidden_size"] * (2 * key + 2 * value + narrow + value))
 
 
-def _feed_forward(text: Mapping[str, Any]) -> int:
+def _mlp(text: Mapping[str, Any]) -> int:
+    return int(3 * text["hidden_size"] * text["intermediate_size"])
+
+
+def _mixture(text: Mapping[str, Any]) -> int:
     hidden = text["hidden_size"]
     experts = _experts(text)
-    if not experts:
-        return int(3 * hidden * text["intermediate_size"])
-    shared = text.get("shared_expert_intermediate_size") or 0
+    shared = text.get("shared_expert_intermediate_size") or (
+        (text.get("n_shared_experts") or 0) * text["moe_intermediate_size"]
+    )
     return int(3 * hidden * (experts * text["moe_intermediate_size"] + shared) + hidden * experts)
 
 
@@ -189,7 +215,7 @@ def cache_bytes(model: Model, load: Load, tensor_parallel: int = 1) -> int:
     text = model.text
     linear = model.linear_layers()
     attention = model.layers - linear
-    token = 2 * max(1, _key_heads(text) // tensor_parallel) * _head(text) * WIDTH
+    token = _cached_bytes(text, tensor_parallel)
     page, block = token * 16, 16
     if linear:
         key, value = _linear_sizes(text)
@@ -200,6 +226,13 @@ def cache_bytes(model: Model, load: Load, tensor_parallel: int = 1) -> int:
     running = load.requests * (linear + attention * math.ceil(load.request_tokens / block))
     alone = linear + attention * math.ceil(load.prompt / block)
     return max(LEAST_CACHE, int(max(running, alone) * page * CACHE_SLACK))
+
+
+def _cached_bytes(text: Mapping[str, Any], tensor_parallel: int) -> int:
+    """What one layer keeps of a token on one GPU. Latent attention keeps one narrow row on each, an indexer one more."""
+    if text.get("kv_lora_rank"):
+        return int((text["kv_lora_rank"] + text["qk_rope_head_dim"] + (text.get("index_head_dim") or 0)) * WIDTH)
+    return 2 * max(1, _key_heads(text) // tensor_parallel) * _head(text) * WIDTH
 
 
 def state_bytes(text: Mapping[str, Any]) -> int:

@@ -240,12 +240,15 @@ def tokens(rows: list[dict[str, Any]]) -> Table:
         for arm in arms:
             answer = arms_of(row)[arm]
             same = row["requests"] - answer["different_requests"]
-            bits = "equal bits" if answer["logprobs_equal"] else "differ"
+            also = ", as stock once" if answer.get("one_of_stocks") else ""
+            bits = "equal bits" if answer["logprobs_equal"] else f"differ{also}"
             style = "bold red" if answer["different_requests"] else ""
             cells += [Text(f"{same} of {row['requests']}", style=style), bits]
+        asked, given = row.get("stock_asked", 2), row.get("stock_answers", 1)  # results of before have neither
         repeats = row["stock_repeats_itself"] and row["stock_repeats_logprobs"]
+        said = "yes" if repeats else f"NO: {given} answers to {asked}" if given > 1 else "NO"
         numbers = (str(row[key]) for key in ("requests", "generated", "distinct"))
-        found.add_row(row["case"], *numbers, *cells, "yes" if repeats else "NO")
+        found.add_row(row["case"], *numbers, *cells, said)
     return found
 
 

@@ -1,7 +1,8 @@
 """Real servers: `vllm serve` of each arm, and one process that runs `vllm bench serve` against them again and again.
 
 The client's process lives as long as the servers do: importing vLLM takes longer than most runs. `drive` gives every arm each load in
-turn, round by round.
+turn, round by round. In a round all servers use one half of the host's cores and the client the other, in the next round the other way
+round: a prompt's time is the host's, and no server keeps a core that is faster or slower than another's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from overlay.cli.bench.engines import RESERVE_SECONDS
 from overlay.cli.bench.outside.bench_engine.extension import NAME, WEIGHT_SEED
 from overlay.cli.bench.results import Results, journal_summary
 from overlay.cli.bench.setup import STOCK, WITH_OVERLAY, Setup
-from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, tail
+from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, move_group, tail
 
 if TYPE_CHECKING:
     from overlay.cli.bench.progress import Progress
@@ -104,6 +105,10 @@ class Server:
             time.sleep(0.3)
         self.start_seconds = time.monotonic() - self.launched
 
+    def move(self, cores: set[int]) -> None:
+        """Let all its processes run on these cores only."""
+        move_group(self._process.pid, cores)
+
     def _answers(self) -> bool:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
@@ -161,6 +166,7 @@ class Fleet:
         `schedule` says which servers are alive for which rounds. Ends early, and says so in the results, where the time is over.
         """
         setup, results, progress = self.setup, self.results, self.progress
+        cores = halves(os.sched_getaffinity(0))
         runs = sum(len(alive) * (len(rounds) * len(loads) + 1) for alive, rounds in schedule)
         progress.phase(self.key, runs)
         total = 1 + max((rounds[-1] for _, rounds in schedule), default=0)
@@ -168,8 +174,12 @@ class Fleet:
             if setup.remaining() < 2 * RESERVE_SECONDS:
                 results.unfinished(f"{self.key}: out of time before {', '.join(alive)}")
                 return
-            with self._running(alive) as servers, self._client() as client:
+            with self._client() as client, self._running(alive) as servers:  # the client imports meanwhile
                 for turn in rounds:
+                    ours, others = cores[turn % len(cores)], cores[(turn + 1) % len(cores)]
+                    client.move(others)
+                    for server in servers.values():
+                        server.move(ours)
                     for load in loads:
                         for arm in reversed(alive) if turn % 2 else alive:
                             what = f"{self.key} {load.size:g}, {arm}, round {turn + 1}"
@@ -186,23 +196,26 @@ class Fleet:
     def _running(self, arms: Sequence[str]) -> Iterator[dict[str, Server]]:
         servers: dict[str, Server] = {}
         hurry = True
-        try:
-            for arm in arms:
-                servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
-                if not self.at_once:
-                    self._wait(servers[arm])
-            if self.at_once:
+        with contextlib.ExitStack() as turn:
+            try:
+                with self.setup.in_turn(alone=False):
+                    for arm in arms:
+                        servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
+                        if not self.at_once:
+                            self._wait(servers[arm])
+                    if self.at_once:
+                        for server in servers.values():
+                            self._wait(server)
+                turn.enter_context(self.setup.in_turn(alone=True))
+                yield servers
+                hurry = False
+            finally:
                 for server in servers.values():
-                    self._wait(server)
-            yield servers
-            hurry = False
-        finally:
-            for server in servers.values():
-                server.close(hurry)
-            for arm in servers:
-                if arm in WITH_OVERLAY:  # now it has written what it says of itself
-                    summary = journal_summary(self.setup.journal_folder(f"server-{arm}"))
-                    self.results.put(self.key, "journals", arm, value=summary)
+                    server.close(hurry)
+                for arm in servers:
+                    if arm in WITH_OVERLAY:  # now it has written what it says of itself
+                        summary = journal_summary(self.setup.journal_folder(f"server-{arm}"))
+                        self.results.put(self.key, "journals", arm, value=summary)
 
     def _wait(self, server: Server) -> None:
         self.progress.step(f"starting {server.arm}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import time
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from overlay.cli.bench.results import CONTROL, REPOSITORY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 STOCK, OVERLAY = "stock", "overlay"
@@ -45,6 +47,8 @@ class Setup:
     overlay_environment: dict[str, str] = field(default_factory=dict)
     #: For one arm alone, by its name.
     arm_variables: dict[str, dict[str, str]] = field(default_factory=dict)
+    #: The file of `--in-turn`.
+    turns: Path | None = None
     #: Whether FlashInfer can be used; vLLM has to be told where it cannot.
     flashinfer: bool = False
     #: Whether the overlay is installed in this Python: then stock has to be told to leave it off.
@@ -56,6 +60,17 @@ class Setup:
 
     def remaining(self) -> float:
         return self.budget - self.elapsed()
+
+    @contextlib.contextmanager
+    def in_turn(self, alone: bool) -> Iterator[None]:
+        """Beside other runs with the same `turns` that start engines, or alone, to measure. Waiting takes no time of this run's."""
+        with contextlib.ExitStack() as stack:
+            if self.turns is not None:
+                file = stack.enter_context(self.turns.open("a"))
+                before = time.monotonic()
+                fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+                self.begin += time.monotonic() - before
+            yield
 
     def journal_folder(self, run: str) -> Path:
         return self.work / "journals" / run

@@ -83,9 +83,7 @@ class Worker:
 
     def move(self, cores: set[int]) -> None:
         """Let the process, and those that vLLM has started in it, run on these cores only."""
-        for thread in _threads_of_group(self._process.pid):
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                os.sched_setaffinity(thread, cores)
+        move_group(self._process.pid, cores)
 
     def call(self, command: str, timeout: float = 600.0, **arguments: Any) -> Any:
         """Send a command and wait for its answer."""
@@ -132,6 +130,13 @@ def halves(cores: Iterable[int]) -> list[set[int]]:
     ordered = sorted(cores)
     half = len(ordered) // 2
     return [set(ordered[:half]), set(ordered[half:])] if half >= 2 else [set(ordered)]
+
+
+def move_group(group: int, cores: set[int]) -> None:
+    """Let all processes of a process group run on these cores only."""
+    for thread in _threads_of_group(group):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            os.sched_setaffinity(thread, cores)
 
 
 def _threads_of_group(group: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,32 @@ def test_named_shapes_have_the_published_sizes(name: str, billions: float, layer
     assert (model.layers, 2 * (key + value), 2 * text["linear_num_value_heads"]) == (layers, qkvz, ba)
     assert model.linear_layers() == layers * 3 // 4
     assert memory.parameters(model) / 1e9 == pytest.approx(billions, abs=0.1)
+
+
+#: DeepSeek-V3's published sizes.
+DEEPSEEK = {
+    "hidden_size": 7168, "num_hidden_layers": 61, "vocab_size": 129280, "intermediate_size": 18432,
+    "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+}  # fmt: skip
+
+
+def test_latent_attention_has_the_published_size_and_one_narrow_row_a_token() -> None:
+    model = shapes.Model("DeepSeek-V3", DEEPSEEK)
+    assert memory.parameters(model) / 1e9 == pytest.approx(671.0, abs=0.1)
+    dense = model.with_layers(3)
+    mlp = 3 * 7168 * 18432
+    assert memory.parameters_by_kind(dense)[2] == 3 * mlp
+    indexed = shapes.Model("DeepSeek-V3.2", {**DEEPSEEK, "index_n_heads": 64, "index_head_dim": 128})
+    more = memory.parameters(indexed) - memory.parameters(model)
+    assert more == 61 * (1536 * 64 * 128 + 7168 * (128 + 64))
+    load = memory.Load(requests=256, request_tokens=64, prompt=64, prefill=2048)
+    rows = 256 * 61 * 64 * memory.CACHE_SLACK * memory.WIDTH
+    for ranks in (1, 8):  # no rank has a part of it
+        assert memory.cache_bytes(model, load, ranks) == pytest.approx(rows * 576, rel=1e-6)
+        assert memory.cache_bytes(indexed, load, ranks) == pytest.approx(rows * 704, rel=1e-6)
 
 
 def test_fewer_layers_keep_the_pattern() -> None:
@@ -527,6 +554,41 @@ def _answer(*tokens: int, logprobs: str = "a") -> dict[str, Any]:
     return {"tokens": [[token, 7] for token in tokens], "logprobs": logprobs}
 
 
+def test_benches_in_turn_start_together_and_measure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    both_start = threading.Barrier(2, timeout=20)
+    setups = {name: Setup(tmp_path, tmp_path, None, 100.0, turns=tmp_path / "turns") for name in "ab"}
+    for setup in setups.values():
+        setup.begin = time.monotonic()
+
+    def bench(name: str) -> None:
+        alive = engines.Engines(setups[name], Results(tmp_path / f"{name}.json"), Any)
+        alive.start = lambda *given: both_start.wait()  # type: ignore[method-assign]
+        alive.close = lambda hurry: said.append(f"{name} closed")  # type: ignore[method-assign]
+
+        def phase() -> None:
+            said.append(f"{name} begins")
+            time.sleep(0.3)
+            said.append(f"{name} ends")
+
+        alive.run({}, True, None, {"decode": phase})
+
+    threads = [threading.Thread(target=bench, args=name) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    first, second = said[0][0], said[3][0]
+    assert said == [f"{name} {what}" for name in (first, second) for what in ("begins", "ends", "closed")]
+    waited, did_not = setups[second].remaining(), setups[first].remaining()
+    assert waited - did_not > 0.25, "the time of waiting counts as the run's"
+
+
+def test_the_file_of_turns_has_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"--in-turn='.*/nowhere/turns' cannot be used: No such file"):
+        command.setup_of(a_plan(out=tmp_path / "out", work=tmp_path, in_turn=tmp_path / "nowhere" / "turns"))
+
+
 @pytest.mark.parametrize(("idle", "done"), [(True, ["first", "second", "third"]), (False, ["first", "second"])])
 def test_a_phase_that_fails_is_a_problem_and_the_rest_goes_on_while_the_engines_answer(
     idle: bool, done: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -555,6 +617,13 @@ def test_different_tokens_are_found_where_stock_repeats_itself() -> None:
     assert different({"tokens": [row]}) == ["overlay, N=2: 1 of 2 requests"]
     unsteady = {"case": "N=2", "requests": 2, **engines.token_row(found, _answer(5, 6))}
     assert different({"tokens": [unsteady]}) == []
+    assert (row["stock_asked"], row["stock_answers"], row["arms"]["overlay"]["one_of_stocks"]) == (2, 1, False)
+    often = engines.token_row(found, found["stock"], _answer(5, 6), found["overlay"], _answer(5, 6))
+    assert (often["stock_asked"], often["stock_answers"], often["arms"]["overlay"]["one_of_stocks"]) == (5, 3, True)
+    console = Console(width=160, file=io.StringIO())
+    console.print(report.tokens([{"case": "N=2", "requests": 2, **often}]))
+    shown = console.file.getvalue()
+    assert "differ, as stock once" in shown and "NO: 3 answers to 5" in shown
 
 
 @pytest.mark.parametrize(
@@ -797,6 +866,17 @@ def test_one_client_must_get_stocks_answers(clients: int) -> None:
     assert different({"concurrency": {"answers": once}}) == []
 
 
+class Moved:
+    """A process by name, and the cores that it is on."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cores: set[int] = set()
+
+    def move(self, cores: set[int]) -> None:
+        self.cores = cores
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_the_servers_take_turns_and_what_fails_is_a_problem(
     together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -807,15 +887,17 @@ def test_the_servers_take_turns_and_what_fails_is_a_problem(
     @contextlib.contextmanager
     def running(_: servers.Fleet, arms: Any) -> Any:
         alive.append(tuple(arms))
-        yield {arm: arm for arm in arms}
+        yield {arm: Moved(arm) for arm in arms}
 
-    def one_run(_: servers.Fleet, client: str, server: str, load: servers.Load, turn: int) -> dict[str, Any]:
-        assert client == "client"
-        asked.append((server, load.flags[1], turn))
-        return {**_loop_run(1.0 if server == "stock" else 0.9, "a", "b"), "failed": int(server == "overlay")}
+    def one_run(_: servers.Fleet, client: Moved, server: Moved, load: servers.Load, turn: int) -> dict[str, Any]:
+        assert client.name == "client" and server.cores == ({2, 3} if turn % 2 else {0, 1})
+        assert client.cores == {0, 1, 2, 3} - server.cores
+        asked.append((server.name, load.flags[1], turn))
+        return {**_loop_run(1.0 if server.name == "stock" else 0.9, "a", "b"), "failed": int(server.name == "overlay")}
 
     monkeypatch.setattr(servers.Fleet, "_running", running)
-    monkeypatch.setattr(servers.Fleet, "_client", lambda _: contextlib.nullcontext("client"))
+    monkeypatch.setattr(servers.Fleet, "_client", lambda _: contextlib.nullcontext(Moved("client")))
+    monkeypatch.setattr(servers.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     monkeypatch.setattr(servers.Fleet, "_run", one_run)
     results = Results(tmp_path / "results.json", lambda text: None)
     loads = [closed_loop.load(clients, 2, 8, 4) for clients in (1, 4)]
