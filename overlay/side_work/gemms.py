@@ -59,15 +59,20 @@ def gemm_of(linear: Any) -> str:
 
 
 def check_beside(main: Any) -> None:
-    """Raise StaysStock where a main linear may quantize its input, and the side is not torch's GEMM (`rules.reason_against_main`)."""
+    """Raise StaysStock where a main linear may quantize its input, and the side is not torch's GEMM."""
+    reason = reason_beside(main)
+    if reason is not None:
+        raise StaysStock(reason)
+
+
+def reason_beside(main: Any) -> str | None:
+    """`rules.reason_against_main` for a linear: why it may have no side but torch's GEMM; None if it may have any."""
     kernel = _kernel(main)
     unquantized = type(main.quant_method).__name__ == "UnquantizedLinearMethod"
     weights_only = any(kind.__name__ == "MPLinearKernel" for kind in type(kernel).__mro__)
     reads_input = unquantized or (weights_only and kernel.config.act_type in PLAIN)
     gemm = rules.TORCH if unquantized else rules.OTHER
-    reason = rules.reason_against_main(rules.Linear(main_kind(main), gemm, reads_input))
-    if reason is not None:
-        raise StaysStock(reason)
+    return rules.reason_against_main(rules.Linear(main_kind(main), gemm, reads_input))
 
 
 def has_adapters(linear: torch.nn.Module) -> bool:

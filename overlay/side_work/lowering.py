@@ -31,6 +31,8 @@ from overlay.settings import outcome
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.rules import WIDEST_ROW
 
+#: Compiles an edited graph by a function that does.
+Compile = Callable[[torch.fx.GraphModule, Callable[[torch.fx.GraphModule], Any]], Any]
 #: Changes a graph in place at one node.
 Edit = Callable[[torch.fx.Graph, torch.fx.Node], None]
 NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
@@ -40,6 +42,7 @@ VLLM_COMPILE = 3
 #: By op. Above the captured sizes an edit puts stock's calls in the place of the node.
 _above: dict[str, Edit] = {}
 _captured: dict[str, Edit] = {}
+_compile: Compile | None = None
 _intercepted = False
 
 
@@ -48,6 +51,12 @@ def register(op: Any, *, above: Edit | None = None, captured: Edit | None = None
     for table, edit in ((_above, above), (_captured, captured)):
         if edit is not None:
             table[str(op)] = edit
+
+
+def compile_by(own: Compile) -> None:
+    """Have edited graphs compiled by `own`."""
+    global _compile
+    _compile = own
 
 
 def largest_captured(compilation: Any) -> int:
@@ -82,11 +91,10 @@ def split_ranges(config: Any, strict: bool) -> bool:
     """
     compilation = config.compilation_config
     limit = largest_captured(compilation) if captures(compilation) else 0
-    hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
     if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
         return False
-    if hidden is None or hidden > WIDEST_ROW:
+    if not allows_two_ranges(config):
         return False
     # An encoder is compiled by the same ranges, and vLLM allows shapes that are static in one range only.
     if getattr(compilation, "compile_mm_encoder", False):
@@ -95,40 +103,51 @@ def split_ranges(config: Any, strict: bool) -> bool:
     one_size = {limit - 1, limit + 1} & {0, *endpoints}
     if limit < max(endpoints) and not one_size:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
-    _intercept_compiler(strict)
+    intercept_compiler(strict)
     return True
 
 
-def _intercept_compiler(strict: bool) -> None:
+def allows_two_ranges(config: Any) -> bool:
+    """Whether the rows that a model adds up are narrow enough for two ranges (WIDEST_ROW). `config` is a VllmConfig."""
+    hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
+    return hidden is not None and hidden <= WIDEST_ROW
+
+
+def intercept_compiler(strict: bool) -> None:
+    """Have the graphs edited that vLLM compiles from now on. Under `strict` one that cannot be edited stops vLLM."""
     global _intercepted
     if _intercepted:
         return
     from vllm.compilation import backends
 
     def compile_range(wrapped: Callable[..., Any], _: object, args: Any, kwargs: Any) -> Any:
+        call = inspect.signature(wrapped).bind(*args, **kwargs)
+
+        def compile_graph(graph: torch.fx.GraphModule) -> Any:
+            call.arguments["graph"] = graph
+            return wrapped(*call.args, **call.kwargs)
+
+        graph = call.arguments["graph"]
         try:
-            args, kwargs = _with_edited_graph(wrapped, args, kwargs)
+            graph = _for_range(graph, call.arguments["compile_range"], call.arguments["compilation_config"])
         except Exception as error:  # the graph stays as it was traced, which is right and only slower
             reason = f"{type(error).__name__}: {error}"
             said = outcome(strict, "graphs keep their ops as they were traced")
             journal.problem(f"lowering: {said}: {reason}")
             if strict:
                 raise
-        return wrapped(*args, **kwargs)
+        return compile_graph(graph) if _compile is None else _compile(graph, compile_graph)
 
     wrapt.wrap_function_wrapper(backends, "CompilerManager.compile", compile_range)
     _intercepted = True
 
 
-def _with_edited_graph(wrapped: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a compilation, with the graph edited as its range asks. One graph for all sizes stays as it is."""
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    tokens, limit = call.arguments["compile_range"], largest_captured(call.arguments["compilation_config"])
+def _for_range(graph: torch.fx.GraphModule, tokens: Any, compilation: Any) -> torch.fx.GraphModule:
+    """A graph edited as its range of tokens asks. One graph for all sizes stays as it is."""
+    limit = largest_captured(compilation)
     if tokens.start > limit:
-        call.arguments["graph"] = edited(call.arguments["graph"], _above)
-    elif tokens.end <= limit:
-        call.arguments["graph"] = edited(call.arguments["graph"], _captured)
-    return call.args, call.kwargs
+        return edited(graph, _above)
+    return edited(graph, _captured) if tokens.end <= limit else graph
 
 
 def edited(module: torch.fx.GraphModule, edits: dict[str, Edit]) -> torch.fx.GraphModule:
@@ -141,6 +160,11 @@ def edited(module: torch.fx.GraphModule, edits: dict[str, Edit]) -> torch.fx.Gra
         if op in edits:
             edits[op](graph, node)
     graph.lint()
+    return with_graph(module, graph)
+
+
+def with_graph(module: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """The same module with another graph."""
     changed = torch.fx.GraphModule(module, graph)
     changed.meta = dict(module.meta)
     return changed

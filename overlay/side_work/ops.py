@@ -209,7 +209,7 @@ def define(declares_writes: bool) -> None:
     lowering.register(start, captured=take_followers)
 
 
-def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str | None]) -> None:
+def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str | None]) -> lowering.Edit:
     """Define ``vllm_overlay::<name>``: a start whose side work is one of vLLM's own ops (``torch.ops.vllm.<op>``).
 
     It takes what `stock` takes, whose first argument has a row per token and which writes to one argument, then the gate and
@@ -245,7 +245,16 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
     library.impl(name, start, dispatch_key=current_platform.dispatch_key)
     library._register_fake(name, lambda *given: _count_fake(given[-1]))
     _libraries.append(library)
-    lowering.register(getattr(getattr(torch.ops, LIBRARY), name), above=lower)
+    op = getattr(getattr(torch.ops, LIBRARY), name)
+    lowering.register(op, above=lower)
+
+    def lower_with_join(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+        for reader in list(node.args[written].users):
+            if lowering.op_of(reader) == str(torch.ops.vllm_overlay.join):
+                graph.erase_node(reader)
+        lower(graph, node)
+
+    return lower_with_join
 
 
 def _count_fake(name: str) -> None:

@@ -56,10 +56,9 @@ NOT_ALLOWED = "quantization method {} is not on the allowlist"
 def reason_against_main(main: Linear) -> str | None:
     """Why a main linear may have no side except torch's GEMM; None if it may have any.
 
-    Inductor rounds the output of a norm to bf16 when an op has to read it from memory. Code that comes before that op reads
-    the value that is not rounded. Start is such an op, and comes before the quantization of main's input; in stock the side
-    may come after it. So the quantized input can differ in its last bit (seen in Inductor's code for a CPU, torch 2.13 and
-    2.14). torch's GEMM gets a rounded input in either place.
+    Inductor computes with a norm's output before it is rounded to bf16, until an op has to read it from memory. Start is such
+    an op, and not always where stock has one. So the quantized input can differ in its last bit. torch's GEMM has the
+    output in memory at once, in stock as well. `overlay.side_work.realized` has the whole story, and a way for vLLM's own op.
     """
     return (
         None

@@ -8,7 +8,8 @@ Cause: nothing orders the shrink and the base layer. Both read the layer's input
 
 Fix: start launches the shrink on an auxiliary stream. The base layer runs as vLLM runs it. Join waits, and then upstream's
 own expand adds to the base layer's output (overlay.side_work). A base layer that quantizes its input stays stock
-(`gemms.check_beside`). All of it is upstream's code:
+(`rules.reason_against_main`), unless all patches are asked for: then `overlay.side_work.realized` sees to it that Inductor
+quantizes what it quantizes in stock. No engine on a GPU has run that yet. All of it is upstream's code:
 
 * Its `add_lora_linear` runs with a stand-in for the punica wrapper, which notes the arguments of shrink and expand.
 * Its `add_shrink` runs on the real wrapper. It passes its weights to the op ``lora_shrink``, a global of its module, and

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
-from overlay.side_work import adoption, gemms, lane, lowering, ops
+from overlay.side_work import adoption, gemms, lane, lowering, ops, realized
 from overlay.side_work.adoption import StaysStock, refuse_modes
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import PAIR, Waiting
@@ -33,6 +33,9 @@ NO_ADAPTER = "no adapter active in the batch"
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
 #: vLLM's linears. A subclass with a forward of its own may give another shape or type than the adapters are made for.
 LINEARS = (*gemms.LINEARS, QKVParallelLinear, RowParallelLinear)
+
+#: The name of pairs whose base layer may quantize its input (`overlay.side_work.realized`). The others have the patch's.
+EXACT = f"{NAME}, input quantized"
 
 Apply = Callable[..., torch.Tensor]
 
@@ -52,9 +55,9 @@ class Halves:
     def add_expand(self, _output: None, *given: Any, **named: Any) -> None:
         self._expand = given, named
 
-    def shrink(self, wrapper: Any, gate: torch.Tensor | None) -> None:
+    def shrink(self, wrapper: Any, gate: torch.Tensor | None, name: str) -> None:
         x, weights, rest, named = self._shrink
-        wrapper.add_shrink(self.buffer, x, weights if gate is None else Gated(weights, gate), *rest, **named)
+        wrapper.add_shrink(self.buffer, x, weights if gate is None else Gated(weights, gate, name), *rest, **named)
 
     def expand(self, wrapper: Any, output: torch.Tensor) -> None:
         given, named = self._expand
@@ -62,11 +65,12 @@ class Halves:
 
 
 class Gated:
-    """The weights of a shrink that is to be started, and the gate: a parameter that the base layer's GEMM reads."""
+    """The weights of a shrink that is to be started, the gate (a parameter that the base layer's GEMM reads), and the pair's name."""
 
-    def __init__(self, weights: tuple[torch.Tensor, ...], gate: torch.Tensor) -> None:
+    def __init__(self, weights: tuple[torch.Tensor, ...], gate: torch.Tensor, name: str) -> None:
         self.weights = weights
         self.gate = gate
+        self.name = name
 
 
 class AddsNothing:
@@ -87,17 +91,20 @@ class LoraPair:
 
     base: torch.nn.Module
     gate: str | None
+    name: str = NAME
 
     @property
     def shape(self) -> str:
         """What of the pair shapes the compiled graph."""
-        return f"by {self.gate}"
+        return f"by {self.gate}" if self.name == NAME else f"{self.name}, by {self.gate}"
 
 
 def lora_shrink(inputs: torch.Tensor, lora_a_weights: Any, *rest: Any, **named: Any) -> None:
     """Stands where upstream's `add_shrink` finds its op. Its other callers get the op."""
     if isinstance(lora_a_weights, Gated):
-        torch.ops.vllm_overlay.lora_start(inputs, lora_a_weights.weights, *rest, lora_a_weights.gate, NAME)
+        torch.ops.vllm_overlay.lora_start(
+            inputs, lora_a_weights.weights, *rest, lora_a_weights.gate, lora_a_weights.name
+        )
     else:
         torch.ops.vllm.lora_shrink(inputs, lora_a_weights, *rest, **named)
 
@@ -115,7 +122,7 @@ def overlap_adapters(original: Apply) -> Apply:
         type(wrapper).add_lora_linear(
             halves, None, rows, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
         )
-        halves.shrink(wrapper, None if pair.gate is None else getattr(self.base_layer, pair.gate))
+        halves.shrink(wrapper, None if pair.gate is None else getattr(self.base_layer, pair.gate), pair.name)
         output = original(pair.base, x, bias)
         if pair.gate is not None:
             torch.ops.vllm_overlay.join(halves.buffer, output, rows)
@@ -127,23 +134,28 @@ def overlap_adapters(original: Apply) -> Apply:
     return apply
 
 
-def take_over_shrink(wrapper: Any) -> None:
-    """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Raises StaysStock where that is not so."""
+def take_over_shrink(wrapper: Any) -> lowering.Edit:
+    """Put `lora_shrink` where a wrapper's `add_shrink` finds upstream's op. Gives what takes a start back (`define_start`).
+
+    Raises StaysStock where add_shrink does not find upstream's op.
+    """
     known = getattr(type(wrapper).add_shrink, "__globals__", {})
     found, stock = known.get(SHRINK), getattr(torch.ops.vllm, SHRINK, None)
-    if found is lora_shrink:
-        return
-    if found is None or found is not stock or not hasattr(wrapper, "token_mapping_meta"):
-        raise StaysStock(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
-    define_start(found)
-    known[SHRINK] = lora_shrink
+    if found is not lora_shrink:
+        if found is None or found is not stock or not hasattr(wrapper, "token_mapping_meta"):
+            raise StaysStock(f"{type(wrapper).__name__} does not shrink by vLLM's own op")
+        known[SHRINK] = lora_shrink
+    return define_start(stock)
 
 
 @functools.cache
-def define_start(stock: Any) -> None:
-    """Define ``vllm_overlay::lora_start`` for upstream's op, once per process. Its arguments differ by release."""
+def define_start(stock: Any) -> lowering.Edit:
+    """Define ``vllm_overlay::lora_start`` for upstream's op, once per process. Its arguments differ by release.
+
+    Gives what puts stock's calls in its place.
+    """
     flag = [argument.name for argument in stock.default._schema.arguments].index("no_lora_flag_cpu")
-    ops.define_start_of(stock, "lora_start", lambda given: NO_ADAPTER if given[flag].item() else None)
+    return ops.define_start_of(stock, "lora_start", lambda given: NO_ADAPTER if given[flag].item() else None)
 
 
 def without_adapters(layer: Any) -> Any:
@@ -181,28 +193,47 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
             raise StaysStock(f"{owner.__name__} has {', '.join(changed)} of its own")
 
 
-def make_pair(layer: Any, intercepted: tuple[type, ...]) -> tuple[LoraPair, dict[str, Any]]:
+def has_to_be_exact(base: Any, unproven: bool) -> bool:
+    """Whether a base layer may quantize its input in a compiled graph. Raises StaysStock where that keeps the layer stock."""
+    reason = gemms.reason_beside(base)
+    if reason is None:
+        return False
+    config = get_current_vllm_config()
+    mode = int(getattr(config.compilation_config, "mode", None) or 0)
+    if mode == 0:  # without a compiled graph everybody reads the same value
+        return False
+    knows_ranges = hasattr(config.compilation_config, "compile_ranges_endpoints")
+    if not unproven or mode != lowering.VLLM_COMPILE or not knows_ranges or lowering.allows_two_ranges(config):
+        raise StaysStock(reason)
+    return True
+
+
+def make_pair(layer: Any, intercepted: tuple[type, ...], unproven: bool = False) -> tuple[LoraPair, dict[str, Any]]:
     """The pair of a layer that has its weights, and what the journal shows. Raises StaysStock where it must stay stock."""
     check_class(type(layer), intercepted)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
         raise StaysStock(f"{type(base).__name__} has a forward of its own")
-    gemms.check_beside(base)
+    exact = has_to_be_exact(base, unproven)
     columns = getattr(base, "output_size_per_partition", base.output_size)
     found = sum(layer.output_slices)
     if found != columns:
         raise StaysStock(f"its LoRA slices have {found} columns, but the base layer has {columns} per shard")
     gate: str | None = gemms.gate_of(base)
     if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
-        take_over_shrink(layer.punica_wrapper)
+        edit = take_over_shrink(layer.punica_wrapper)
+        if exact:
+            realized.require(torch.ops.vllm_overlay.lora_start, EXACT, edit)
     else:
         gate = None
     shown = {"output": found, "slices": len(layer.output_slices), "class": type(layer).__name__}
-    return LoraPair(without_adapters(layer), gate), shown
+    return LoraPair(without_adapters(layer), gate, EXACT if exact else NAME), shown
 
 
-def decide(layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
+def decide(strict: bool, layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
     """The pairs of a loaded model's layers, once the lane of their device is ready."""
+    if any(pair.name == EXACT for _, pair in layers):
+        lowering.intercept_compiler(strict)
     on_gpu = [layer.lora_a_stacked[0].device for layer, _ in layers if layer.lora_a_stacked[0].is_cuda]
     for device in on_gpu[:1]:
         lane.use_once(device, functools.partial(_first_use, device))
@@ -226,7 +257,9 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     ancestor: Any = class_at(module, ".".join(ANCESTOR))
     targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
     record = journal.patch(NAME)
-    waiting: Waiting[LoraPair, LoraPair] = Waiting(NAME, verdict, record, settings, decide)
+    waiting: Waiting[LoraPair, LoraPair] = Waiting(
+        NAME, verdict, record, settings, functools.partial(decide, settings.strict)
+    )
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
@@ -236,7 +269,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
 
         def check() -> tuple[LoraPair, dict[str, Any]]:
             check_engine(layer)
-            return make_pair(layer, targets)
+            return make_pair(layer, targets, settings.unproven)
 
         waiting.adopt(layer, name, check)
         if record.refused.get(name) == FULLY_SHARDED:
@@ -245,7 +278,8 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
                 raise ValueError(FULLY_SHARDED)
 
     waiting.begin()
-    ops.pairs[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
+    planned = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
+    ops.pairs.update(dict.fromkeys((NAME, EXACT), planned))
     setattr(linear_class, PAIR, None)
     for target in targets:
         target.apply = overlap_adapters(target.__dict__["apply"])

@@ -348,7 +348,7 @@ def test_no_range_of_one_size_comes_about(captured: list[int], endpoints: list[i
     config.cudagraph_capture_sizes, config.compile_ranges_endpoints = captured, sorted(endpoints)
     before = config.get_compile_ranges()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowering, "_intercept_compiler", lambda strict: None)
+        patch.setattr(lowering, "intercept_compiler", lambda strict: None)
         assert split(config, strict=False, mode=CUDAGraphMode.FULL)
     after = config.get_compile_ranges()
     assert [one for one in after if one.is_single_size()] == [one for one in before if one.is_single_size()]
@@ -360,19 +360,34 @@ def test_no_range_of_one_size_comes_about(captured: list[int], endpoints: list[i
 def test_a_graph_is_edited_for_its_range(start: int, more: int, captured: list[int]) -> None:
     """A graph that serves captured sizes and larger ones stays as it was traced."""
     kept: Any = object()
-
-    def compile_graph(graph: Any, compilation_config: Any, *, compile_range: Any) -> None: ...
-
     of_vllm = types.SimpleNamespace(cudagraph_capture_sizes=captured)
     compiled = types.SimpleNamespace(start=start, end=start + more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowering, "edited", lambda graph, edits: edits)
-        args, kwargs = lowering._with_edited_graph(compile_graph, (kept, of_vllm), {"compile_range": compiled})
+        found = lowering._for_range(kept, compiled, of_vllm)
     limit = max(captured, default=0)
     expected = lowering._above if start > limit else lowering._captured if start + more <= limit else kept
-    assert args[0] is expected
-    assert args[1] is of_vllm
-    assert kwargs == {"compile_range": compiled}
+    assert found is expected
+
+
+def test_graphs_are_compiled_by_whoever_has_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything else that vLLM has given, and after the edits for the range."""
+    given: list[Any] = []
+
+    def compile_graph(self: Any, graph: Any, example: Any, compilation_config: Any, compile_range: Any) -> str:
+        given.append((graph, example, compile_range.start))
+        return f"compiled {graph}"
+
+    monkeypatch.setattr(backends.CompilerManager, "compile", compile_graph)
+    monkeypatch.setattr(lowering, "_compile", None)
+    monkeypatch.setattr(lowering, "edited", lambda graph, edits: f"{graph}, edited")
+    lowering.intercept_compiler(strict=True)
+    manager = object.__new__(backends.CompilerManager)
+    of_vllm, tokens = types.SimpleNamespace(cudagraph_capture_sizes=[8]), types.SimpleNamespace(start=9, end=64)
+    assert manager.compile("a graph", 1, of_vllm, compile_range=tokens) == "compiled a graph, edited"
+    lowering.compile_by(lambda graph, compile_one: compile_one(f"{graph} and more"))
+    assert manager.compile("a graph", 1, of_vllm, tokens) == "compiled a graph, edited and more"
+    assert given == [("a graph, edited", 1, 9), ("a graph, edited and more", 1, 9)]
 
 
 def test_a_graph_without_an_op_is_left_as_it_is(record: PatchRecord) -> None:

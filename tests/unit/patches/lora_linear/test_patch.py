@@ -25,12 +25,13 @@ from overlay.engine import compile_cache, loaded
 from overlay.patches.lora_linear import patch as lora_linear
 from overlay.report.journal import Journal, PatchRecord
 from overlay.settings import Settings
-from overlay.side_work import adoption, lane, lowering, ops
+from overlay.side_work import adoption, lane, lowering, ops, realized
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.lowering import NO_CAPTURE
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import FAILED
 from overlay.verdict import Upstream, Verdict
+from overlay.vocabulary import PATCH_NAMES
 from tests.unit import side_work_ops
 from tests.unit.side_work import test_order as order
 
@@ -318,6 +319,54 @@ def test_a_base_layer_that_may_quantize_its_input_is_refused(engine: Any) -> Non
         lora_linear.make_pair(layer, INTERCEPTED)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 3])
+@pytest.mark.parametrize("hidden", [2048, 4096, None])
+@pytest.mark.parametrize("unproven", [False, True])
+def test_where_such_a_base_layer_is_taken_its_start_is_exact(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, mode: int, hidden: int | None, unproven: bool
+) -> None:
+    """Without a compiled graph nobody rounds. vLLM's own compilation is the one that is intercepted, and its first graph must
+    not be compiled twice.
+    """
+    config = engine()
+    config.compilation_config.mode, config.model_config.hf_text_config.hidden_size = mode, hidden
+    layer: Any = BaseLinearLayerWithLoRA()
+    layer.base_layer.quant_method = type("Fp8LinearMethod", (), {})()
+    layer.set_mapping(Punica())
+    required: list[Any] = []
+    monkeypatch.setattr(realized, "require", lambda *given: required.append(given))
+    if mode and not (unproven and mode == 3 and hidden != 2048):
+        with pytest.raises(StaysStock, match="may quantize its input"):
+            lora_linear.make_pair(layer, INTERCEPTED, unproven)
+        assert required == []
+        return
+    pair, _ = lora_linear.make_pair(layer, INTERCEPTED, unproven)
+    if mode:
+        assert pair.name == lora_linear.EXACT and pair.shape == "lora_linear, input quantized, by weight"
+        ((op, name, edit),) = required
+        assert (str(op), name) == ("vllm_overlay.lora_start", pair.name) and callable(edit)
+    else:
+        assert (pair.name, pair.shape, required) == (lora_linear.NAME, "by weight", [])
+
+
+def test_an_engine_with_an_exact_pair_has_its_graphs_edited(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(lowering, "intercept_compiler", said.append)
+    monkeypatch.setattr(realized, "require", lambda *given: None)
+    lora_linear.get_current_vllm_config().model_config.hf_text_config.hidden_size = 4096
+    lora_linear.install(package, FOUND, dataclasses.replace(PASS, patches=PATCH_NAMES))
+    plain, quantized = a_layer_of(package, prefix="a"), a_layer_of(package, prefix="b")
+    quantized.base_layer.quant_method = type("Fp8LinearMethod", (), {})()
+    plain.set_mapping(Punica())
+    package.load()
+    assert said == []
+    quantized.set_mapping(Punica())
+    package.load()
+    assert said == [PASS.strict]
+    assert ops.pairs[lora_linear.EXACT] is ops.pairs[lora_linear.NAME]
+    assert getattr(quantized, lora_linear.PAIR).name == lora_linear.EXACT
+
+
 def test_a_base_layer_without_a_parameter_is_refused(engine: Any) -> None:
     engine()
     layer: Any = BaseLinearLayerWithLoRA()
@@ -576,7 +625,7 @@ def package(monkeypatch: pytest.MonkeyPatch, engine: Any) -> Any:
     monkeypatch.setattr("overlay.side_work.adoption.journal", journal)
     monkeypatch.setattr("overlay.side_work.waiting.journal", journal)
     monkeypatch.setattr(loaded, "_waiting", waiting)
-    monkeypatch.setattr(lowering, "_intercept_compiler", lambda strict: None)
+    monkeypatch.setattr(lowering, "intercept_compiler", lambda strict: None)
     monkeypatch.setattr(compile_cache, "add", lambda patch, detail: entered.append(tuple(detail)))
     ancestor = type("BaseLayerWithLoRA", (torch.nn.Module,), {"set_mapping": BaseLayerWithLoRA.set_mapping})
     body = {name: value for name, value in BaseLinearLayerWithLoRA.__dict__.items() if name in ("apply", "_apply_sync")}

@@ -1,0 +1,100 @@
+"""Main reads what it reads in stock, although start reads the same value from memory.
+
+Symptom: a base layer that quantizes its input in Inductor's code (FP8 by token), with adapters: other tokens than stock's, in
+every case (H200, vLLM 0.33.0). Each kernel gave the right bits for what it was given.
+
+Cause: Inductor computes with the value that a norm has not yet rounded to bf16, until the value is in memory ("realized"). What
+is lowered after that reads the rounded one. A value with several readers is realized at once if one of them is an op that
+Inductor has seen before in this process. An op that it sees for the first time gets a copy, and the others go on with the value
+that is not rounded. So in stock the first graph with a shrink computes otherwise than all later ones. Start is another op
+than shrink, with other rules, and made the first graph like the later ones. (Inductor of torch 2.13 on a CPU; the same code
+decides on a GPU.)
+
+Fix: the first graph of a process that has a start of that op gets stock's calls. It has one layer's linears. In all others
+start is known to Inductor beforehand, as stock's op is by then, and its input has to be in memory when start is lowered. Where
+it is not, such as behind an activation of one value, the graph is compiled again with stock's calls.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from overlay.side_work import lowering
+from overlay.side_work.lowering import Edit, edited, op_of, with_graph
+
+Result = TypeVar("Result")
+
+#: By op of a start: how stock's calls take its place, and that of its join.
+_edits: dict[str, Edit] = {}
+#: The pairs to which this applies, by the name that is the last argument of their start.
+_names: set[str] = set()
+_has_begun = False
+_found: list[str] = []  #: inputs that were not in memory, in the compilation that runs
+
+
+class NotRealizedError(RuntimeError):
+    """The input of a start is not in memory when start is lowered."""
+
+
+def require(op: Any, name: str, edit: Edit) -> None:
+    """Have this done for the starts of pairs of that name. `op` is ``torch.ops.<library>.<op>``: it begins with the input that main
+    reads too, and ends with the name. `edit` puts stock's calls in the place of a start and its join.
+    """
+    from torch._inductor import ir
+    from torch._inductor import lowering as inductor
+
+    _names.add(name)
+    if str(op) in _edits:
+        return
+    lowering.compile_by(compiled)
+    _edits[str(op)] = edit
+    inductor.make_fallback(op.default)
+    lower = inductor.lowerings[op.default]
+    names = [argument.name for argument in op.default._schema.arguments]
+
+    def checked(*arguments: Any, **named: Any) -> Any:
+        given = dict(zip(names, arguments, strict=False)) | named
+        data = getattr(given[names[0]], "data", None)
+        while isinstance(data, ir.BaseView):
+            data = data.data
+        in_memory = isinstance(data, ir.StorageBox) and isinstance(data.data, ir.Buffer)
+        if given[names[-1]] in _names and not in_memory:
+            _found.append(given[names[-1]])
+            raise NotRealizedError(f"the input of {op} is not in memory")
+        return lower(*arguments, **named)
+
+    inductor.lowerings[op.default] = checked
+
+
+def compiled(graph: torch.fx.GraphModule, compile_graph: Callable[[torch.fx.GraphModule], Result]) -> Result:
+    """What `compile_graph` makes of a graph, or of the graph with stock's calls."""
+    global _has_begun
+    if not any(op_of(node) in _edits for node in graph.graph.nodes):
+        return compile_graph(graph)
+    if not _has_begun:
+        _has_begun = True
+        return compile_graph(edited(graph, _edits))
+    _found.clear()
+    known = _inductor()
+    before = [kept.copy() for kept in known]
+    try:
+        return compile_graph(with_graph(graph, copy.deepcopy(graph.graph)))  # a compiler may change it
+    except Exception:
+        if not _found:
+            raise
+    # Inductor has not seen the ops of the graph that it could not lower.
+    for now, then in zip(known, before, strict=True):
+        now.clear()
+        now.update(then)
+    return compile_graph(edited(graph, _edits))
+
+
+def _inductor() -> tuple[Any, ...]:
+    """What Inductor remembers of the ops that it has lowered."""
+    from torch._inductor import lowering as inductor
+
+    return inductor.lowerings, inductor.needs_realized_inputs

@@ -1,0 +1,212 @@
+"""A side beside a main that Inductor quantizes for: bits and kernels of stock, through Inductor, on a CPU.
+
+Models of a norm, a base layer that quantizes its input by token, and adapters: shrink into a buffer, expand into the output. Each
+of a model's graphs is compiled for itself, in order, as vLLM compiles the pieces of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
+
+pytest.importorskip("vllm")
+
+from overlay.report.journal import PatchRecord
+from overlay.side_work import lowering as edits
+from overlay.side_work import ops, realized
+from overlay.side_work.plan import Plan
+from overlay.vocabulary import DUAL
+from tests.unit.side_work import test_order as order
+
+HIDDEN, RANK, TOKENS, EXACT = 128, 4, 4, "exact"
+Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+toy = order.toy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adapters(toy: None) -> Iterator[Any]:
+    """Upstream's shrink and expand, and start for that shrink. Gives the edit that puts shrink back."""
+    library = torch.library.Library("overlay_order_test", "FRAGMENT")
+    for name, schema, run in (
+        ("shrink", "(Tensor x, Tensor a, Tensor(a!) buffer) -> ()", _shrink),
+        ("expand", "(Tensor buffer, Tensor b, Tensor(a!) out) -> ()", _expand),
+    ):
+        library.define(f"{name}{schema}")
+        library.impl(name, run, "CPU")
+        torch.library.register_fake(f"overlay_order_test::{name}", lambda *given: None, lib=library)
+    before = dict(edits._above)
+    edit = ops.define_start_of(torch.ops.overlay_order_test.shrink, "test_start", lambda given: None)
+    ours = ops._libraries.pop()
+    yield edit
+    edits._above.clear()
+    edits._above.update(before)
+    for one in (library, ours):
+        one._destroy()
+
+
+def _shrink(x: torch.Tensor, a: torch.Tensor, buffer: torch.Tensor) -> None:
+    buffer.copy_(x.float() @ a.float().t())
+
+
+def _expand(buffer: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    out.add_((buffer @ b.float().t()).to(out.dtype))
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, adapters: Any) -> Iterator[PatchRecord]:
+    record = PatchRecord()
+    monkeypatch.setattr(ops, "pairs", {EXACT: ops.PlannedPair(Plan(DUAL, 256), record)})
+    for name, value in (("_edits", {}), ("_names", set()), ("_has_begun", False), ("_found", [])):
+        monkeypatch.setattr(realized, name, value)
+    monkeypatch.setattr(edits, "_compile", None)
+    with order.unused_inductor():
+        yield record
+
+
+def rms_norm(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    values = values.float()
+    return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def activation(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Reads one value. Inductor keeps it in registers, whoever reads it later."""
+    return torch.nn.functional.relu(values.float()) * 1.1
+
+
+def linear(x: torch.Tensor, weights: tuple[torch.Tensor, ...], with_ops: bool) -> torch.Tensor:
+    base, a, b = weights
+    buffer = torch.empty(x.shape[0], RANK)
+    if with_ops:
+        torch.ops.vllm_overlay.test_start(x, a, buffer, base, EXACT)
+    out = order.quantized_by_token(x, base)
+    if with_ops:
+        torch.ops.vllm_overlay.join(buffer, out, x)
+    else:
+        torch.ops.overlay_order_test.shrink(x, a, buffer)
+    torch.ops.overlay_order_test.expand(buffer, b, out)
+    return out
+
+
+def layer(made_by: Norm, with_ops: bool) -> Callable[..., torch.Tensor]:
+    def forward(hidden: torch.Tensor, norm: torch.Tensor, *weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        for one in weights:
+            x = made_by(hidden, norm).to(hidden.dtype)
+            hidden = hidden + linear(x, one, with_ops).to(hidden.dtype)
+        return hidden
+
+    return forward
+
+
+def run(made_by: Norm, with_ops: bool, graphs: int = 3) -> tuple[torch.Tensor, list[str]]:
+    """The result of a model of some graphs with two linears each, and the code of each graph."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator).bfloat16()
+
+    def weights() -> tuple[torch.Tensor, ...]:
+        return matrix(HIDDEN, HIDDEN), matrix(RANK, HIDDEN), matrix(HIDDEN, RANK)
+
+    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Any:
+        return (
+            realized.compiled(graph, lambda edited: compile_fx(edited, example))
+            if with_ops
+            else compile_fx(graph, example)
+        )
+
+    hidden, codes = matrix(TOKENS, HIDDEN), []
+    settings = {"enable_auto_functionalized_v2": False, "fx_graph_cache": False}  # the first one as vLLM sets it
+    with config.patch(settings), torch.no_grad():
+        for _ in range(graphs):
+            function = torch.compile(layer(made_by, with_ops), fullgraph=True, backend=backend)
+            hidden, code = run_and_get_code(function, hidden, torch.full((HIDDEN,), 1.1), weights(), weights())
+            codes.append(code[-1])  # a graph that could not be lowered gives none
+            torch._dynamo.reset()
+    return hidden, codes
+
+
+def stock(made_by: Norm) -> tuple[torch.Tensor, list[str]]:
+    with order.unused_inductor():
+        return run(made_by, with_ops=False)
+
+
+def forks(code: str) -> bool:
+    return "vllm_overlay.test_start" in code
+
+
+def test_the_first_graph_has_stocks_calls_and_every_graph_stocks_kernels(
+    adapters: Any, as_in_a_new_process: PatchRecord
+) -> None:
+    expected, plain = stock(rms_norm)
+    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    result, codes = run(rms_norm, with_ops=True)
+    assert torch.equal(result, expected)
+    assert [forks(code) for code in codes] == [False, True, True]
+    assert "vllm_overlay.join" not in codes[0] and codes[1].count("vllm_overlay.join.default(") == 2
+    for ours, theirs in zip(codes, plain, strict=True):
+        assert order.texts(ours) and order.texts(ours) == order.texts(theirs)
+    assert as_in_a_new_process.calls.lowered == 2
+
+
+def test_stocks_first_graph_is_another_one_than_its_later_ones() -> None:
+    """Else the rule about the first graph would be for nothing."""
+    _, codes = stock(rms_norm)
+    assert order.texts(codes[0]) != order.texts(codes[1]) == order.texts(codes[2])
+
+
+def test_without_the_rules_the_bits_differ(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = stock(rms_norm)
+    monkeypatch.setattr(realized, "compiled", lambda graph, compile_graph: compile_graph(graph))
+    result, codes = run(rms_norm, with_ops=True)
+    assert all(map(forks, codes)) and not torch.equal(result, expected)
+
+
+def test_an_input_that_stays_in_registers_is_left_to_stock(adapters: Any, as_in_a_new_process: PatchRecord) -> None:
+    expected, plain = stock(activation)
+    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    result, codes = run(activation, with_ops=True)
+    assert torch.equal(result, expected)
+    assert not any(map(forks, codes)) and as_in_a_new_process.calls.lowered == 6
+    for ours, theirs in zip(codes, plain, strict=True):
+        assert order.texts(ours) == order.texts(theirs)
+
+
+def test_another_failure_of_a_compilation_is_its_own(adapters: Any) -> None:
+    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch.ops.vllm_overlay.test_start, (x, x, x, x, EXACT))
+    graph.output(x)
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    seen: list[str] = []
+
+    def fail(edited: torch.fx.GraphModule) -> None:
+        seen.append(edited.code)
+        raise RuntimeError("a compiler's own")
+
+    for _ in range(2):  # the first graph, and a later one
+        with pytest.raises(RuntimeError, match="a compiler's own"):
+            realized.compiled(module, fail)
+    assert [forks(code.replace(".default", "")) or "test_start" in code for code in seen] == [False, True]
+
+
+def test_other_graphs_are_left_alone(adapters: Any) -> None:
+    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    module = torch.fx.symbolic_trace(lambda x: x + 1)
+    given: list[Any] = []
+    realized.compiled(module, given.append)
+    assert given == [module] and not realized._has_begun
+
+
+def test_beside_a_main_that_quantizes_nothing_an_input_may_stay_in_registers(adapters: Any) -> None:
+    """But the first graph is stock's for every pair: by it Inductor knows stock's op."""
+    realized.require(torch.ops.vllm_overlay.test_start, "another pair", adapters)
+    _, codes = run(activation, with_ops=True)
+    assert [forks(code) for code in codes] == [False, True, True]
