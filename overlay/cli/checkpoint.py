@@ -46,6 +46,8 @@ QWEN3_5 = re.compile(r"Qwen3_[5-9](Moe)?(ForCausalLM|ForConditionalGeneration|MT
 #: The models with DeepSeek-V3.2's attention (DSA), and the package that their class is in from vLLM 0.29 on.
 DSA = re.compile(r"(DeepseekV32|GlmMoeDsa)ForCausalLM")
 ASKED_FOR = "off until VLLMOVERLAY_PATCHES names it"
+#: Of adapters on a base layer that quantizes its input (`overlay.side_work.realized`).
+TRIED = "VLLMOVERLAY_PATCHES=all takes it, which no engine on a GPU has run"
 DSA_PACKAGE = "vllm.models.deepseek_v32"
 DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 #: How vLLM tells a pooling model by its architecture (`_SUFFIX_TO_DEFAULTS`); a model that generates ends otherwise.
@@ -505,6 +507,8 @@ class _Asked:
             return STOCK, f"vLLM does not load it: {error}"
         against = reason_against_main(base)
         if against is not None:
-            return STOCK, f"the base layer is {base.said}: {against}"
+            hidden = self.config.text.get("hidden_size")
+            asked_for = f"; {TRIED}" if isinstance(hidden, int) and hidden > WIDEST_ROW else ""
+            return STOCK, f"the base layer is {base.said}: {against}{asked_for}"
         said = f"the base layer is {base.said}"
         return APPLY, said if base.gemm == TORCH else f"{said} and reads its input as it is"
