@@ -6,6 +6,7 @@ of a model's graphs is compiled for itself, in order, as vLLM compiles the piece
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,15 +14,23 @@ import pytest
 import torch
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import run_and_get_code
 
 pytest.importorskip("vllm")
+
+from vllm.compilation import backends
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
 
 from overlay.report.journal import PatchRecord
 from overlay.side_work import lowering as edits
 from overlay.side_work import ops, realized
 from overlay.side_work.plan import Plan
 from overlay.vocabulary import DUAL
+from tests.unit import side_work_ops
+from tests.unit.side_work import test_lowering as by_vllm
 from tests.unit.side_work import test_order as order
 
 HIDDEN, RANK, TOKENS, EXACT = 128, 4, 4, "exact"
@@ -210,3 +219,71 @@ def test_beside_a_main_that_quantizes_nothing_an_input_may_stay_in_registers(ada
     realized.require(torch.ops.vllm_overlay.test_start, "another pair", adapters)
     _, codes = run(activation, with_ops=True)
     assert [forks(code) for code in codes] == [False, True, True]
+
+
+# ------------------------------------------------------------------------------------------------ by vLLM's own compilation
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((HIDDEN, HIDDEN), (RANK, HIDDEN), (HIDDEN, RANK))
+        self.weights = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.randn(size).bfloat16(), requires_grad=False) for size in sizes
+        )
+
+
+def run_by_vllm(
+    with_ops: bool, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, list[str]]:
+    """As `run`, in one model that vLLM splits at an op of its own, with its graph passes."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(folder))
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    torch._dynamo.reset()
+    configuration = by_vllm.configuration()
+    configuration.compilation_config.splitting_ops = ["overlay_order_test::core"]
+
+    @support_torch_compile(dynamic_arg_dims={"inputs": 0})
+    class Model(torch.nn.Module):
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+            self.norm = torch.nn.Parameter(torch.full((HIDDEN,), 1.1), requires_grad=False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            for one in self.layers:
+                x = rms_norm(inputs, self.norm).to(inputs.dtype)
+                large = linear(x, tuple(one.weights), with_ops)
+                result = torch.zeros(x.shape[0], HIDDEN, dtype=torch.float32)
+                torch.ops.overlay_order_test.core(large, large, result)
+                inputs = inputs + result.to(inputs.dtype)
+            return inputs
+
+    codes: list[str] = []
+    monkeypatch.setattr(GraphLowering, "save_output_code", codes.append)
+    with set_current_vllm_config(configuration):
+        model = Model(vllm_config=configuration)
+        inputs = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+        with set_forward_context(None, configuration), torch.inference_mode(), config.patch(fx_graph_cache=False):
+            return model(inputs), codes
+
+
+def test_vllms_own_compilation_has_stocks_bits_and_kernels(
+    adapters: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = side_work_ops.define_missing_kernels()
+    try:
+        with order.unused_inductor():
+            expected, plain = run_by_vllm(False, tmp_path / "stock", monkeypatch)
+        monkeypatch.setattr(edits, "_intercepted", False)
+        monkeypatch.setattr(backends.CompilerManager, "compile", backends.CompilerManager.compile)
+        edits.intercept_compiler(strict=True)
+        realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+        result, codes = run_by_vllm(True, tmp_path / "overlay", monkeypatch)
+    finally:
+        library._destroy()
+    assert torch.equal(result, expected)
+    assert [forks(code) for code in codes if "test_start" in code or "shrink" in code] == [False, True, True]
+    for ours, theirs in zip(codes, plain, strict=True):
+        assert order.texts(ours) == order.texts(theirs)
