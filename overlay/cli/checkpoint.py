@@ -507,8 +507,6 @@ class _Asked:
             return STOCK, f"vLLM does not load it: {error}"
         against = reason_against_main(base)
         if against is not None:
-            hidden = self.config.text.get("hidden_size")
-            asked_for = f"; {TRIED}" if isinstance(hidden, int) and hidden > WIDEST_ROW else ""
-            return STOCK, f"the base layer is {base.said}: {against}{asked_for}"
+            return STOCK, f"the base layer is {base.said}: {against}; {TRIED}"
         said = f"the base layer is {base.said}"
         return APPLY, said if base.gemm == TORCH else f"{said} and reads its input as it is"

@@ -31,8 +31,9 @@ from overlay.settings import outcome
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.rules import WIDEST_ROW
 
-#: Compiles an edited graph by a function that does.
-Compile = Callable[[torch.fx.GraphModule, Callable[[torch.fx.GraphModule], Any]], Any]
+#: Compiles a graph by a function that does. It is given the traced graph's place in its model, the traced graph, and this graph as
+#: its range wants it.
+Compile = Callable[[int, torch.fx.GraphModule, torch.fx.GraphModule, Callable[[torch.fx.GraphModule], Any]], Any]
 #: Changes a graph in place at one node.
 Edit = Callable[[torch.fx.Graph, torch.fx.Node], None]
 NO_CAPTURE = "no CUDA graph is captured, so there is nothing to overlap"
@@ -91,10 +92,11 @@ def split_ranges(config: Any, strict: bool) -> bool:
     """
     compilation = config.compilation_config
     limit = largest_captured(compilation) if captures(compilation) else 0
+    hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
     if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
         return False
-    if not allows_two_ranges(config):
+    if hidden is None or hidden > WIDEST_ROW:
         return False
     # An encoder is compiled by the same ranges, and vLLM allows shapes that are static in one range only.
     if getattr(compilation, "compile_mm_encoder", False):
@@ -105,12 +107,6 @@ def split_ranges(config: Any, strict: bool) -> bool:
         compilation.compile_ranges_endpoints = sorted({*endpoints, limit})
     intercept_compiler(strict)
     return True
-
-
-def allows_two_ranges(config: Any) -> bool:
-    """Whether the rows that a model adds up are narrow enough for two ranges (WIDEST_ROW). `config` is a VllmConfig."""
-    hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
-    return hidden is not None and hidden <= WIDEST_ROW
 
 
 def intercept_compiler(strict: bool) -> None:
@@ -127,16 +123,17 @@ def intercept_compiler(strict: bool) -> None:
             call.arguments["graph"] = graph
             return wrapped(*call.args, **call.kwargs)
 
-        graph = call.arguments["graph"]
+        graph = traced = call.arguments["graph"]
         try:
-            graph = _for_range(graph, call.arguments["compile_range"], call.arguments["compilation_config"])
+            graph = _for_range(traced, call.arguments["compile_range"], call.arguments["compilation_config"])
         except Exception as error:  # the graph stays as it was traced, which is right and only slower
             reason = f"{type(error).__name__}: {error}"
             said = outcome(strict, "graphs keep their ops as they were traced")
             journal.problem(f"lowering: {said}: {reason}")
             if strict:
                 raise
-        return compile_graph(graph) if _compile is None else _compile(graph, compile_graph)
+        number = call.arguments.get("graph_index", 0)
+        return compile_graph(graph) if _compile is None else _compile(number, traced, graph, compile_graph)
 
     wrapt.wrap_function_wrapper(backends, "CompilerManager.compile", compile_range)
     _intercepted = True

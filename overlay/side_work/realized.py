@@ -7,12 +7,13 @@ Cause: Inductor computes with the value that a norm has not yet rounded to bf16,
 is lowered after that reads the rounded one. A value with several readers is realized at once if one of them is an op that
 Inductor has seen before in this process. An op that it sees for the first time gets a copy, and the others go on with the value
 that is not rounded. So in stock the first graph with a shrink computes otherwise than all later ones. Start is another op
-than shrink, with other rules, and made the first graph like the later ones. (Inductor of torch 2.13 on a CPU; the same code
-decides on a GPU.)
+than shrink, with other rules, and made the first graph like the later ones. (Run with torch 2.13 on
+a CPU. torch 2.10, 2.11 and 2.14 have the same code, and a GPU is served by it too.)
 
 Fix: the first graph of a process that has a start of that op gets stock's calls. It has one layer's linears. In all others
 start is known to Inductor beforehand, as stock's op is by then, and its input has to be in memory when start is lowered. Where
-it is not, such as behind an activation of one value, the graph is compiled again with stock's calls.
+it is not, such as behind an activation of one value, the graph is compiled again with stock's calls. vLLM compiles a graph
+once in stock, and once for each range here. Each time Inductor knows what it knew the first time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Result = TypeVar("Result")
 _edits: dict[str, Edit] = {}
 #: The pairs to which this applies, by the name that is the last argument of their start.
 _names: set[str] = set()
-_has_begun = False
+#: What Inductor knew before a traced graph was compiled for the first time, in that order; by its place and its text.
+_known_before: dict[tuple[int, str], list[Any]] = {}
 _found: list[str] = []  #: inputs that were not in memory, in the compilation that runs
 
 
@@ -70,27 +72,46 @@ def require(op: Any, name: str, edit: Edit) -> None:
     inductor.lowerings[op.default] = checked
 
 
-def compiled(graph: torch.fx.GraphModule, compile_graph: Callable[[torch.fx.GraphModule], Result]) -> Result:
-    """What `compile_graph` makes of a graph, or of the graph with stock's calls."""
-    global _has_begun
-    if not any(op_of(node) in _edits for node in graph.graph.nodes):
+def compiled(
+    number: int,
+    traced: torch.fx.GraphModule,
+    graph: torch.fx.GraphModule,
+    compile_graph: Callable[[torch.fx.GraphModule], Result],
+) -> Result:
+    """What `compile_graph` makes of `graph`, or of it with stock's calls.
+
+    `graph` is the traced one as its range wants it, and `number` the traced one's place in its model.
+    """
+    if not _has_start(traced):
         return compile_graph(graph)
-    if not _has_begun:
-        _has_begun = True
+    key = number, str(traced.graph)  # another model has other graphs at the same places
+    if key in _known_before:
+        _remember(key)
+    else:
+        _known_before[key] = [kept.copy() for kept in _inductor()]
+    if not _has_start(graph):
+        return compile_graph(graph)
+    if key == next(iter(_known_before)):
         return compile_graph(edited(graph, _edits))
     _found.clear()
-    known = _inductor()
-    before = [kept.copy() for kept in known]
     try:
         return compile_graph(with_graph(graph, copy.deepcopy(graph.graph)))  # a compiler may change it
     except Exception:
         if not _found:
             raise
-    # Inductor has not seen the ops of the graph that it could not lower.
-    for now, then in zip(known, before, strict=True):
-        now.clear()
-        now.update(then)
+    _remember(key)
     return compile_graph(edited(graph, _edits))
+
+
+def _has_start(graph: torch.fx.GraphModule) -> bool:
+    return any(op_of(node) in _edits for node in graph.graph.nodes)
+
+
+def _remember(key: tuple[int, str]) -> None:
+    """Have Inductor remember what it knew before it first saw a graph."""
+    for kept, before in zip(_inductor(), _known_before[key], strict=True):
+        kept.clear()
+        kept.update(before)
 
 
 def _inductor() -> tuple[Any, ...]:

@@ -203,7 +203,7 @@ def has_to_be_exact(base: Any, unproven: bool) -> bool:
     if mode == 0:  # without a compiled graph everybody reads the same value
         return False
     knows_ranges = hasattr(config.compilation_config, "compile_ranges_endpoints")
-    if not unproven or mode != lowering.VLLM_COMPILE or not knows_ranges or lowering.allows_two_ranges(config):
+    if not unproven or mode != lowering.VLLM_COMPILE or not knows_ranges:
         raise StaysStock(reason)
     return True
 

@@ -385,9 +385,9 @@ def test_graphs_are_compiled_by_whoever_has_asked_for_it(monkeypatch: pytest.Mon
     manager = object.__new__(backends.CompilerManager)
     of_vllm, tokens = types.SimpleNamespace(cudagraph_capture_sizes=[8]), types.SimpleNamespace(start=9, end=64)
     assert manager.compile("a graph", 1, of_vllm, compile_range=tokens) == "compiled a graph, edited"
-    lowering.compile_by(lambda graph, compile_one: compile_one(f"{graph} and more"))
-    assert manager.compile("a graph", 1, of_vllm, tokens) == "compiled a graph, edited and more"
-    assert given == [("a graph, edited", 1, 9), ("a graph, edited and more", 1, 9)]
+    lowering.compile_by(lambda number, traced, graph, compile_one: compile_one(f"{traced} as {graph} and more"))
+    assert manager.compile("a graph", 1, of_vllm, tokens) == "compiled a graph as a graph, edited and more"
+    assert given == [("a graph, edited", 1, 9), ("a graph as a graph, edited and more", 1, 9)]
 
 
 def test_a_graph_without_an_op_is_left_as_it_is(record: PatchRecord) -> None:

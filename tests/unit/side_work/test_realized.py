@@ -71,7 +71,7 @@ def _expand(buffer: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, adapters: Any) -> Iterator[PatchRecord]:
     record = PatchRecord()
     monkeypatch.setattr(ops, "pairs", {EXACT: ops.PlannedPair(Plan(DUAL, 256), record)})
-    for name, value in (("_edits", {}), ("_names", set()), ("_has_begun", False), ("_found", [])):
+    for name, value in (("_edits", {}), ("_names", set()), ("_known_before", {}), ("_found", [])):
         monkeypatch.setattr(realized, name, value)
     monkeypatch.setattr(edits, "_compile", None)
     with order.unused_inductor():
@@ -112,8 +112,11 @@ def layer(made_by: Norm, with_ops: bool) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def run(made_by: Norm, with_ops: bool, graphs: int = 3) -> tuple[torch.Tensor, list[str]]:
-    """The result of a model of some graphs with two linears each, and the code of each graph."""
+def run(made_by: Norm, with_ops: bool, *, above: bool | None = None) -> tuple[torch.Tensor, list[str]]:
+    """The result of a model of three graphs with two linears each, and the code of each graph.
+
+    `above`: each graph is compiled for two ranges, and the one above the captured sizes runs, or else the other one.
+    """
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
 
@@ -123,20 +126,24 @@ def run(made_by: Norm, with_ops: bool, graphs: int = 3) -> tuple[torch.Tensor, l
     def weights() -> tuple[torch.Tensor, ...]:
         return matrix(HIDDEN, HIDDEN), matrix(RANK, HIDDEN), matrix(HIDDEN, RANK)
 
-    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Any:
-        return (
-            realized.compiled(graph, lambda edited: compile_fx(edited, example))
-            if with_ops
-            else compile_fx(graph, example)
-        )
-
     hidden, codes = matrix(TOKENS, HIDDEN), []
     settings = {"enable_auto_functionalized_v2": False, "fx_graph_cache": False}  # the first one as vLLM sets it
     with config.patch(settings), torch.no_grad():
-        for _ in range(graphs):
+        for number in range(3):
+
+            def backend(traced: Any, example: Any, number: int = number) -> Any:
+                if not with_ops:
+                    return compile_fx(traced, example)
+                ranges = [traced] if above is None else [traced, edits.edited(traced, edits._above)]
+                made = [
+                    realized.compiled(number, traced, one, lambda graph: compile_fx(graph, example)) for one in ranges
+                ]
+                return made[bool(above)]
+
             function = torch.compile(layer(made_by, with_ops), fullgraph=True, backend=backend)
             hidden, code = run_and_get_code(function, hidden, torch.full((HIDDEN,), 1.1), weights(), weights())
-            codes.append(code[-1])  # a graph that could not be lowered gives none
+            # A graph that could not be lowered gives none. The range above is compiled last.
+            codes.append(code[-2] if above is False else code[-1])
             torch._dynamo.reset()
     return hidden, codes
 
@@ -164,6 +171,18 @@ def test_the_first_graph_has_stocks_calls_and_every_graph_stocks_kernels(
     assert as_in_a_new_process.calls.lowered == 2
 
 
+@pytest.mark.parametrize("above", [False, True])
+def test_a_graph_for_a_second_range_is_compiled_as_if_it_were_the_first(adapters: Any, above: bool) -> None:
+    """In stock there is one range. Inductor must not know more by the first range's graph."""
+    expected, plain = stock(rms_norm)
+    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    result, codes = run(rms_norm, with_ops=True, above=above)
+    assert torch.equal(result, expected)
+    assert [forks(code) for code in codes] == [False, not above, not above]
+    for ours, theirs in zip(codes, plain, strict=True):
+        assert order.texts(ours) == order.texts(theirs)
+
+
 def test_stocks_first_graph_is_another_one_than_its_later_ones() -> None:
     """Else the rule about the first graph would be for nothing."""
     _, codes = stock(rms_norm)
@@ -172,7 +191,7 @@ def test_stocks_first_graph_is_another_one_than_its_later_ones() -> None:
 
 def test_without_the_rules_the_bits_differ(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = stock(rms_norm)
-    monkeypatch.setattr(realized, "compiled", lambda graph, compile_graph: compile_graph(graph))
+    monkeypatch.setattr(realized, "compiled", lambda number, traced, graph, compile_graph: compile_graph(graph))
     result, codes = run(rms_norm, with_ops=True)
     assert all(map(forks, codes)) and not torch.equal(result, expected)
 
@@ -200,9 +219,9 @@ def test_another_failure_of_a_compilation_is_its_own(adapters: Any) -> None:
         seen.append(edited.code)
         raise RuntimeError("a compiler's own")
 
-    for _ in range(2):  # the first graph, and a later one
+    for number in range(2):  # the first graph, and a later one
         with pytest.raises(RuntimeError, match="a compiler's own"):
-            realized.compiled(module, fail)
+            realized.compiled(number, module, module, fail)
     assert [forks(code.replace(".default", "")) or "test_start" in code for code in seen] == [False, True]
 
 
@@ -210,8 +229,8 @@ def test_other_graphs_are_left_alone(adapters: Any) -> None:
     realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
     module = torch.fx.symbolic_trace(lambda x: x + 1)
     given: list[Any] = []
-    realized.compiled(module, given.append)
-    assert given == [module] and not realized._has_begun
+    realized.compiled(0, module, module, given.append)
+    assert given == [module] and realized._known_before == {}
 
 
 def test_beside_a_main_that_quantizes_nothing_an_input_may_stay_in_registers(adapters: Any) -> None:
