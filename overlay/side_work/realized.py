@@ -7,8 +7,8 @@ Cause: Inductor computes with the value that a norm has not yet rounded to bf16,
 is lowered after that reads the rounded one. A value with several readers is realized at once if one of them is an op that
 Inductor has seen before in this process. An op that it sees for the first time gets a copy, and the others go on with the value
 that is not rounded. So in stock the first graph with a shrink computes otherwise than all later ones. Start is another op
-than shrink, with other rules, and made the first graph like the later ones. (Run with torch 2.13 on
-a CPU. torch 2.10, 2.11 and 2.14 have the same code, and a GPU is served by it too.)
+than shrink, with other rules, and made the first graph like the later ones. (Seen with torch 2.13 on a CPU. The code that
+decides is the same in torch 2.10, 2.11 and 2.14, and the same for a GPU.)
 
 Fix: the first graph of a process that has a start of that op gets stock's calls. It has one layer's linears. In all others
 start is known to Inductor beforehand, as stock's op is by then, and its input has to be in memory when start is lowered. Where
