@@ -31,8 +31,8 @@ from overlay.settings import outcome
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.rules import WIDEST_ROW
 
-#: Compiles a graph by a function that does. It is given the traced graph's place in its model, the traced graph, and this graph as
-#: its range wants it.
+#: A way to compile graphs. It gets the traced graph's place in its model, the traced graph, this graph as its range wants it, and
+#: vLLM's own way to compile one.
 Compile = Callable[[int, torch.fx.GraphModule, torch.fx.GraphModule, Callable[[torch.fx.GraphModule], Any]], Any]
 #: Changes a graph in place at one node.
 Edit = Callable[[torch.fx.Graph, torch.fx.Node], None]
@@ -55,7 +55,7 @@ def register(op: Any, *, above: Edit | None = None, captured: Edit | None = None
 
 
 def compile_by(own: Compile) -> None:
-    """Have edited graphs compiled by `own`."""
+    """Have graphs compiled by `own` after they were edited for their range."""
     global _compile
     _compile = own
 

@@ -86,7 +86,7 @@ def compiled(
         return compile_graph(graph)
     key = number, str(traced.graph)  # another model has other graphs at the same places
     if key in _known_before:
-        _remember(key)
+        _put_back(key)
     else:
         _known_before[key] = [kept.copy() for kept in _inductor()]
     if not _has_start(graph):
@@ -99,7 +99,7 @@ def compiled(
     except Exception:
         if not _found:
             raise
-    _remember(key)
+    _put_back(key)
     return compile_graph(edited(graph, _edits))
 
 
@@ -107,8 +107,8 @@ def _has_start(graph: torch.fx.GraphModule) -> bool:
     return any(op_of(node) in _edits for node in graph.graph.nodes)
 
 
-def _remember(key: tuple[int, str]) -> None:
-    """Have Inductor remember what it knew before it first saw a graph."""
+def _put_back(key: tuple[int, str]) -> None:
+    """Have Inductor know what it knew before it first saw a graph, and no more."""
     for kept, before in zip(_inductor(), _known_before[key], strict=True):
         kept.clear()
         kept.update(before)

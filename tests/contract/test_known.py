@@ -27,6 +27,10 @@ PLACES = [
 ]
 
 
+#: Changes the lines of a file at one of its functions.
+Change = Callable[[list[str], ast.FunctionDef], None]
+
+
 @functools.cache
 def node_at(text: str, path: str) -> ast.FunctionDef:
     """A function by its path, wherever its class is."""
@@ -39,7 +43,7 @@ def node_at(text: str, path: str) -> ast.FunctionDef:
     return found
 
 
-def with_lines(number: int, *added: str) -> Callable[[list[str], ast.FunctionDef], None]:
+def with_lines(number: int, *added: str) -> Change:
     """Puts lines above a function's header (0) or its first statement (1), as far in as what they stand above."""
 
     def change(lines: list[str], node: ast.FunctionDef) -> None:
@@ -49,7 +53,7 @@ def with_lines(number: int, *added: str) -> Callable[[list[str], ast.FunctionDef
     return change
 
 
-def with_header(old: str, new: str) -> Callable[[list[str], ast.FunctionDef], None]:
+def with_header(old: str, new: str) -> Change:
     def change(lines: list[str], node: ast.FunctionDef) -> None:
         assert lines[node.lineno - 1].count(old) == 1
         lines[node.lineno - 1] = lines[node.lineno - 1].replace(old, new)
@@ -57,7 +61,6 @@ def with_header(old: str, new: str) -> Callable[[list[str], ast.FunctionDef], No
     return change
 
 
-Change = Callable[[list[str], ast.FunctionDef], None]
 DRIFTING: dict[str, Change] = {
     "a statement more": with_lines(1, "unrelated = 1"),
     "an early return": with_lines(1, "if __debug__:", "    return None"),

@@ -31,7 +31,7 @@ FEW_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROCES
 ALL_PROCESSES = "qwen3_5_text"
 
 
-#: Files that want the same engines. They run in one process, and each other file in one, too.
+#: Files that want the same engines. Their tests run in one process. Each other file stays in one process as well.
 SHARING = ("test_ray_engine.py", "test_gdn_engine.py")
 #: The files that take longest come first, so that no worker is left with one of them at the end.
 LONGEST = (*SHARING, "test_soak_engine.py")

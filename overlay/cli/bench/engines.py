@@ -7,7 +7,6 @@ in the next one the other half: no engine keeps a core that is faster or slower 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +67,10 @@ class Engines:
     ) -> None:
         """Start all arms, see `start`, go through the phases, and end all arms. A phase that fails is a problem of the run."""
         hurry = True
-        with contextlib.ExitStack() as turn:
+        with self.setup.in_turn() as alone:
             try:
-                with self.setup.in_turn(alone=False):
-                    self.start(engine, together, seed)
-                turn.enter_context(self.setup.in_turn(alone=True))
+                self.start(engine, together, seed)
+                alone()
                 for name, phase in phases.items():
                     try:
                         phase()

@@ -196,17 +196,16 @@ class Fleet:
     def _running(self, arms: Sequence[str]) -> Iterator[dict[str, Server]]:
         servers: dict[str, Server] = {}
         hurry = True
-        with contextlib.ExitStack() as turn:
+        with self.setup.in_turn() as alone:
             try:
-                with self.setup.in_turn(alone=False):
-                    for arm in arms:
-                        servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
-                        if not self.at_once:
-                            self._wait(servers[arm])
-                    if self.at_once:
-                        for server in servers.values():
-                            self._wait(server)
-                turn.enter_context(self.setup.in_turn(alone=True))
+                for arm in arms:
+                    servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
+                    if not self.at_once:
+                        self._wait(servers[arm])
+                if self.at_once:
+                    for server in servers.values():
+                        self._wait(server)
+                alone()
                 yield servers
                 hurry = False
             finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from overlay.cli.bench.results import CONTROL, REPOSITORY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 STOCK, OVERLAY = "stock", "overlay"
@@ -62,15 +62,23 @@ class Setup:
         return self.budget - self.elapsed()
 
     @contextlib.contextmanager
-    def in_turn(self, alone: bool) -> Iterator[None]:
-        """Beside other runs with the same `turns` that start engines, or alone, to measure. Waiting takes no time of this run's."""
-        with contextlib.ExitStack() as stack:
-            if self.turns is not None:
-                file = stack.enter_context(self.turns.open("a"))
+    def in_turn(self) -> Iterator[Callable[[], None]]:
+        """Beside other runs with the same `turns` that start engines. From a call of what this gives on, alone, to measure.
+
+        Waiting takes no time of this run's.
+        """
+        if self.turns is None:
+            yield lambda: None
+            return
+        with self.turns.open("a") as file:
+
+            def wait_for(lock: int) -> None:
                 before = time.monotonic()
-                fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+                fcntl.flock(file, lock)
                 self.begin += time.monotonic() - before
-            yield
+
+            wait_for(fcntl.LOCK_SH)
+            yield lambda: wait_for(fcntl.LOCK_EX)
 
     def journal_folder(self, run: str) -> Path:
         return self.work / "journals" / run

@@ -22,7 +22,7 @@ WITNESS = Witness("vllm.v1.worker.gpu_worker", "def init_worker_distributed_envi
 RUNNER, METHOD = "GPUModelRunner", "_pool"
 #: Upstream's own class. It copies on a stream of its own, and whoever asks for the result waits for an event.
 OUTPUT = "AsyncGPUPoolingModelRunnerOutput"
-#: The function by which it copies, as `_pool` itself does otherwise.
+#: The function by which it copies. `_pool` calls it itself where the flag is false.
 COPY = "_copy_pooler_output_to_cpu"
 #: The flag that `_pool` reads. The patch makes it true during a call.
 FLAG = "use_async_scheduling"
