@@ -56,6 +56,7 @@ def parsers(text: str | None, phases: Sequence[str]) -> tuple[argparse.ArgumentP
     run.add_argument(
         "--engine", action="append", default=[], metavar="NAME=JSON", help="arguments of vllm.LLM, for all arms"
     )
+    run.add_argument("--in-turn", type=Path, help="as of `python -m overlay bench`: beside others, measure one after the other")
     run.add_argument("--one-by-one", action="store_true", help="start the engines one after the other")
     run.set_defaults(control=False, cpu=False)
     for name, values in (("batches", (1, 4, 16, 64)), ("prompts", (16, 300, 1000, 3000))):
@@ -79,6 +80,7 @@ def setup_of(options: argparse.Namespace, name: str, arms: tuple[str, ...], capt
         arms=arms,
         variables=command.parse_pairs("--env", tuple(options.env)),
         overlay_environment=command.parse_pairs("--overlay-env", tuple(options.overlay_env)),
+        turns=options.in_turn,
         installed=command.is_installed(),
     )
 
