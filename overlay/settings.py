@@ -63,11 +63,6 @@ class Settings:
     retired: tuple[str, ...] = ()  #: one line for each setting that was set and no longer does anything
 
     @property
-    def unproven(self) -> bool:
-        """Whether all patches are asked for: then also what a patch leaves out because no engine on a GPU has run it."""
-        return self.patches == PATCH_NAMES
-
-    @property
     def forks(self) -> str:
         """The plan of a patch that can overlap in one way only and has a fixed threshold."""
         return SERIAL if self.plan == SERIAL else DUAL

@@ -56,7 +56,9 @@ def parsers(text: str | None, phases: Sequence[str]) -> tuple[argparse.ArgumentP
     run.add_argument(
         "--engine", action="append", default=[], metavar="NAME=JSON", help="arguments of vllm.LLM, for all arms"
     )
-    run.add_argument("--in-turn", type=Path, help="as of `python -m overlay bench`: beside others, measure one after the other")
+    run.add_argument(
+        "--in-turn", type=Path, help="as of `python -m overlay bench`: beside others, measure one after the other"
+    )
     run.add_argument("--one-by-one", action="store_true", help="start the engines one after the other")
     run.set_defaults(control=False, cpu=False)
     for name, values in (("batches", (1, 4, 16, 64)), ("prompts", (16, 300, 1000, 3000))):

@@ -46,8 +46,6 @@ QWEN3_5 = re.compile(r"Qwen3_[5-9](Moe)?(ForCausalLM|ForConditionalGeneration|MT
 #: The models with DeepSeek-V3.2's attention (DSA), and the package that their class is in from vLLM 0.29 on.
 DSA = re.compile(r"(DeepseekV32|GlmMoeDsa)ForCausalLM")
 ASKED_FOR = "off until VLLMOVERLAY_PATCHES names it"
-#: Of adapters on a base layer that quantizes its input (`overlay.side_work.realized`).
-TRIED = "VLLMOVERLAY_PATCHES=all takes it, which no engine on a GPU has run"
 DSA_PACKAGE = "vllm.models.deepseek_v32"
 DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 #: How vLLM tells a pooling model by its architecture (`_SUFFIX_TO_DEFAULTS`); a model that generates ends otherwise.
@@ -64,6 +62,8 @@ MAIN, SIDE = "in_proj_qkvz", "in_proj_ba"
 WHOLE_SIDE = "disable_tp_for_ba_proj"
 #: The module of vLLM that names all architectures.
 REGISTRY = "vllm.model_executor.models.registry"
+#: Where vLLM says how it compiles, and what it has there from 0.19 on: then starts are put into graphs last.
+COMPILATION, RANGES = "vllm.config.compilation", "compile_ranges_endpoints"
 
 
 @dataclass(frozen=True)
@@ -505,8 +505,8 @@ class _Asked:
             base: Linear = self.form.read(linear)
         except Torn as error:
             return STOCK, f"vLLM does not load it: {error}"
-        against = reason_against_main(base)
-        if against is not None:
-            return STOCK, f"the base layer is {base.said}: {against}; {TRIED}"
         said = f"the base layer is {base.said}"
-        return APPLY, said if base.gemm == TORCH else f"{said} and reads its input as it is"
+        against = reason_against_main(base)
+        if against is not None and RANGES not in self.source_of(COMPILATION):
+            return STOCK, f"{said}: {against}"
+        return APPLY, f"{said} and reads its input as it is" if against is None and base.gemm != TORCH else said

@@ -26,6 +26,7 @@ from overlay.side_work.plan import PASS_THROUGH, Plan
 from overlay.vocabulary import SERIAL
 
 LIBRARY = "vllm_overlay"
+JOIN = f"{LIBRARY}.join"
 TAGS = (torch.Tag.flexible_layout,)
 NO_STREAM = "no auxiliary stream"
 
@@ -231,13 +232,25 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
         if found is not None:
             found.forget(result)
 
-    def lower(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-        *arguments, _, pair_name = node.args
-        with graph.inserting_before(node):
-            graph.call_function(stock, tuple(arguments)).meta = dict(node.meta)
+    def put_back(graph: torch.fx.Graph, node: torch.fx.Node) -> list[torch.fx.Node]:
+        """Stock's call where stock has it, at the join, with its buffer before it: Inductor's order is that of the graph.
+
+        Gives the joins, which are still there.
+        """
+        *arguments, _, _ = node.args
+        result = arguments[written]
+        joins = [reader for reader in result.users if lowering.op_of(reader) == JOIN]
+        with graph.inserting_before(joins[0] if joins else node):
+            call = graph.call_function(stock, tuple(arguments))
+        call.meta = dict(node.meta)
         graph.erase_node(node)
-        if pair_name in pairs:
-            pairs[pair_name].record.calls.lowered += 1
+        if result.op == "call_function" and all(call <= reader for reader in result.users):
+            call.prepend(result)
+        return joins
+
+    def lower(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+        count_lowered(node.args[-1])
+        put_back(graph, node)
 
     library = torch.library.Library(LIBRARY, "FRAGMENT")
     given, _, _ = str(stock.default._schema).partition("(")[2].rpartition(") -> ")
@@ -248,13 +261,18 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
     op = getattr(getattr(torch.ops, LIBRARY), name)
     lowering.register(op, above=lower)
 
-    def lower_with_join(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-        for reader in list(node.args[written].users):
-            if lowering.op_of(reader) == str(torch.ops.vllm_overlay.join):
-                graph.erase_node(reader)
-        lower(graph, node)
+    def put_back_without_join(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+        for join in put_back(graph, node):
+            graph.erase_node(join)
 
-    return lower_with_join
+    return put_back_without_join
+
+
+def count_lowered(name: str) -> None:
+    """Count a start that is stock's call in a compiled graph."""
+    pair = pairs.get(name)
+    if pair is not None:
+        pair.record.calls.lowered += 1
 
 
 def _count_fake(name: str) -> None:
@@ -271,9 +289,7 @@ def _lower_start(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-    pair = pairs.get(name)
-    if pair is not None:
-        pair.record.calls.lowered += 1
+    count_lowered(name)
 
 
 def _lower_join(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

@@ -58,7 +58,7 @@ def reason_against_main(main: Linear) -> str | None:
 
     Inductor computes with a norm's output before it is rounded to bf16, until an op has to read it from memory. Start is such
     an op, and not always where stock has one. So the quantized input can differ in its last bit. torch's GEMM has the
-    output in memory at once, in stock as well. `overlay.side_work.realized` has the whole story, and a way for vLLM's own op.
+    output in memory at once, in stock as well. `overlay.side_work.insertion` has the whole story, and a way for vLLM's own op.
     """
     return (
         None

@@ -63,9 +63,15 @@ def measure(fleet: Fleet, arms: Sequence[str], loads: Sequence[Load], rounds: in
 
 
 def rows_of(runs: Runs) -> list[dict[str, Any]]:
-    """Per number of clients and metric: the arms' times of the rounds that all of them have, in pairs. Seconds."""
+    """Per number of clients and metric: the arms' times of the rounds that all of them have, in pairs. Seconds.
+
+    Without an arm whose turn never came: where servers take turns, the others' times would be lost with it.
+    """
     rows = []
-    for clients, by_arm in runs.items():
+    for clients, all_arms in runs.items():
+        by_arm = {arm: rounds for arm, rounds in all_arms.items() if rounds}
+        if STOCK not in by_arm or len(by_arm) < 2:
+            continue
         common = sorted(set.intersection(*(set(rounds) for rounds in by_arm.values())))
         seconds = {arm: [seconds_of_requests(rounds[turn]) for turn in common] for arm, rounds in by_arm.items()}
         for metric in METRICS:
@@ -91,6 +97,8 @@ def answers_of(runs: Runs) -> list[dict[str, Any]]:
         wanted = stock[first]["generated_texts"]
         arms = {}
         for arm, rounds in by_arm.items():
+            if not rounds:
+                continue
             found = [run["generated_texts"] for turn, run in rounds.items() if arm != STOCK or turn != first]
             different = sum(old != new for texts in found for old, new in zip(wanted, texts, strict=True))
             arms[arm] = {"different": different, "of": len(wanted) * len(found)}

@@ -149,6 +149,10 @@ class Plan:
     need: memory.Need
     free: int
 
+    def fits(self, servers: int) -> bool:
+        """Whether so many servers fit beside each other, or the user says so."""
+        return not self.options.memory_check or servers * self.need.total <= self.free
+
     @property
     def serving_arms(self) -> tuple[str, str]:
         """Stock, and of the others the overlay, or else the first that is not stock again."""
@@ -260,8 +264,9 @@ def settle(options: Options) -> Plan:
     longest = max(*prompts, 300) + effort.tokens  # 300: the longest of the mixed prompts
     if options.rates or options.concurrency:
         longest = max(longest, options.serving_prompt + max(options.serving_output, options.loop_output))
+    running = () if set(options.phases) <= {"serving", "ttft"} else batches
     load = memory.Load(
-        requests=max(*batches, *(options.concurrency or ()), LEAST_REQUESTS),
+        requests=max(*running, *(options.concurrency or ()), LEAST_REQUESTS),
         request_tokens=tokens,
         prompt=max(longest, tokens),
         prefill=min(PREFILL_TOKENS, max(2048, longest)),
@@ -463,14 +468,14 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
         sizes = options.serving_prompt, options.loop_output
         loops = [closed_loop.load(clients, effort.loop_waves, *sizes) for clients in options.concurrency or ()]
         if loops:
-            together = len(options.arms) * plan.need.total <= plan.free
-            closed_loop.measure(fleet(closed_loop.KEY), options.arms, loops, effort.loop_rounds, together)
+            closed_loop.measure(
+                fleet(closed_loop.KEY), options.arms, loops, effort.loop_rounds, plan.fits(len(options.arms))
+            )
             _check_effect(plan, results, results.data[closed_loop.KEY])
         sizes = options.serving_prompt, options.serving_output
         rates = [serving.load(rate, effort.serving_seconds, *sizes) for rate in options.rates]
         if rates:
-            together = 2 * plan.need.total <= plan.free
-            serving.measure(fleet(serving.KEY), plan.serving_arms, rates, effort.serving_rounds, together)
+            serving.measure(fleet(serving.KEY), plan.serving_arms, rates, effort.serving_rounds, plan.fits(2))
 
 
 def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:

@@ -92,16 +92,16 @@ class Server:
                 start_new_session=True,
             )
         self.launched = time.monotonic()
+        self.limit = min(START_SECONDS, max(setup.remaining(), 30.0))
         self.start_seconds = 0.0
 
     def wait(self) -> None:
-        """Wait until it answers. Raises ServingError where it ends, or the time does."""
-        limit = min(START_SECONDS, max(self._setup.remaining(), 30.0))
+        """Wait until it answers. Raises ServingError where it ends, or the time that was left when it was launched does."""
         while not self._answers():
             if self._process.poll() is not None:
                 raise ServingError(f"{self.arm}: the server ended, status {self._process.returncode}\n{tail(self.log)}")
-            if time.monotonic() - self.launched > limit:
-                raise ServingError(f"{self.arm}: no answer within {limit:.0f} s\n{tail(self.log)}")
+            if time.monotonic() - self.launched > self.limit:
+                raise ServingError(f"{self.arm}: no answer within {self.limit:.0f} s\n{tail(self.log)}")
             time.sleep(0.3)
         self.start_seconds = time.monotonic() - self.launched
 

@@ -7,9 +7,9 @@ as long as the base layer's GEMM, or longer, and fill a few percent of the GPU.
 Cause: nothing orders the shrink and the base layer. Both read the layer's input.
 
 Fix: start launches the shrink on an auxiliary stream. The base layer runs as vLLM runs it. Join waits, and then upstream's
-own expand adds to the base layer's output (overlay.side_work). A base layer that quantizes its input stays stock
-(`rules.reason_against_main`), unless all patches are asked for: then `overlay.side_work.realized` sees to it that Inductor
-quantizes what it quantizes in stock. No engine on a GPU has run that yet. All of it is upstream's code:
+own expand adds to the base layer's output (overlay.side_work). Start and join are put into a compiled graph last, so all
+else in it is stock's (`overlay.side_work.insertion`). In vLLM before 0.19 that cannot be done, and a base layer that quantizes
+its input stays stock. All of it is upstream's code:
 
 * Its `add_lora_linear` runs with a stand-in for the punica wrapper, which notes the arguments of shrink and expand.
 * Its `add_shrink` runs on the real wrapper. It passes its weights to the op ``lora_shrink``, a global of its module, and

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
 from overlay.report.journal import journal
 from overlay.settings import Settings, outcome
-from overlay.side_work import adoption, gemms, lane, lowering, ops, realized
+from overlay.side_work import adoption, gemms, insertion, lane, lowering, ops
 from overlay.side_work.adoption import StaysStock, refuse_modes
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import PAIR, Waiting
@@ -33,9 +33,6 @@ NO_ADAPTER = "no adapter active in the batch"
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
 #: vLLM's linears. A subclass with a forward of its own may give another shape or type than the adapters are made for.
 LINEARS = (*gemms.LINEARS, QKVParallelLinear, RowParallelLinear)
-
-#: The name of pairs whose base layer may quantize its input (`overlay.side_work.realized`). The others have the patch's.
-EXACT = f"{NAME}, input quantized"
 
 Apply = Callable[..., torch.Tensor]
 
@@ -55,9 +52,9 @@ class Halves:
     def add_expand(self, _output: None, *given: Any, **named: Any) -> None:
         self._expand = given, named
 
-    def shrink(self, wrapper: Any, gate: torch.Tensor | None, name: str) -> None:
+    def shrink(self, wrapper: Any, gate: torch.Tensor | None) -> None:
         x, weights, rest, named = self._shrink
-        wrapper.add_shrink(self.buffer, x, weights if gate is None else Gated(weights, gate, name), *rest, **named)
+        wrapper.add_shrink(self.buffer, x, weights if gate is None else Gated(weights, gate), *rest, **named)
 
     def expand(self, wrapper: Any, output: torch.Tensor) -> None:
         given, named = self._expand
@@ -65,12 +62,11 @@ class Halves:
 
 
 class Gated:
-    """The weights of a shrink that is to be started, the gate (a parameter that the base layer's GEMM reads), and the pair's name."""
+    """The weights of a shrink that is to be started, and the gate: a parameter that the base layer's GEMM reads."""
 
-    def __init__(self, weights: tuple[torch.Tensor, ...], gate: torch.Tensor, name: str) -> None:
+    def __init__(self, weights: tuple[torch.Tensor, ...], gate: torch.Tensor) -> None:
         self.weights = weights
         self.gate = gate
-        self.name = name
 
 
 class AddsNothing:
@@ -91,20 +87,17 @@ class LoraPair:
 
     base: torch.nn.Module
     gate: str | None
-    name: str = NAME
 
     @property
     def shape(self) -> str:
         """What of the pair shapes the compiled graph."""
-        return f"by {self.gate}" if self.name == NAME else f"{self.name}, by {self.gate}"
+        return f"by {self.gate}"
 
 
 def lora_shrink(inputs: torch.Tensor, lora_a_weights: Any, *rest: Any, **named: Any) -> None:
     """Stands where upstream's `add_shrink` finds its op. Its other callers get the op."""
     if isinstance(lora_a_weights, Gated):
-        torch.ops.vllm_overlay.lora_start(
-            inputs, lora_a_weights.weights, *rest, lora_a_weights.gate, lora_a_weights.name
-        )
+        torch.ops.vllm_overlay.lora_start(inputs, lora_a_weights.weights, *rest, lora_a_weights.gate, NAME)
     else:
         torch.ops.vllm.lora_shrink(inputs, lora_a_weights, *rest, **named)
 
@@ -118,17 +111,20 @@ def overlap_adapters(original: Apply) -> Apply:
         # Towers of multimodal models run without a forward context. A third dimension is the batch of Transformers' models.
         if pair is None or x.dim() not in (2, 3) or not is_forward_context_available():
             return original(self, x, bias)
-        wrapper, halves, rows = self.punica_wrapper, Halves(), x.flatten(0, -2)
+        wrapper, halves = self.punica_wrapper, Halves()
+        rows = (
+            x if x.dim() == 2 else x.flatten(0, -2)
+        )  # a view that changes nothing would be a node that stock's graph has not
         type(wrapper).add_lora_linear(
             halves, None, rows, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
         )
-        halves.shrink(wrapper, None if pair.gate is None else getattr(self.base_layer, pair.gate), pair.name)
+        halves.shrink(wrapper, None if pair.gate is None else getattr(self.base_layer, pair.gate))
         output = original(pair.base, x, bias)
         if pair.gate is not None:
             torch.ops.vllm_overlay.join(halves.buffer, output, rows)
         elif not torch.compiler.is_compiling():
             ops.choose(rows, NAME)  # start is what counts elsewhere
-        halves.expand(wrapper, output.view(-1, output.shape[-1]))
+        halves.expand(wrapper, output if output.dim() == 2 else output.view(-1, output.shape[-1]))
         return output
 
     return apply
@@ -193,28 +189,31 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
             raise StaysStock(f"{owner.__name__} has {', '.join(changed)} of its own")
 
 
-def has_to_be_exact(base: Any, unproven: bool) -> bool:
-    """Whether a base layer may quantize its input in a compiled graph. Raises StaysStock where that keeps the layer stock."""
+def starts_are_inserted() -> bool:
+    """Whether vLLM compiles graphs in the way in which starts can be put in last (`overlay.side_work.insertion`)."""
+    compilation = get_current_vllm_config().compilation_config
+    mode = int(getattr(compilation, "mode", None) or 0)
+    return mode == lowering.VLLM_COMPILE and hasattr(compilation, "compile_ranges_endpoints")
+
+
+def check_base(base: Any) -> None:
+    """Raise StaysStock for a base layer beside which stock's bits would be lost.
+
+    Where nothing is compiled, everybody reads the same value.
+    """
+    mode = int(getattr(get_current_vllm_config().compilation_config, "mode", None) or 0)
     reason = gemms.reason_beside(base)
-    if reason is None:
-        return False
-    config = get_current_vllm_config()
-    mode = int(getattr(config.compilation_config, "mode", None) or 0)
-    if mode == 0:  # without a compiled graph everybody reads the same value
-        return False
-    knows_ranges = hasattr(config.compilation_config, "compile_ranges_endpoints")
-    if not unproven or mode != lowering.VLLM_COMPILE or not knows_ranges:
+    if reason is not None and mode != 0 and not starts_are_inserted():
         raise StaysStock(reason)
-    return True
 
 
-def make_pair(layer: Any, intercepted: tuple[type, ...], unproven: bool = False) -> tuple[LoraPair, dict[str, Any]]:
+def make_pair(layer: Any, intercepted: tuple[type, ...], strict: bool = False) -> tuple[LoraPair, dict[str, Any]]:
     """The pair of a layer that has its weights, and what the journal shows. Raises StaysStock where it must stay stock."""
     check_class(type(layer), intercepted)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
         raise StaysStock(f"{type(base).__name__} has a forward of its own")
-    exact = has_to_be_exact(base, unproven)
+    check_base(base)
     columns = getattr(base, "output_size_per_partition", base.output_size)
     found = sum(layer.output_slices)
     if found != columns:
@@ -222,18 +221,16 @@ def make_pair(layer: Any, intercepted: tuple[type, ...], unproven: bool = False)
     gate: str | None = gemms.gate_of(base)
     if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
         edit = take_over_shrink(layer.punica_wrapper)
-        if exact:
-            realized.require(torch.ops.vllm_overlay.lora_start, EXACT, edit)
+        if starts_are_inserted():
+            insertion.require(torch.ops.vllm_overlay.lora_start, torch.ops.vllm.lora_shrink, edit, strict)
     else:
         gate = None
     shown = {"output": found, "slices": len(layer.output_slices), "class": type(layer).__name__}
-    return LoraPair(without_adapters(layer), gate, EXACT if exact else NAME), shown
+    return LoraPair(without_adapters(layer), gate), shown
 
 
-def decide(strict: bool, layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
+def decide(layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
     """The pairs of a loaded model's layers, once the lane of their device is ready."""
-    if any(pair.name == EXACT for _, pair in layers):
-        lowering.intercept_compiler(strict)
     on_gpu = [layer.lora_a_stacked[0].device for layer, _ in layers if layer.lora_a_stacked[0].is_cuda]
     for device in on_gpu[:1]:
         lane.use_once(device, functools.partial(_first_use, device))
@@ -257,9 +254,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     ancestor: Any = class_at(module, ".".join(ANCESTOR))
     targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
     record = journal.patch(NAME)
-    waiting: Waiting[LoraPair, LoraPair] = Waiting(
-        NAME, verdict, record, settings, functools.partial(decide, settings.strict)
-    )
+    waiting: Waiting[LoraPair, LoraPair] = Waiting(NAME, verdict, record, settings, decide)
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
@@ -269,7 +264,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
 
         def check() -> tuple[LoraPair, dict[str, Any]]:
             check_engine(layer)
-            return make_pair(layer, targets, settings.unproven)
+            return make_pair(layer, targets, settings.strict)
 
         waiting.adopt(layer, name, check)
         if record.refused.get(name) == FULLY_SHARDED:
@@ -279,7 +274,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
 
     waiting.begin()
     planned = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
-    ops.pairs.update(dict.fromkeys((NAME, EXACT), planned))
+    ops.pairs[NAME] = planned
     setattr(linear_class, PAIR, None)
     for target in targets:
         target.apply = overlap_adapters(target.__dict__["apply"])

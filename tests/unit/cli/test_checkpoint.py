@@ -36,9 +36,9 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 
 
 def sources(module: str) -> str:
-    """Of a vLLM that has every model, and keeps ba whole."""
+    """Of a vLLM that has every model, keeps ba whole, and compiles by ranges of tokens."""
     every = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3NextForCausalLM", *OTHERS)
-    return " ".join(f'"{name}"' for name in every) + checkpoint.WHOLE_SIDE + checkpoint.DSA_PACKAGE
+    return " ".join(f'"{name}"' for name in every) + checkpoint.WHOLE_SIDE + checkpoint.DSA_PACKAGE + checkpoint.RANGES
 
 
 OTHERS = (
@@ -241,12 +241,25 @@ def test_lora_takes_the_linears_and_leaves_the_projections_stock(tmp_path: Path)
     content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": of_format("fp8-block")}
     found = judged(tmp_path, content, lora=True)
     assert gdn(found)[0][1:] == ("stock", f"{rules.ADAPTERS} (unless --lora-target-modules leaves both out)")
-    stock, plain = (group for group in found.groups if group.patch == "lora_linear")
-    assert stock.state == "stock" and "may quantize its input" in stock.reason and "self_attn.qkv_proj" in stock.linears
+    quantized, plain = (group for group in found.groups if group.patch == "lora_linear")
+    assert (quantized.state, quantized.reason) == (APPLY, "the base layer is FP8 in blocks")
+    assert "self_attn.qkv_proj" in quantized.linears
     assert (plain.state, plain.linears, plain.layers) == (APPLY, ("linear_attn.in_proj_ba",), 3)
-    assert stock.reason.endswith(f"; {checkpoint.TRIED}")
     told = [group.reason for group in judged(tmp_path, content).groups if group.patch == "lora_linear"]
     assert all(reason.startswith(checkpoint.WHEN_SERVED) for reason in told)
+
+
+def test_before_vllm_compiles_by_ranges_a_base_layer_that_quantizes_stays_stock(tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": of_format("fp8-block")}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+
+    def older(module: str) -> str:
+        return sources(module).replace(checkpoint.RANGES, "")
+
+    found = checkpoint.judge(str(tmp_path), APPLIES, older, 1, True)
+    groups = [group for group in found.groups if group.patch == "lora_linear"]
+    assert [group.state for group in groups] == ["stock", APPLY]
+    assert "FP8 in blocks may quantize its input" in groups[0].reason
 
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32}

@@ -274,6 +274,19 @@ def test_servers_alone_need_not_fit_beside_each_other(phases: tuple[str, ...], e
     assert command.Options(arms=("stock", "overlay", "serial"), phases=phases).alive_at_once == engines
 
 
+def test_servers_have_room_for_their_clients_and_no_more(machine: dict[str, Any]) -> None:
+    """256 running requests are the decode steps', not theirs."""
+    machine["gpus"] = [(0, "H200", 139 * GIB)]
+    loop = {"concurrency": (1, 32), "layers": 40, "format": "fp8-block", "arms": ("stock", "overlay", "control")}
+    servers_alone = command.settle(command.Options(phases=("serving",), **loop))
+    assert servers_alone.load.requests == 32 and servers_alone.fits(3)
+    with_steps = command.settle(command.Options(phases=("decode", "serving"), memory_check=False, **loop))
+    assert with_steps.load.requests == 256
+    assert 3 * with_steps.need.total > with_steps.free and with_steps.fits(3), (
+        "without the check the user says that they fit"
+    )
+
+
 def test_rates_and_pairs() -> None:
     assert command.parse_rates("4,0.5") == (0.5, 4.0)
     assert command.parse_rates(None) == ()
@@ -842,7 +855,11 @@ def test_a_closed_loop_is_paired_by_round_and_its_answers_have_a_control(data: d
     assert tpot["ratio"] == pytest.approx(0.9) and tpot["interval"] == "range"
     answers = closed_loop.answers_of(runs)
     assert answers[0]["arms"] == {"stock": {"different": 1, "of": 4}, "overlay": {"different": 1, "of": 4}}
-    assert answers[1]["arms"]["overlay"] == {"different": 0, "of": 0}
+    assert set(answers[1]["arms"]) == {"stock"}
+    # The arm whose turn never came takes nothing from the others.
+    with_control = {1: {**runs[1], "control": {}}}
+    assert closed_loop.rows_of(with_control) == [tpot, ttft]
+    assert closed_loop.answers_of(with_control) == answers[:1]
     found = {"rows": [tpot, ttft], "answers": answers, "together": False}
     data |= {"concurrency": found, "tokens": []}
     assert different(data) == []  # stock does not repeat itself here

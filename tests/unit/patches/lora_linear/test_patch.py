@@ -25,13 +25,12 @@ from overlay.engine import compile_cache, loaded
 from overlay.patches.lora_linear import patch as lora_linear
 from overlay.report.journal import Journal, PatchRecord
 from overlay.settings import Settings
-from overlay.side_work import adoption, lane, lowering, ops, realized
+from overlay.side_work import adoption, insertion, lane, lowering, ops
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.lowering import NO_CAPTURE
 from overlay.side_work.plan import Plan
 from overlay.side_work.waiting import FAILED
 from overlay.verdict import Upstream, Verdict
-from overlay.vocabulary import PATCH_NAMES
 from tests.unit import side_work_ops
 from tests.unit.side_work import test_order as order
 
@@ -309,63 +308,35 @@ def test_a_base_layer_with_its_own_forward_is_refused(engine: Any) -> None:
         lora_linear.make_pair(BaseLinearLayerWithLoRA(base=GateLinear), INTERCEPTED)
 
 
-def test_a_base_layer_that_may_quantize_its_input_is_refused(engine: Any) -> None:
-    engine()
-    layer = BaseLinearLayerWithLoRA()
-    layer.base_layer.quant_method = type("Fp8LinearMethod", (), {})()
-    with pytest.raises(
-        StaysStock, match="Fp8LinearMethod may quantize its input, and Inductor would round it otherwise"
-    ):
-        lora_linear.make_pair(layer, INTERCEPTED)
-
-
 @pytest.mark.parametrize("mode", [0, 1, 3])
 @pytest.mark.parametrize("knows_ranges", [False, True])
-@pytest.mark.parametrize("unproven", [False, True])
-def test_where_such_a_base_layer_is_taken_its_start_is_exact(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, mode: int, knows_ranges: bool, unproven: bool
+@pytest.mark.parametrize("quantizes", [False, True])
+def test_starts_are_put_in_last_where_vllm_itself_compiles(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, mode: int, knows_ranges: bool, quantizes: bool
 ) -> None:
-    """Without a compiled graph nobody rounds. What is intercepted is vLLM's own compilation, from 0.19 on."""
+    """From 0.19 on. Elsewhere a base layer that may quantize its input stays stock, unless nothing is compiled: then nobody rounds."""
     config = engine()
     config.compilation_config.mode = mode
     if not knows_ranges:
         del config.compilation_config.compile_ranges_endpoints
     layer: Any = BaseLinearLayerWithLoRA()
-    layer.base_layer.quant_method = type("Fp8LinearMethod", (), {})()
+    if quantizes:
+        layer.base_layer.quant_method = type("Fp8LinearMethod", (), {})()
     layer.set_mapping(Punica())
     required: list[Any] = []
-    monkeypatch.setattr(realized, "require", lambda *given: required.append(given))
-    if mode and not (unproven and mode == 3 and knows_ranges):
-        with pytest.raises(StaysStock, match="may quantize its input"):
-            lora_linear.make_pair(layer, INTERCEPTED, unproven)
-        assert required == []
-        return
-    pair, _ = lora_linear.make_pair(layer, INTERCEPTED, unproven)
-    if mode:
-        assert pair.name == lora_linear.EXACT and pair.shape == "lora_linear, input quantized, by weight"
-        ((op, name, edit),) = required
-        assert (str(op), name) == ("vllm_overlay.lora_start", pair.name) and callable(edit)
+    monkeypatch.setattr(insertion, "require", lambda *given: required.append(given))
+    inserted = mode == 3 and knows_ranges
+    if quantizes and mode and not inserted:
+        with pytest.raises(
+            StaysStock, match="Fp8LinearMethod may quantize its input, and Inductor would round it otherwise"
+        ):
+            lora_linear.make_pair(layer, INTERCEPTED)
     else:
-        assert (pair.name, pair.shape, required) == (lora_linear.NAME, "by weight", [])
-
-
-def test_an_engine_with_an_exact_pair_has_its_graphs_edited(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[bool] = []
-    monkeypatch.setattr(lowering, "intercept_compiler", said.append)
-    monkeypatch.setattr(realized, "require", lambda *given: None)
-    text = lora_linear.get_current_vllm_config().model_config.hf_text_config
-    text.hidden_size = 4096  # one range for all sizes, so nothing else asks for it
-    lora_linear.install(package, FOUND, dataclasses.replace(PASS, patches=PATCH_NAMES))
-    plain, quantized = a_layer_of(package, prefix="a"), a_layer_of(package, prefix="b")
-    quantized.base_layer.quant_method = type("Fp8LinearMethod", (), {})()
-    plain.set_mapping(Punica())
-    package.load()
-    assert said == []
-    quantized.set_mapping(Punica())
-    package.load()
-    assert said == [PASS.strict]
-    assert ops.pairs[lora_linear.EXACT] is ops.pairs[lora_linear.NAME]
-    assert getattr(quantized, lora_linear.PAIR).name == lora_linear.EXACT
+        pair, _ = lora_linear.make_pair(layer, INTERCEPTED, strict=True)
+        assert pair.shape == "by weight"
+    assert bool(required) == inserted
+    for op, stock, edit, strict in required:
+        assert (str(op), str(stock), strict) == ("vllm_overlay.lora_start", "vllm.lora_shrink", True) and callable(edit)
 
 
 def test_a_base_layer_without_a_parameter_is_refused(engine: Any) -> None:

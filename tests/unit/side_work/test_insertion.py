@@ -7,11 +7,13 @@ of a model's graphs is compiled for itself, in order, as vLLM compiles the piece
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor import compile_fx as compile_fx_module
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
@@ -25,15 +27,15 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
 from overlay.report.journal import PatchRecord
+from overlay.side_work import insertion, ops
 from overlay.side_work import lowering as edits
-from overlay.side_work import ops, realized
 from overlay.side_work.plan import Plan
 from overlay.vocabulary import DUAL
 from tests.unit import side_work_ops
 from tests.unit.side_work import test_lowering as by_vllm
 from tests.unit.side_work import test_order as order
 
-HIDDEN, RANK, TOKENS, EXACT = 128, 4, 4, "exact"
+HIDDEN, RANK, TOKENS, NAME = 128, 4, 4, "pair"
 Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 toy = order.toy
 
@@ -43,7 +45,7 @@ def adapters(toy: None) -> Iterator[Any]:
     """Upstream's shrink and expand, and start for that shrink. Gives the edit that puts shrink back."""
     library = torch.library.Library("overlay_order_test", "FRAGMENT")
     for name, schema, run in (
-        ("shrink", "(Tensor x, Tensor a, Tensor(a!) buffer) -> ()", _shrink),
+        ("shrink", "(Tensor x, Tensor[] a, Tensor(a!) buffer, Tensor mapping) -> ()", _shrink),
         ("expand", "(Tensor buffer, Tensor b, Tensor(a!) out) -> ()", _expand),
     ):
         library.define(f"{name}{schema}")
@@ -59,8 +61,8 @@ def adapters(toy: None) -> Iterator[Any]:
         one._destroy()
 
 
-def _shrink(x: torch.Tensor, a: torch.Tensor, buffer: torch.Tensor) -> None:
-    buffer.copy_(x.float() @ a.float().t())
+def _shrink(x: torch.Tensor, a: list[torch.Tensor], buffer: torch.Tensor, mapping: torch.Tensor) -> None:
+    buffer.copy_(x.float() @ a[0].float().t())
 
 
 def _expand(buffer: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -70,12 +72,20 @@ def _expand(buffer: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 @pytest.fixture(autouse=True)
 def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, adapters: Any) -> Iterator[PatchRecord]:
     record = PatchRecord()
-    monkeypatch.setattr(ops, "pairs", {EXACT: ops.PlannedPair(Plan(DUAL, 256), record)})
-    for name, value in (("_edits", {}), ("_names", set()), ("_known_before", {}), ("_found", [])):
-        monkeypatch.setattr(realized, name, value)
+    monkeypatch.setattr(ops, "pairs", {NAME: ops.PlannedPair(Plan(DUAL, 256), record)})
+    for name, value in (("_known", {}), ("_known_before", {}), ("_found", [])):
+        monkeypatch.setattr(insertion, name, value)
     monkeypatch.setattr(edits, "_compile", None)
+    monkeypatch.setattr(edits, "_intercepted", False)
+    monkeypatch.setattr(backends.CompilerManager, "compile", backends.CompilerManager.compile)
+    passes = getattr(compile_fx_module, insertion.PASSES)  # another test may have wrapped it
+    monkeypatch.setattr(compile_fx_module, insertion.PASSES, getattr(passes, "__wrapped__", passes))
     with order.unused_inductor():
         yield record
+
+
+def require(edit: Any) -> None:
+    insertion.require(torch.ops.vllm_overlay.test_start, torch.ops.overlay_order_test.shrink, edit, strict=True)
 
 
 def rms_norm(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -88,16 +98,18 @@ def activation(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.relu(values.float()) * 1.1
 
 
-def linear(x: torch.Tensor, weights: tuple[torch.Tensor, ...], with_ops: bool) -> torch.Tensor:
+def linear(x: torch.Tensor, weights: tuple[torch.Tensor, ...], mapping: torch.Tensor, with_ops: bool) -> torch.Tensor:
+    """As vLLM's: what shrink writes to, and a part of a mapping for as many tokens as there are, are made just before shrink."""
     base, a, b = weights
-    buffer = torch.empty(x.shape[0], RANK)
     if with_ops:
-        torch.ops.vllm_overlay.test_start(x, a, buffer, base, EXACT)
+        buffer = torch.empty(x.shape[0], RANK)
+        torch.ops.vllm_overlay.test_start(x, [a], buffer, mapping[: x.shape[0]], base, NAME)
     out = order.quantized_by_token(x, base)
     if with_ops:
         torch.ops.vllm_overlay.join(buffer, out, x)
     else:
-        torch.ops.overlay_order_test.shrink(x, a, buffer)
+        buffer = torch.empty(x.shape[0], RANK)
+        torch.ops.overlay_order_test.shrink(x, [a], buffer, mapping[: x.shape[0]])
     torch.ops.overlay_order_test.expand(buffer, b, out)
     return out
 
@@ -106,7 +118,7 @@ def layer(made_by: Norm, with_ops: bool) -> Callable[..., torch.Tensor]:
     def forward(hidden: torch.Tensor, norm: torch.Tensor, *weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
         for one in weights:
             x = made_by(hidden, norm).to(hidden.dtype)
-            hidden = hidden + linear(x, one, with_ops).to(hidden.dtype)
+            hidden = hidden + linear(x, one, norm, with_ops).to(hidden.dtype)
         return hidden
 
     return forward
@@ -136,7 +148,7 @@ def run(made_by: Norm, with_ops: bool, *, above: bool | None = None) -> tuple[to
                     return compile_fx(traced, example)
                 ranges = [traced] if above is None else [traced, edits.edited(traced, edits._above)]
                 made = [
-                    realized.compiled(number, traced, one, lambda graph: compile_fx(graph, example)) for one in ranges
+                    insertion.compiled(number, traced, one, lambda graph: compile_fx(graph, example)) for one in ranges
                 ]
                 return made[bool(above)]
 
@@ -157,15 +169,25 @@ def forks(code: str) -> bool:
     return "vllm_overlay.test_start" in code
 
 
+def calls(code: str) -> list[str]:
+    """Kernels and ops in the order of their calls, kernels as `kernel`."""
+    names = "|".join(("test_start", "join", "shrink", "expand", "scaled_mm"))
+    found = re.findall(rf"^ +(?:(cpp_fused\w*)\(|.*\.({names})\.default\()", code, re.MULTILINE)
+    return [op or "kernel" for _, op in found]
+
+
 def test_the_first_graph_has_stocks_calls_and_every_graph_stocks_kernels(
     adapters: Any, as_in_a_new_process: PatchRecord
 ) -> None:
     expected, plain = stock(rms_norm)
-    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    require(adapters)
     result, codes = run(rms_norm, with_ops=True)
     assert torch.equal(result, expected)
     assert [forks(code) for code in codes] == [False, True, True]
-    assert "vllm_overlay.join" not in codes[0] and codes[1].count("vllm_overlay.join.default(") == 2
+    assert "vllm_overlay.join" not in codes[0]
+    # Before the kernel that quantizes if norm and quantization are two kernels, and before main's GEMM always.
+    overlapped = ["test_start", "scaled_mm", "join", "expand"]
+    assert [call for call in calls(codes[1]) if call != "kernel"] == 2 * overlapped
     for ours, theirs in zip(codes, plain, strict=True):
         assert order.texts(ours) and order.texts(ours) == order.texts(theirs)
     assert as_in_a_new_process.calls.lowered == 2
@@ -175,7 +197,7 @@ def test_the_first_graph_has_stocks_calls_and_every_graph_stocks_kernels(
 def test_a_graph_for_a_second_range_is_compiled_as_if_it_were_the_first(adapters: Any, above: bool) -> None:
     """In stock there is one range. Inductor must not know more by the first range's graph."""
     expected, plain = stock(rms_norm)
-    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    require(adapters)
     result, codes = run(rms_norm, with_ops=True, above=above)
     assert torch.equal(result, expected)
     assert [forks(code) for code in codes] == [False, not above, not above]
@@ -191,14 +213,14 @@ def test_stocks_first_graph_is_another_one_than_its_later_ones() -> None:
 
 def test_without_the_rules_the_bits_differ(adapters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = stock(rms_norm)
-    monkeypatch.setattr(realized, "compiled", lambda number, traced, graph, compile_graph: compile_graph(graph))
+    monkeypatch.setattr(insertion, "compiled", lambda number, traced, graph, compile_graph: compile_graph(graph))
     result, codes = run(rms_norm, with_ops=True)
     assert all(map(forks, codes)) and not torch.equal(result, expected)
 
 
 def test_an_input_that_stays_in_registers_is_left_to_stock(adapters: Any, as_in_a_new_process: PatchRecord) -> None:
     expected, plain = stock(activation)
-    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    require(adapters)
     result, codes = run(activation, with_ops=True)
     assert torch.equal(result, expected)
     assert not any(map(forks, codes)) and as_in_a_new_process.calls.lowered == 6
@@ -207,10 +229,10 @@ def test_an_input_that_stays_in_registers_is_left_to_stock(adapters: Any, as_in_
 
 
 def test_another_failure_of_a_compilation_is_its_own(adapters: Any) -> None:
-    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    require(adapters)
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
-    graph.call_function(torch.ops.vllm_overlay.test_start, (x, x, x, x, EXACT))
+    graph.call_function(torch.ops.vllm_overlay.test_start, (x, [x], x, x, x, NAME))
     graph.output(x)
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
     seen: list[str] = []
@@ -221,23 +243,16 @@ def test_another_failure_of_a_compilation_is_its_own(adapters: Any) -> None:
 
     for number in range(2):  # the first graph, and a later one
         with pytest.raises(RuntimeError, match="a compiler's own"):
-            realized.compiled(number, module, module, fail)
-    assert [forks(code.replace(".default", "")) or "test_start" in code for code in seen] == [False, True]
+            insertion.compiled(number, module, module, fail)
+    assert ["shrink" in code and "test_start" not in code for code in seen] == [True, True]
 
 
 def test_other_graphs_are_left_alone(adapters: Any) -> None:
-    realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+    require(adapters)
     module = torch.fx.symbolic_trace(lambda x: x + 1)
     given: list[Any] = []
-    realized.compiled(0, module, module, given.append)
-    assert given == [module] and realized._known_before == {}
-
-
-def test_beside_a_main_that_quantizes_nothing_an_input_may_stay_in_registers(adapters: Any) -> None:
-    """But the first graph is stock's for every pair: by it Inductor knows stock's op."""
-    realized.require(torch.ops.vllm_overlay.test_start, "another pair", adapters)
-    _, codes = run(activation, with_ops=True)
-    assert [forks(code) for code in codes] == [False, True, True]
+    insertion.compiled(0, module, module, given.append)
+    assert given == [module] and insertion._known_before == {}
 
 
 # ------------------------------------------------------------------------------------------------ by vLLM's own compilation
@@ -273,7 +288,7 @@ def run_by_vllm(
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             for one in self.layers:
                 x = rms_norm(inputs, self.norm).to(inputs.dtype)
-                large = linear(x, tuple(one.weights), with_ops)
+                large = linear(x, tuple(one.weights), self.norm, with_ops)
                 result = torch.zeros(x.shape[0], HIDDEN, dtype=torch.float32)
                 torch.ops.overlay_order_test.core(large, large, result)
                 inputs = inputs + result.to(inputs.dtype)
@@ -295,10 +310,7 @@ def test_vllms_own_compilation_has_stocks_bits_and_kernels(
     try:
         with order.unused_inductor():
             expected, plain = run_by_vllm(False, tmp_path / "stock", monkeypatch)
-        monkeypatch.setattr(edits, "_intercepted", False)
-        monkeypatch.setattr(backends.CompilerManager, "compile", backends.CompilerManager.compile)
-        edits.intercept_compiler(strict=True)
-        realized.require(torch.ops.vllm_overlay.test_start, EXACT, adapters)
+        require(adapters)
         result, codes = run_by_vllm(True, tmp_path / "overlay", monkeypatch)
     finally:
         library._destroy()
