@@ -189,31 +189,35 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
             raise StaysStock(f"{owner.__name__} has {', '.join(changed)} of its own")
 
 
-def starts_are_inserted() -> bool:
+def starts_are_inserted(compilation: Any) -> bool:
     """Whether vLLM compiles graphs in the way in which starts can be put in last (`overlay.side_work.insertion`)."""
-    compilation = get_current_vllm_config().compilation_config
     mode = int(getattr(compilation, "mode", None) or 0)
     return mode == lowering.VLLM_COMPILE and hasattr(compilation, "compile_ranges_endpoints")
 
 
-def check_base(base: Any) -> None:
+def check_base(base: Any, compilation: Any) -> None:
     """Raise StaysStock for a base layer beside which stock's bits would be lost.
 
     Where nothing is compiled, everybody reads the same value.
     """
-    mode = int(getattr(get_current_vllm_config().compilation_config, "mode", None) or 0)
     reason = gemms.reason_beside(base)
-    if reason is not None and mode != 0 and not starts_are_inserted():
+    compiles = bool(getattr(compilation, "mode", None))
+    if reason is not None and compiles and not starts_are_inserted(compilation):
         raise StaysStock(reason)
 
 
-def make_pair(layer: Any, intercepted: tuple[type, ...], strict: bool = False) -> tuple[LoraPair, dict[str, Any]]:
-    """The pair of a layer that has its weights, and what the journal shows. Raises StaysStock where it must stay stock."""
+def make_pair(
+    layer: Any, intercepted: tuple[type, ...], compilation: Any = None, strict: bool = False
+) -> tuple[LoraPair, dict[str, Any]]:
+    """The pair of a layer that has its weights, and what the journal shows. Raises StaysStock where it must stay stock.
+
+    `compilation` is vLLM's CompilationConfig; None where nothing is compiled.
+    """
     check_class(type(layer), intercepted)
     base = layer.base_layer
     if type(base).forward not in [linear.forward for linear in LINEARS]:
         raise StaysStock(f"{type(base).__name__} has a forward of its own")
-    check_base(base)
+    check_base(base, compilation)
     columns = getattr(base, "output_size_per_partition", base.output_size)
     found = sum(layer.output_slices)
     if found != columns:
@@ -221,7 +225,7 @@ def make_pair(layer: Any, intercepted: tuple[type, ...], strict: bool = False) -
     gate: str | None = gemms.gate_of(base)
     if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
         edit = take_over_shrink(layer.punica_wrapper)
-        if starts_are_inserted():
+        if starts_are_inserted(compilation):
             insertion.require(torch.ops.vllm_overlay.lora_start, torch.ops.vllm.lora_shrink, edit, strict)
     else:
         gate = None
@@ -264,7 +268,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
 
         def check() -> tuple[LoraPair, dict[str, Any]]:
             check_engine(layer)
-            return make_pair(layer, targets, settings.strict)
+            return make_pair(layer, targets, get_current_vllm_config().compilation_config, settings.strict)
 
         waiting.adopt(layer, name, check)
         if record.refused.get(name) == FULLY_SHARDED:

@@ -103,13 +103,13 @@ def linear(x: torch.Tensor, weights: tuple[torch.Tensor, ...], mapping: torch.Te
     base, a, b = weights
     if with_ops:
         buffer = torch.empty(x.shape[0], RANK)
-        torch.ops.vllm_overlay.test_start(x, [a], buffer, mapping[: x.shape[0]], base, NAME)
+        torch.ops.vllm_overlay.test_start(x, [a], buffer, mapping.narrow(0, 0, x.shape[0]), base, NAME)
     out = order.quantized_by_token(x, base)
     if with_ops:
         torch.ops.vllm_overlay.join(buffer, out, x)
     else:
         buffer = torch.empty(x.shape[0], RANK)
-        torch.ops.overlay_order_test.shrink(x, [a], buffer, mapping[: x.shape[0]])
+        torch.ops.overlay_order_test.shrink(x, [a], buffer, mapping.narrow(0, 0, x.shape[0]))
     torch.ops.overlay_order_test.expand(buffer, b, out)
     return out
 

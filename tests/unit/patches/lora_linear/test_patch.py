@@ -330,9 +330,9 @@ def test_starts_are_put_in_last_where_vllm_itself_compiles(
         with pytest.raises(
             StaysStock, match="Fp8LinearMethod may quantize its input, and Inductor would round it otherwise"
         ):
-            lora_linear.make_pair(layer, INTERCEPTED)
+            lora_linear.make_pair(layer, INTERCEPTED, config.compilation_config)
     else:
-        pair, _ = lora_linear.make_pair(layer, INTERCEPTED, strict=True)
+        pair, _ = lora_linear.make_pair(layer, INTERCEPTED, config.compilation_config, strict=True)
         assert pair.shape == "by weight"
     assert bool(required) == inserted
     for op, stock, edit, strict in required:
