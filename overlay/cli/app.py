@@ -245,7 +245,10 @@ def bench(
     ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Keep the compile caches of an earlier run.")] = False,
     memory_check: Annotated[
-        bool, typer.Option("--memory-check/--no-memory-check", help="Refuse what does not fit into the free memory.")
+        bool,
+        typer.Option(
+            "--memory-check/--no-memory-check", help="Refuse what does not fit; without, servers are alive together."
+        ),
     ] = True,
     ask_stock: Annotated[
         int,
