@@ -9,8 +9,8 @@ Cause: two things in Inductor depend on what is in the graph, and where.
   after that reads the rounded one. A value with several readers is realized at once if one of them is an op that Inductor has
   seen before in this process. An op that it sees for the first time gets a copy, and what stands before it in the graph goes on
   with the value that is not rounded. So in stock the first graph with a shrink computes otherwise than all later ones.
-- It moves nodes before it lowers a graph, and other ones where an input of the graph is written to, as start writes to its gate.
-  Then a kernel stores in another of its loops than stock's. (Seen in the code that torch 2.14 makes for an H200.)
+- It moves nodes before it lowers a graph, and other ones where an input of the graph is written to, as start writes to its gate
+  (`overlay.side_work.locality`).
 
 Fix: all of Inductor's passes, and vLLM's, see stock's graph, with stock's call in the place of the join. When they are done, start
 goes behind its input, and join before the first reader of what start writes to. Inductor knows start beforehand, as it knows

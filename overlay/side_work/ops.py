@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from overlay.report.journal import PatchRecord
-from overlay.side_work import followers, lane, lowering
+from overlay.side_work import followers, lane, locality, lowering
 from overlay.side_work.plan import PASS_THROUGH, Plan
 from overlay.vocabulary import SERIAL
 
@@ -199,6 +199,7 @@ def define(declares_writes: bool) -> None:
     lowering.register(join, above=_lower_join)
     if not declares_writes:
         return
+    locality.keep(LIBRARY)
     start_into = register("start_into", _start_into, fake_start_into, ["results", "gate"])
     join_into = register("join_into", _join_into, fake_join, ["results"])
 

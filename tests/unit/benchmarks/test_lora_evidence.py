@@ -314,7 +314,7 @@ def test_micro_runs_the_overlays_own_apply(monkeypatch: pytest.MonkeyPatch) -> N
     from overlay.side_work import ops
 
     monkeypatch.setattr(lora_linear, "take_over_shrink", lambda wrapper: None)
-    monkeypatch.setattr(lora_linear, "Gated", lambda weights, gate, name: weights)
+    monkeypatch.setattr(lora_linear, "Gated", lambda weights, gate: weights)
     monkeypatch.setattr(ops, "pairs", {})
 
     class Punica:

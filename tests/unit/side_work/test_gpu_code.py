@@ -6,17 +6,19 @@ residual stream is a second result of each.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.fx_passes import post_grad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("vllm")
 
 from overlay.report.journal import PatchRecord
-from overlay.side_work import insertion
+from overlay.side_work import insertion, locality
 from tests.unit import gpu_code
 from tests.unit.side_work import test_insertion as by_cpu
 from tests.unit.side_work import test_order as order
@@ -106,8 +108,99 @@ def test_every_kernel_is_stocks_and_start_comes_before_the_gemm(
     assert ops == 4 * ["test_start", "scaled_mm", "join", "expand"]
 
 
-def test_starts_as_they_are_traced_make_other_kernels(stock: list[str], adapters: Any) -> None:
-    """Else putting them in last would be for nothing."""
+@pytest.fixture
+def moved_as_inductor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `locality`: Inductor's own pass."""
+    passes = getattr(post_grad, locality.MOVES)
+    while hasattr(passes, "__wrapped__"):
+        passes = passes.__wrapped__
+    monkeypatch.setattr(post_grad, locality.MOVES, passes)
+
+
+def test_starts_as_they_are_traced_would_make_other_kernels(
+    stock: list[str], adapters: Any, moved_as_inductor_does: None
+) -> None:
+    """Else putting them in last would be for nothing. That the passes are Inductor's own changes nothing for stock's graph."""
     inputs = given()
     traced = gpu_code.make(gpu_code.trace(lora(with_ops=True), inputs), inputs)
     assert gpu_code.kernels(traced) != gpu_code.kernels(stock[1])
+
+
+# ------------------------------------------------------------------------------------------------ gdn's start, as it is traced
+
+GDN_HIDDEN, QKVZ, BA, VALUES = 2048, 12288, 64, 4096
+
+
+def gdn(main: order.Main, with_ops: bool) -> Callable[..., Any]:
+    """From the recurrence of one layer over its MLP to the projections of the next one."""
+
+    def forward(
+        core: torch.Tensor,
+        z: torch.Tensor,
+        residual: torch.Tensor,
+        norms: tuple[torch.Tensor, ...],
+        weights: tuple[torch.Tensor, ...],
+    ) -> Any:
+        out, up, down, qkvz, ba = weights
+        values = core.float()
+        gated = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-6) * norms[2].float()
+        gated = (gated * torch.nn.functional.silu(z.float())).to(core.dtype)
+        x, residual = rms_norm(main(gated.view(TOKENS, VALUES), out).to(core.dtype), residual, norms[0])
+        both = main(x, up).to(core.dtype)
+        x = torch.nn.functional.silu(both.narrow(1, 0, 512)) * both.narrow(1, 512, 512)
+        x, residual = rms_norm(main(x, down).to(core.dtype), residual, norms[1])
+        if with_ops:
+            side = torch.ops.vllm_overlay.start(x, ba, qkvz, BA, "toy")
+            large = main(x, qkvz)
+            torch.ops.vllm_overlay.join(side, large, x)
+        else:
+            large = main(x, qkvz)
+            side = torch.nn.functional.linear(x, ba)
+        return large.to(core.dtype), side.narrow(1, 0, 32).clone(), side.narrow(1, 32, 32).clone(), residual
+
+    return forward
+
+
+def gdn_inputs() -> tuple[Any, ...]:
+    with FakeTensorMode():
+
+        def tensor(*sizes: int) -> torch.Tensor:
+            return torch.empty(sizes, device="cuda:0", dtype=torch.bfloat16)
+
+        weights = (GDN_HIDDEN, VALUES), (1024, GDN_HIDDEN), (GDN_HIDDEN, 512), (QKVZ, GDN_HIDDEN), (BA, GDN_HIDDEN)
+        norms = tensor(GDN_HIDDEN), tensor(GDN_HIDDEN), tensor(128)
+        heads = tensor(TOKENS, 32, 128), tensor(TOKENS, 32, 128)
+        return (*heads, tensor(TOKENS, GDN_HIDDEN), norms, tuple(tensor(*sizes) for sizes in weights))
+
+
+MAINS = (order.plain, order.quantized_by_an_op, order.quantized_by_pointwise_code, order.quantized_by_token)
+
+
+def gdn_codes(main: order.Main) -> list[str]:
+    """Stock's code, and the code with start."""
+    made = []
+    for with_ops in (False, True):
+        inputs = gdn_inputs()
+        with order.unused_inductor():
+            made.append(gpu_code.make(gpu_code.trace(gdn(main, with_ops), inputs), inputs))
+    return made
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_gdns_start_changes_no_kernel_and_comes_before_main(main: order.Main, toy: None) -> None:
+    stock, ours = gdn_codes(main)
+    calls = gpu_code.calls(ours)
+    assert Counter(calls) == Counter(gpu_code.calls(stock)) - Counter(["mm"]) + Counter(["start", "join"])
+    overlapped = calls[calls.index("start") + 1 : calls.index("join")]
+    assert overlapped in (["mm"], ["scaled_mm"], ["quantize", "scaled_mm"])
+    assert Counter(gpu_code.kernels(ours)) == Counter(gpu_code.kernels(stock))
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_where_inductor_moves_nodes_by_itself_one_kernel_is_another(
+    main: order.Main, toy: None, moved_as_inductor_does: None
+) -> None:
+    """The norm's, which also writes the sum of the residual stream."""
+    stock, ours = map(Counter, map(gpu_code.kernels, gdn_codes(main)))
+    (changed,) = (ours - stock).elements()
+    assert "rsqrt" in changed
