@@ -29,6 +29,8 @@ from typing import Any, TypeVar
 import torch
 import wrapt
 
+from overlay.report.journal import journal
+from overlay.settings import outcome
 from overlay.side_work import lowering, ops
 from overlay.side_work.adoption import StaysStock
 from overlay.side_work.lowering import Edit, edited, op_of
@@ -66,20 +68,26 @@ _known: dict[str, Known] = {}
 #: What Inductor knew before a traced graph was compiled for the first time, in that order; by its place and its text.
 _known_before: dict[tuple[int, str], list[Any]] = {}
 _starts: tuple[Start, ...] = ()  #: of the graph that is being compiled
-_found: list[str] = []  #: why a graph has to keep stock's calls, in the compilation that runs
+_found: list[NotInsertedError] = []  #: why that graph has to keep stock's calls
+_strict = False
 
 
 class NotInsertedError(RuntimeError):
-    """Start cannot stand where it should: its input is not in memory when start is lowered, or its place was not found."""
+    """Start cannot stand where it should."""
+
+
+class NotInMemoryError(NotInsertedError):
+    """The input of start is not in memory when start is lowered. This is expected, and no problem."""
 
 
 def require(op: Any, stock: Any, edit: Edit, strict: bool) -> None:
     """Have this done for the starts of `op`, in all graphs that vLLM compiles from now on.
 
     `op` is ``torch.ops.<library>.<op>``: it takes what `stock` takes, which begins with the input that main reads too, then the
-    gate and the name of its pair. `edit` puts stock's calls in the place of a start and its join. `strict` is that of
-    `lowering.intercept_compiler`. Raises StaysStock where Inductor is not as it is known here.
+    gate and the name of its pair. `edit` puts stock's calls in the place of a start and its join. Under `strict` a graph that
+    starts cannot be put into stops vLLM; else it keeps stock's calls. Raises StaysStock where Inductor is not as it is known here.
     """
+    global _strict
     from torch._inductor import compile_fx, ir
     from torch._inductor import lowering as inductor
 
@@ -96,6 +104,7 @@ def require(op: Any, stock: Any, edit: Edit, strict: bool) -> None:
         wrapt.wrap_function_wrapper(compile_fx, PASSES, _insert_last)
         lowering.compile_by(compiled)
         lowering.intercept_compiler(strict)
+        _strict = strict
     _known[str(op)] = Known(op, stock, weights, written, edit)
     inductor.make_fallback(op.default)
     lower = inductor.lowerings[op.default]
@@ -107,7 +116,7 @@ def require(op: Any, stock: Any, edit: Edit, strict: bool) -> None:
             data = data.data
         in_memory = isinstance(data, ir.StorageBox) and isinstance(data.data, ir.Buffer)
         if _starts and not in_memory:
-            raise _not_inserted(f"the input of {op} is not in memory")
+            raise _noted(NotInMemoryError(f"the input of {op} is not in memory"))
         return lower(*arguments, **named)
 
     inductor.lowerings[op.default] = checked
@@ -146,6 +155,7 @@ def compiled(
                 raise
         finally:
             _starts = ()
+        _tell()
         _put_back(key)
     for start in starts:
         ops.count_lowered(start.name)
@@ -166,22 +176,34 @@ def _starts_of(graph: torch.fx.Graph) -> Iterable[Start]:
             yield Start(str(known.op), inputs.get(given[known.weights][0], -1), inputs.get(gate, -1), name)
 
 
+def _tell() -> None:
+    """Say why a graph keeps stock's calls, unless that was to be expected. Raises it under strict."""
+    for error in _found:
+        if not isinstance(error, NotInMemoryError):
+            journal.problem(f"insertion: {outcome(_strict, 'a graph keeps stock calls')}: {error}")
+            if _strict:
+                raise error
+
+
 def _insert_last(wrapped: Callable[..., None], _: object, args: Any, kwargs: Any) -> None:
     """Inductor's passes, then the starts and joins of the graph that is being compiled."""
     wrapped(*args, **kwargs)
     if not _starts:
         return
     graph = args[0].graph
-    inputs = _inputs(graph)
-    for start in _starts:
-        known = _known[start.op]
-        if not {start.weights, start.gate} <= set(range(len(inputs))):
-            raise _not_inserted("its weights or its gate are no inputs of the graph")
-        calls = [reader for reader in inputs[start.weights].users if op_of(reader) == str(known.stock)]
-        if len(calls) != 1 or calls[0].kwargs:
-            raise _not_inserted(f"not one plain call of {known.stock} reads a weight, but {len(calls)}")
-        _insert(graph, known, calls[0], inputs[start.gate], start.name)
-    graph.lint()
+    try:
+        inputs = _inputs(graph)
+        for start in _starts:
+            known = _known[start.op]
+            if not {start.weights, start.gate} <= set(range(len(inputs))):
+                raise NotInsertedError("its weights or its gate are no inputs of the graph")
+            calls = [reader for reader in inputs[start.weights].users if op_of(reader) == str(known.stock)]
+            if len(calls) != 1 or calls[0].kwargs:
+                raise NotInsertedError(f"not one plain call of {known.stock} reads a weight, but {len(calls)}")
+            _insert(graph, known, calls[0], inputs[start.gate], start.name)
+        graph.lint()
+    except Exception as error:  # the graph is compiled again without
+        raise _noted(NotInsertedError(f"{type(error).__name__}: {error}")) from error
 
 
 def _insert(graph: torch.fx.Graph, known: Known, call: torch.fx.Node, gate: torch.fx.Node, name: str) -> None:
@@ -191,14 +213,16 @@ def _insert(graph: torch.fx.Graph, known: Known, call: torch.fx.Node, gate: torc
     reader = min((node for node in written.users if call < node), default=None)
     main = None if reader is None else _written_by(reader)
     if reader is None or main is None:
-        raise _not_inserted(f"no op follows {known.stock} that reads what it writes to, and writes to something else")
+        raise NotInsertedError(
+            f"no op follows {known.stock} that reads what it writes to, and writes to something else"
+        )
     made = read
     while _is_view(made):
         made = made.all_input_nodes[0]
     place = max(made, *_inputs(graph))
     for node in _needed_after(place, call):
         if not (_is_view(node) or node.target is torch.ops.aten.empty.memory_format or _is_size(node)):
-            raise _not_inserted(f"{known.stock} needs {node.target} after its input")
+            raise NotInsertedError(f"{known.stock} needs {node.target} after its input")
         place.append(node)
         place = node
     with graph.inserting_after(place):
@@ -241,9 +265,9 @@ def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _not_inserted(reason: str) -> NotInsertedError:
-    _found.append(reason)
-    return NotInsertedError(reason)
+def _noted(error: NotInsertedError) -> NotInsertedError:
+    _found.append(error)
+    return error
 
 
 def _put_back(key: tuple[int, str]) -> None:

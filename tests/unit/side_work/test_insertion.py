@@ -84,8 +84,8 @@ def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, adapters: Any) -> Itera
         yield record
 
 
-def require(edit: Any) -> None:
-    insertion.require(torch.ops.vllm_overlay.test_start, torch.ops.overlay_order_test.shrink, edit, strict=True)
+def require(edit: Any, strict: bool = True) -> None:
+    insertion.require(torch.ops.vllm_overlay.test_start, torch.ops.overlay_order_test.shrink, edit, strict)
 
 
 def rms_norm(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -245,6 +245,27 @@ def test_another_failure_of_a_compilation_is_its_own(adapters: Any) -> None:
         with pytest.raises(RuntimeError, match="a compiler's own"):
             insertion.compiled(number, module, module, fail)
     assert ["shrink" in code and "test_start" not in code for code in seen] == [True, True]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_place_that_is_not_found_leaves_stocks_calls_and_says_so(
+    adapters: Any, strict: bool, monkeypatch: pytest.MonkeyPatch, as_in_a_new_process: PatchRecord
+) -> None:
+    expected, plain = stock(rms_norm)
+    problems: list[str] = []
+    monkeypatch.setattr(insertion.journal, "problem", problems.append)
+    monkeypatch.setattr(insertion, "_needed_after", lambda place, call: 1 / 0)
+    require(adapters, strict)
+    if strict:
+        with pytest.raises(Exception, match="ZeroDivisionError"):
+            run(rms_norm, with_ops=True)
+        return
+    result, codes = run(rms_norm, with_ops=True)
+    assert torch.equal(result, expected) and not any(map(forks, codes))
+    assert as_in_a_new_process.calls.lowered == 6 and len(problems) == 2
+    assert "ZeroDivisionError: division by zero" in problems[0]
+    for ours, theirs in zip(codes, plain, strict=True):
+        assert order.texts(ours) == order.texts(theirs)
 
 
 def test_other_graphs_are_left_alone(adapters: Any) -> None:
