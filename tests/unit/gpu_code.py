@@ -91,8 +91,24 @@ def trace(function: Callable[..., Any], given: Sequence[Any]) -> torch.fx.GraphM
     def call(*values: Any) -> Any:
         return function(*torch.utils._pytree.tree_unflatten(values, form))
 
-    with flat[0].fake_mode:
+    with flat[0].fake_mode, contextlib.ExitStack() as stack:
+        for name, method in METHODS.items():
+            stack.enter_context(mock.patch.object(torch.Tensor, name, method))
         return make_fx(call)(*flat)
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_contiguous():
+        return tensor
+    return torch.ops.aten.clone.default(tensor, memory_format=torch.contiguous_format)
+
+
+def _row(tensor: torch.Tensor, index: int) -> torch.Tensor:
+    return torch.ops.aten.select.int(tensor, 0, index)
+
+
+#: Methods that ask for the GPU before they call their op.
+METHODS = {"contiguous": _contiguous, "__getitem__": _row}
 
 
 def make(graph: torch.fx.GraphModule, given: Sequence[Any]) -> str:

@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("vllm")
 
 from overlay.report.journal import PatchRecord
-from overlay.side_work import insertion, locality
+from overlay.side_work import insertion, locality, lowering, ops
+from overlay.side_work.plan import Plan
+from overlay.vocabulary import DUAL
 from tests.unit import gpu_code
 from tests.unit.side_work import test_insertion as by_cpu
 from tests.unit.side_work import test_order as order
@@ -131,7 +133,7 @@ def test_starts_as_they_are_traced_would_make_other_kernels(
 GDN_HIDDEN, QKVZ, BA, VALUES = 2048, 12288, 64, 4096
 
 
-def gdn(main: order.Main, with_ops: bool) -> Callable[..., Any]:
+def gdn(main: order.Main, with_ops: bool, with_zeros: bool = False) -> Callable[..., Any]:
     """From the recurrence of one layer over its MLP to the projections of the next one."""
 
     def forward(
@@ -156,7 +158,11 @@ def gdn(main: order.Main, with_ops: bool) -> Callable[..., Any]:
         else:
             large = main(x, qkvz)
             side = torch.nn.functional.linear(x, ba)
-        return large.to(core.dtype), side.narrow(1, 0, 32).clone(), side.narrow(1, 32, 32).clone(), residual
+        if not with_zeros:
+            return large.to(core.dtype), side.narrow(1, 0, 32).clone(), side.narrow(1, 32, 32).clone(), residual
+        b, a = side.chunk(2, dim=-1)
+        zeros = torch.zeros((x.shape[0], 32, 128), dtype=x.dtype, device=x.device)
+        return large.to(core.dtype), b.contiguous(), a.contiguous(), zeros, residual
 
     return forward
 
@@ -204,3 +210,42 @@ def test_where_inductor_moves_nodes_by_itself_one_kernel_is_another(
     stock, ours = map(Counter, map(gpu_code.kernels, gdn_codes(main)))
     (changed,) = (ours - stock).elements()
     assert "rsqrt" in changed
+
+
+# ------------------------------------------------------------------------------------------------ start with what follows it
+
+
+def traced_by_dynamo(function: Callable[..., Any]) -> tuple[torch.fx.GraphModule, list[torch.Tensor]]:
+    """A graph as vLLM gets it, and its inputs, for a GPU. It is traced with tensors of a CPU: Dynamo asks more of a GPU than is there."""
+    found: list[Any] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        found.extend((graph, inputs))
+        return graph.forward
+
+    with FakeTensorMode() as mode:
+        inputs = torch.utils._pytree.tree_map(lambda one: torch.empty(one.shape, dtype=one.dtype), gdn_inputs())
+        torch._dynamo.reset()
+        torch.compile(function, fullgraph=True, backend=keep)(*inputs)
+        graph, given = found
+        for node in graph.graph.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": torch.device("cuda:0")}
+        graph.recompile()
+        assert all(one.fake_mode is mode for one in given)
+        return graph, [torch.empty(one.shape, dtype=one.dtype, device="cuda:0") for one in given]
+
+
+def test_start_takes_what_follows_it_and_leaves_every_other_kernel(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in graphs for captured sizes alone: the copies of the side's halves and the zeros go, and nothing comes."""
+    monkeypatch.setattr(ops, "pairs", {"toy": ops.PlannedPair(Plan(DUAL, 256), PatchRecord())})
+    made = []
+    for with_ops in (False, True):
+        graph, inputs = traced_by_dynamo(gdn(order.quantized_by_an_op, with_ops, with_zeros=True))
+        graph = lowering.edited(graph, lowering._captured)
+        with order.unused_inductor():
+            made.append(gpu_code.make(gpu_code.trace(graph, inputs), inputs))
+    stock, ours = made
+    assert [call for call in gpu_code.calls(ours) if call.startswith(("start", "join"))] == ["start_into", "join_into"]
+    assert not Counter(gpu_code.kernels(ours)) - Counter(gpu_code.kernels(stock))
+    assert len(gpu_code.kernels(ours)) < len(gpu_code.kernels(stock))
