@@ -7,7 +7,7 @@
     python3 -m benchmarks.lora_evidence report OUT/lora.json
 
 Phases: `tokens` greedy tokens and log probabilities: every rank, base and adapters mixed, no adapter, adapters that come
-and go; `prefill` time to first token; `decode` time per decode step, the three engines alive at once and taking turns;
+and go; `prefill` time to first token; `decode` time per decode step, the engines alive at once and taking turns;
 `trace` how much of the LoRA kernels a profiler saw next to a GEMM; `micro`, before all others, one linear alone, over the
 number of tokens: what the patch's threshold is chosen from. Results are written after every step. Needs no network: the
 model is a configuration in the layer shape of Qwen3-8B with random weights made in place, adapters are written by this
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--trace-rank", type=int, default=16)
     run.add_argument("--trace-steps", type=int, default=6)
     run.add_argument("--micro-seconds", type=float, default=60.0)
-    run.add_argument("--control", action="store_true", help="a second stock in the place of upstream's switch")
+    run.add_argument("--control", action="store_true", help="a second stock as well")
     run.add_argument("--uncompiled", action="store_true", help="no Inductor, CUDA graphs of decode steps only")
     run.add_argument("--cpu", action="store_true", help="a tiny model on the CPU engine: a test of this script")
     run.set_defaults(budget=280.0, steps=32, batches=(1, 2, 4, 8, 16, 32, 64), prompts=(8, 128, 512, 2048, 8192))

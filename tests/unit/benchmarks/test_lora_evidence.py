@@ -148,7 +148,7 @@ def test_the_arms_differ_by_the_switch_and_by_the_overlay_alone(
     assert different(upstream) == {lora_engines.SWITCH, *caches}
     assert different(overlay) == {"PYTHONPATH", "VLLMOVERLAY_JOURNAL_DIR", *caches}
     assert len({environment["VLLM_CACHE_ROOT"] for environment in (stock, upstream, overlay)}) == 3
-    assert lora_engines.setup_of(options_of(tmp_path, "--control")).arms == ("stock", "control", "overlay")
+    assert lora_engines.setup_of(options_of(tmp_path, "--control")).arms == ("stock", "upstream", "control", "overlay")
 
 
 def test_upstreams_switch_is_left_out_off_cuda(tmp_path: Path) -> None:
