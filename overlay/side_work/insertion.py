@@ -43,24 +43,23 @@ PASSES = "_recursive_post_grad_passes"
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a traced graph: its op, where the first of its weights and its gate are among the graph's inputs (-1: they are none),
-    and its pair's name."""
+    """A start of a traced graph."""
 
     op: str
-    weights: int
-    gate: int
-    name: str
+    weights: int  #: where the first of its weights is among the graph's inputs; -1: it is none
+    gate: int  #: the same of its gate
+    name: str  #: its pair's
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an op of starts: the op, stock's op, the place of stock's weights in its call, and of what it writes to."""
+    """An op of starts, and stock's op that does the same work."""
 
     op: Any
     stock: Any
-    weights: int
-    written: int
-    edit: Edit
+    weights: int  #: the place of the weights in a call of stock's op
+    written: int  #: the place of what it writes to
+    edit: Edit  #: puts stock's calls in the place of a start and its join
 
 
 #: By op of a start.

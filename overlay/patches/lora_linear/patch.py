@@ -112,9 +112,8 @@ def overlap_adapters(original: Apply) -> Apply:
         if pair is None or x.dim() not in (2, 3) or not is_forward_context_available():
             return original(self, x, bias)
         wrapper, halves = self.punica_wrapper, Halves()
-        rows = (
-            x if x.dim() == 2 else x.flatten(0, -2)
-        )  # a view that changes nothing would be a node that stock's graph has not
+        # A view that changes nothing would be a node that stock's graph does not have.
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
         type(wrapper).add_lora_linear(
             halves, None, rows, self.lora_a_stacked, self.lora_b_stacked, 1.0, self.output_slices
         )
