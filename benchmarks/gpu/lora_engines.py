@@ -48,10 +48,9 @@ def setup_of(options: argparse.Namespace) -> Setup:
         raise CommandError(
             "adapters are written with torch and safetensors: put vLLM's folder on PYTHONPATH, not on --site"
         )
-    upstream = () if options.cpu else (UPSTREAM,)
-    control = (CONTROL,) if options.control and not options.cpu else ()
+    others = () if options.cpu else (UPSTREAM, CONTROL) if options.control else (UPSTREAM,)
     setup = driver.setup_of(
-        options, "lora", (STOCK, *upstream, *control, OVERLAY), sorted({*options.batches, *options.other_batches})
+        options, "lora", (STOCK, *others, OVERLAY), sorted({*options.batches, *options.other_batches})
     )
     setup.arm_variables = {UPSTREAM: {SWITCH: "1"}}
     if options.cpu:

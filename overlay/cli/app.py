@@ -247,7 +247,8 @@ def bench(
     memory_check: Annotated[
         bool,
         typer.Option(
-            "--memory-check/--no-memory-check", help="Refuse what does not fit; without, servers are alive together."
+            "--memory-check/--no-memory-check",
+            help="Refuse what does not fit. Without it all servers are alive together.",
         ),
     ] = True,
     ask_stock: Annotated[

@@ -507,6 +507,6 @@ class _Asked:
             return STOCK, f"vLLM does not load it: {error}"
         said = f"the base layer is {base.said}"
         against = reason_against_main(base)
-        if against is not None and RANGES not in self.source_of(COMPILATION):
-            return STOCK, f"{said}: {against}"
-        return APPLY, f"{said} and reads its input as it is" if against is None and base.gemm != TORCH else said
+        if against is None:
+            return APPLY, said if base.gemm == TORCH else f"{said} and reads its input as it is"
+        return (APPLY, said) if RANGES in self.source_of(COMPILATION) else (STOCK, f"{said}: {against}")

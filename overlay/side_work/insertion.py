@@ -1,7 +1,7 @@
 """Start and join are put into a graph last, so that all other code of it is stock's.
 
-Symptom: a base layer that quantizes its input in Inductor's code (FP8 by token), with adapters: other tokens than stock's, in
-every case (H200, vLLM 0.33.0). Each kernel gave the right bits for what it was given.
+Symptom: with adapters on a base layer that quantizes its input in Inductor's code (FP8 by token), all tokens were other than stock's
+(H200, vLLM 0.33.0). Each kernel gave the right bits for what it was given.
 
 Cause: two things in Inductor depend on what is in the graph, and where.
 
@@ -9,8 +9,8 @@ Cause: two things in Inductor depend on what is in the graph, and where.
   after that reads the rounded one. A value with several readers is realized at once if one of them is an op that Inductor has
   seen before in this process. An op that it sees for the first time gets a copy, and what stands before it in the graph goes on
   with the value that is not rounded. So in stock the first graph with a shrink computes otherwise than all later ones.
-- It moves nodes before it lowers a graph, and other ones where an input of the graph is written to, as start writes to its gate
-  (`overlay.side_work.locality`).
+- It moves nodes before it lowers a graph. Which nodes it moves depends on whether the graph writes to one of its inputs, and start
+  writes to its gate (`overlay.side_work.locality`).
 
 Fix: all of Inductor's passes, and vLLM's, see stock's graph, with stock's call in the place of the join. When they are done, start
 goes behind its input, and join before the first reader of what start writes to. Inductor knows start beforehand, as it knows
@@ -96,13 +96,11 @@ def require(op: Any, stock: Any, edit: Edit, strict: bool) -> None:
         raise StaysStock("this torch's Inductor is not known")
     arguments = stock.default._schema.arguments
     (weights,) = (place for place, argument in enumerate(arguments) if str(argument.type) == "List[Tensor]")
-    (written,) = (
-        place for place, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write
-    )
+    (written,) = ops.places_written(stock.default)
     if not _known:
-        wrapt.wrap_function_wrapper(compile_fx, PASSES, _insert_last)
+        lowering.intercept_compiler(strict)  # first: it may fail, and the rest must not be done twice
         lowering.compile_by(compiled)
-        lowering.intercept_compiler(strict)
+        wrapt.wrap_function_wrapper(compile_fx, PASSES, _insert_last)
         _strict = strict
     _known[str(op)] = Known(op, stock, weights, written, edit)
     inductor.make_fallback(op.default)
@@ -179,7 +177,8 @@ def _tell() -> None:
     """Say why a graph keeps stock's calls, unless that was to be expected. Raises it under strict."""
     for error in _found:
         if not isinstance(error, NotInMemoryError):
-            journal.problem(f"insertion: {outcome(_strict, 'a graph keeps stock calls')}: {error}")
+            said = outcome(_strict, "the graph keeps stock's calls")
+            journal.problem(f"insertion: {said}: {error}")
             if _strict:
                 raise error
 
@@ -254,10 +253,8 @@ def _is_size(node: torch.fx.Node) -> bool:
 
 def _written_by(node: torch.fx.Node) -> Any:
     """The one argument that the op of a node writes to; None where it is not one."""
-    schema = getattr(node.target, "_schema", None)
-    arguments = zip(schema.arguments, node.args, strict=False) if schema is not None else ()
-    written = [given for argument, given in arguments if argument.alias_info and argument.alias_info.is_write]
-    return written[0] if len(written) == 1 else None
+    places = ops.places_written(node.target)
+    return node.args[places[0]] if len(places) == 1 and places[0] < len(node.args) else None
 
 
 def _inputs(graph: torch.fx.Graph) -> list[torch.fx.Node]:

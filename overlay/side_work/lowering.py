@@ -80,6 +80,12 @@ def refuse_without_graphs(device: torch.device, config: Any) -> None:
         raise StaysStock(NO_CAPTURE)
 
 
+def compiles_by_ranges(compilation: Any) -> bool:
+    """Whether vLLM itself compiles graphs, each for a range of tokens, by its CompilationConfig; None where nothing is compiled."""
+    mode = int(getattr(compilation, "mode", None) or 0)
+    return mode == VLLM_COMPILE and hasattr(compilation, "compile_ranges_endpoints")
+
+
 def split_ranges(config: Any, strict: bool) -> bool:
     """Give the steps above the captured sizes a compiled graph of their own, before vLLM traces. `config` is a VllmConfig.
 
@@ -94,7 +100,7 @@ def split_ranges(config: Any, strict: bool) -> bool:
     limit = largest_captured(compilation) if captures(compilation) else 0
     hidden = getattr(config.model_config.hf_text_config, "hidden_size", None)
     endpoints = getattr(compilation, "compile_ranges_endpoints", None)
-    if int(getattr(compilation, "mode", None) or 0) != VLLM_COMPILE or not endpoints or not limit:
+    if not compiles_by_ranges(compilation) or not endpoints or not limit:
         return False
     if hidden is None or hidden > WIDEST_ROW:
         return False
@@ -157,11 +163,6 @@ def edited(module: torch.fx.GraphModule, edits: dict[str, Edit]) -> torch.fx.Gra
         if op in edits:
             edits[op](graph, node)
     graph.lint()
-    return with_graph(module, graph)
-
-
-def with_graph(module: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
-    """The same module with another graph."""
     changed = torch.fx.GraphModule(module, graph)
     changed.meta = dict(module.meta)
     return changed

@@ -217,10 +217,7 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
     It takes what `stock` takes, whose first argument has a row per token and which writes to one argument, then the gate and
     the pair's name. `idle` says of the arguments why there is no work to fork; None where there is.
     """
-    arguments = stock.default._schema.arguments
-    (written,) = (
-        place for place, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write
-    )
+    (written,) = places_written(stock.default)
 
     def start(*given):  # type: ignore[no-untyped-def]
         *arguments, _, pair_name = given
@@ -267,6 +264,13 @@ def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str |
             graph.erase_node(join)
 
     return put_back_without_join
+
+
+def places_written(op: Any) -> list[int]:
+    """The places of the arguments that an op (``torch.ops.<library>.<op>.<overload>``) writes to; none for what is no op."""
+    schema = getattr(op, "_schema", None)
+    arguments = enumerate(schema.arguments) if schema is not None else ()
+    return [place for place, argument in arguments if argument.alias_info and argument.alias_info.is_write]
 
 
 def count_lowered(name: str) -> None:

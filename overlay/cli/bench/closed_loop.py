@@ -19,7 +19,7 @@ batches depend on the moment, so above one client an answer may differ by roundi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from overlay.cli.bench.engines import paired_row
@@ -62,15 +62,22 @@ def measure(fleet: Fleet, arms: Sequence[str], loads: Sequence[Load], rounds: in
         results.put(KEY, "answers", value=answers_of(runs))
 
 
-def rows_of(runs: Runs) -> list[dict[str, Any]]:
-    """Per number of clients and metric: the arms' times of the rounds that all of them have, in pairs. Seconds.
+def _begun(runs: Runs) -> Iterator[tuple[int, dict[str, dict[int, dict[str, Any]]]]]:
+    """Per number of clients the arms that have had a turn, stock among them.
 
-    Without an arm whose turn never came: where servers take turns, the others' times would be lost with it.
+    An arm whose turn never came is left out: where servers take turns, the others' times would be lost with it.
     """
+    for clients, by_arm in runs.items():
+        begun = {arm: rounds for arm, rounds in by_arm.items() if rounds}
+        if STOCK in begun:
+            yield clients, begun
+
+
+def rows_of(runs: Runs) -> list[dict[str, Any]]:
+    """Per number of clients and metric: the arms' times of the rounds that all of them have, in pairs. Seconds."""
     rows = []
-    for clients, all_arms in runs.items():
-        by_arm = {arm: rounds for arm, rounds in all_arms.items() if rounds}
-        if STOCK not in by_arm or len(by_arm) < 2:
+    for clients, by_arm in _begun(runs):
+        if len(by_arm) < 2:
             continue
         common = sorted(set.intersection(*(set(rounds) for rounds in by_arm.values())))
         seconds = {arm: [seconds_of_requests(rounds[turn]) for turn in common] for arm, rounds in by_arm.items()}
@@ -89,16 +96,12 @@ def rows_of(runs: Runs) -> list[dict[str, Any]]:
 def answers_of(runs: Runs) -> list[dict[str, Any]]:
     """How many answers of each arm are not those of stock's first round; stock's own are of its later rounds."""
     rows = []
-    for clients, by_arm in runs.items():
+    for clients, by_arm in _begun(runs):
         stock = by_arm[STOCK]
-        if not stock:
-            continue
         first = min(stock)
         wanted = stock[first]["generated_texts"]
         arms = {}
         for arm, rounds in by_arm.items():
-            if not rounds:
-                continue
             found = [run["generated_texts"] for turn, run in rounds.items() if arm != STOCK or turn != first]
             different = sum(old != new for texts in found for old, new in zip(wanted, texts, strict=True))
             arms[arm] = {"different": different, "of": len(wanted) * len(found)}

@@ -188,12 +188,6 @@ def check_class(layer_class: type, intercepted: tuple[type, ...]) -> None:
             raise StaysStock(f"{owner.__name__} has {', '.join(changed)} of its own")
 
 
-def starts_are_inserted(compilation: Any) -> bool:
-    """Whether vLLM compiles graphs in the way in which starts can be put in last (`overlay.side_work.insertion`)."""
-    mode = int(getattr(compilation, "mode", None) or 0)
-    return mode == lowering.VLLM_COMPILE and hasattr(compilation, "compile_ranges_endpoints")
-
-
 def check_base(base: Any, compilation: Any) -> None:
     """Raise StaysStock for a base layer beside which stock's bits would be lost.
 
@@ -201,7 +195,7 @@ def check_base(base: Any, compilation: Any) -> None:
     """
     reason = gemms.reason_beside(base)
     compiles = bool(getattr(compilation, "mode", None))
-    if reason is not None and compiles and not starts_are_inserted(compilation):
+    if reason is not None and compiles and not lowering.compiles_by_ranges(compilation):
         raise StaysStock(reason)
 
 
@@ -224,7 +218,7 @@ def make_pair(
     gate: str | None = gemms.gate_of(base)
     if adoption.other_device() is None or hasattr(layer.punica_wrapper, "token_mapping_meta"):
         edit = take_over_shrink(layer.punica_wrapper)
-        if starts_are_inserted(compilation):
+        if lowering.compiles_by_ranges(compilation):  # then starts can be put in last
             insertion.require(torch.ops.vllm_overlay.lora_start, torch.ops.vllm.lora_shrink, edit, strict)
     else:
         gate = None

@@ -55,12 +55,14 @@ def lora(with_ops: bool) -> Callable[..., Any]:
     return forward
 
 
-def given() -> tuple[Any, ...]:
-    """The inputs of a graph, on a GPU that is not there."""
-    with FakeTensorMode():
+def tensor(*sizes: int) -> torch.Tensor:
+    """Under FakeTensorMode: one on a GPU that is not there."""
+    return torch.empty(sizes, device="cuda:0", dtype=torch.bfloat16)
 
-        def tensor(*sizes: int) -> torch.Tensor:
-            return torch.empty(sizes, device="cuda:0", dtype=torch.bfloat16)
+
+def given() -> tuple[Any, ...]:
+    """The inputs of a graph with adapters."""
+    with FakeTensorMode():
 
         def weights(inputs: int, outputs: int) -> Weights:
             return tensor(outputs, inputs), tensor(RANK, inputs), tensor(outputs, RANK)
@@ -151,13 +153,7 @@ def gdn(main: order.Main, with_ops: bool, with_zeros: bool = False) -> Callable[
         both = main(x, up).to(core.dtype)
         x = torch.nn.functional.silu(both.narrow(1, 0, 512)) * both.narrow(1, 512, 512)
         x, residual = rms_norm(main(x, down).to(core.dtype), residual, norms[1])
-        if with_ops:
-            side = torch.ops.vllm_overlay.start(x, ba, qkvz, BA, "toy")
-            large = main(x, qkvz)
-            torch.ops.vllm_overlay.join(side, large, x)
-        else:
-            large = main(x, qkvz)
-            side = torch.nn.functional.linear(x, ba)
+        large, side = order.pair(main, x, qkvz, ba, with_ops)
         if not with_zeros:
             return large.to(core.dtype), side.narrow(1, 0, 32).clone(), side.narrow(1, 32, 32).clone(), residual
         b, a = side.chunk(2, dim=-1)
@@ -169,17 +165,10 @@ def gdn(main: order.Main, with_ops: bool, with_zeros: bool = False) -> Callable[
 
 def gdn_inputs() -> tuple[Any, ...]:
     with FakeTensorMode():
-
-        def tensor(*sizes: int) -> torch.Tensor:
-            return torch.empty(sizes, device="cuda:0", dtype=torch.bfloat16)
-
         weights = (GDN_HIDDEN, VALUES), (1024, GDN_HIDDEN), (GDN_HIDDEN, 512), (QKVZ, GDN_HIDDEN), (BA, GDN_HIDDEN)
         norms = tensor(GDN_HIDDEN), tensor(GDN_HIDDEN), tensor(128)
         heads = tensor(TOKENS, 32, 128), tensor(TOKENS, 32, 128)
         return (*heads, tensor(TOKENS, GDN_HIDDEN), norms, tuple(tensor(*sizes) for sizes in weights))
-
-
-MAINS = (order.plain, order.quantized_by_an_op, order.quantized_by_pointwise_code, order.quantized_by_token)
 
 
 def gdn_codes(main: order.Main) -> list[str]:
@@ -192,7 +181,7 @@ def gdn_codes(main: order.Main) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("main", order.MAINS)
 def test_gdns_start_changes_no_kernel_and_comes_before_main(main: order.Main, toy: None) -> None:
     stock, ours = gdn_codes(main)
     calls = gpu_code.calls(ours)
@@ -202,7 +191,7 @@ def test_gdns_start_changes_no_kernel_and_comes_before_main(main: order.Main, to
     assert Counter(gpu_code.kernels(ours)) == Counter(gpu_code.kernels(stock))
 
 
-@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("main", order.MAINS)
 def test_where_inductor_moves_nodes_by_itself_one_kernel_is_another(
     main: order.Main, toy: None, moved_as_inductor_does: None
 ) -> None:

@@ -7,7 +7,6 @@ of a model's graphs is compiled for itself, in order, as vLLM compiles the piece
 from __future__ import annotations
 
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -169,13 +168,6 @@ def forks(code: str) -> bool:
     return "vllm_overlay.test_start" in code
 
 
-def calls(code: str) -> list[str]:
-    """Kernels and ops in the order of their calls, kernels as `kernel`."""
-    names = "|".join(("test_start", "join", "shrink", "expand", "scaled_mm"))
-    found = re.findall(rf"^ +(?:(cpp_fused\w*)\(|.*\.({names})\.default\()", code, re.MULTILINE)
-    return [op or "kernel" for _, op in found]
-
-
 def test_the_first_graph_has_stocks_calls_and_every_graph_stocks_kernels(
     adapters: Any, as_in_a_new_process: PatchRecord
 ) -> None:
@@ -187,7 +179,7 @@ def test_the_first_graph_has_stocks_calls_and_every_graph_stocks_kernels(
     assert "vllm_overlay.join" not in codes[0]
     # Before the kernel that quantizes if norm and quantization are two kernels, and before main's GEMM always.
     overlapped = ["test_start", "scaled_mm", "join", "expand"]
-    assert [call for call in calls(codes[1]) if call != "kernel"] == 2 * overlapped
+    assert [call for call in order.calls(codes[1]) if not call.startswith("cpp_fused")] == 2 * overlapped
     for ours, theirs in zip(codes, plain, strict=True):
         assert order.texts(ours) and order.texts(ours) == order.texts(theirs)
     assert as_in_a_new_process.calls.lowered == 2

@@ -92,19 +92,29 @@ def unused_inductor() -> Iterator[None]:
             kept.update(before)
 
 
+#: Every way in which main may be quantized.
+MAINS = (plain, quantized_by_an_op, quantized_by_pointwise_code, quantized_by_token)
+
+
+def pair(
+    main: Main, x: torch.Tensor, qkvz: torch.Tensor, ba: torch.Tensor, with_ops: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Main's result and the side's, by start and join or as in stock."""
+    if not with_ops:
+        return main(x, qkvz), torch.nn.functional.linear(x, ba)
+    side = torch.ops.vllm_overlay.start(x, ba, qkvz, ba.shape[0], "toy")
+    large = main(x, qkvz)
+    torch.ops.vllm_overlay.join(side, large, x)
+    return large, side
+
+
 def model(main: Main, with_ops: bool) -> Callable[..., torch.Tensor]:
     def forward(hidden: torch.Tensor, layers: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         for norm, qkvz, ba, out in layers:
             hidden = hidden * 1.5
             values = hidden.float()
             x = (values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-6) * norm).to(hidden.dtype)
-            if with_ops:
-                side = torch.ops.vllm_overlay.start(x, ba, qkvz, SIDE, "toy")
-                large = main(x, qkvz)
-                torch.ops.vllm_overlay.join(side, large, x)
-            else:
-                large = main(x, qkvz)
-                side = torch.nn.functional.linear(x, ba)
+            large, side = pair(main, x, qkvz, ba, with_ops)
             result = torch.zeros(x.shape[0], 64, dtype=x.dtype)
             torch.ops.overlay_order_test.core(large, side, result)
             hidden = result @ out
@@ -155,7 +165,7 @@ def texts(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize("v2", [False, True], ids=["as vLLM sets it", "as torch sets it"])
-@pytest.mark.parametrize("main", [plain, quantized_by_an_op, quantized_by_pointwise_code, quantized_by_token])
+@pytest.mark.parametrize("main", MAINS)
 def test_start_comes_before_main_and_join_after_it(main: Main, v2: bool) -> None:
     expected, stock = compiled(main, False, v2)
     result, code = compiled(main, True, v2)
