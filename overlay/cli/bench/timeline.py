@@ -10,8 +10,8 @@
 
 A **segment** goes from the first kernel after the two projections (BOUNDARIES) to the next layer's. Those of attention layers and of the end of a
 step differ in their kernels: only segments with the most common kernels count (`alike` of `all`), by each stream's order.
-`low` and `high` are the 5th and 95th percentile, everything else medians over them. `stream` is "main" for the stream with
-the most of the segment's kernel time, "side 1" and so on for others.
+`low` and `high` are the 5th and 95th percentile, everything else medians over them. `stream` is "main" for the stream of the
+segment's first kernel, "side 1" and so on for others: vLLM itself has routed experts beside a shared one.
 
 Against stock:
 
@@ -113,11 +113,7 @@ def segments(kernels: Sequence[Kernel]) -> list[tuple[list[Kernel], float]]:
 
 
 def _named(kernels: Sequence[Kernel], begin: float) -> list[Kernel]:
-    busy: dict[str, float] = {}
-    for kernel in kernels:
-        busy[kernel.stream] = busy.get(kernel.stream, 0.0) + kernel.duration
-    main = max(busy, key=lambda stream: busy[stream])
-    names = {main: MAIN}
+    names = {kernels[0].stream: MAIN}
     for kernel in kernels:
         names.setdefault(kernel.stream, f"side {len(names)}")
     return [Kernel(kernel.name, names[kernel.stream], kernel.start - begin, kernel.duration) for kernel in kernels]

@@ -99,12 +99,15 @@ def test_a_triton_kernel_that_takes_another_time_counts_unless_something_runs_be
     assert (found["like_tuned"] < found["like"]) == counted
 
 
-def test_what_stock_has_beside_its_main_stream_is_not_the_arms_doing() -> None:
+@pytest.mark.parametrize(
+    ("took", "hideable"), [(8, 5 + 1), (90, 5)], ids=["short", "longer than all on the main stream, so never a gap"]
+)
+def test_what_stock_has_beside_its_main_stream_is_not_the_arms_doing(took: float, hideable: float) -> None:
     def shared(steps: list[Step]) -> list[Step]:
-        return [*steps[:2], ("shared_expert", 8, 1), *steps[2:]]
+        return [*steps[:2], ("experts", took, 1), *steps[2:]]
 
     found = _row(shared(OVERLAY), shared(STOCK))["arms"]["overlay"]["against_stock"]
-    assert [one["name"] for one in found["side"]] == ["ba_gemm"] and found["hideable"] == 6
+    assert [one["name"] for one in found["side"]] == ["ba_gemm"] and found["hideable"] == hideable
 
 
 def test_a_side_kernel_without_a_counterpart_has_no_share() -> None:
