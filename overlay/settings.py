@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from overlay.vocabulary import AUTO, DUAL, PATCH_NAMES, PLANS, SERIAL, UNPROVEN
+from overlay.vocabulary import AUTO, DUAL, PATCH_NAMES, PLANS, SERIAL
 
 FAMILY = "VLLMOVERLAY"
 #: What people type by habit: an error that names it, because ignoring it would hide the mistake.
@@ -53,7 +53,7 @@ class Settings:
     """All settings with their defaults; `load` fills it from the environment."""
 
     enabled: bool = True
-    patches: tuple[str, ...] = tuple(name for name in PATCH_NAMES if name not in UNPROVEN)
+    patches: tuple[str, ...] = PATCH_NAMES
     strict: bool = False
     plan: str = AUTO
     token_threshold: int | None = None  #: None: each patch has its own

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 PATCH_NAMES = ("gdn", "deepseek_v4", "dsa", "lora_linear", "pooling", "frame_stack")
-#: Patches that no engine on a GPU has run yet. They are off until they are named, or all are asked for.
-UNPROVEN = frozenset({"dsa"})
 #: Patches that work around Python and not vLLM. No vLLM will ever make them needless.
 OF_PYTHON = frozenset({"frame_stack"})
 

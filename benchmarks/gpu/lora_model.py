@@ -64,21 +64,32 @@ def configuration(layers: int, tiny: bool = False) -> dict[str, Any]:
 
 
 def projections(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Every linear that the adapters target: its name in a PEFT checkpoint, input and output features."""
-    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key = config["num_key_value_heads"] * config["head_dim"]
-    for layer in range(config["num_hidden_layers"]):
-        for module, inputs, outputs in (
-            ("self_attn.q_proj", hidden, query),
-            ("self_attn.k_proj", hidden, key),
-            ("self_attn.v_proj", hidden, key),
-            ("self_attn.o_proj", query, hidden),
-            ("mlp.gate_proj", hidden, intermediate),
-            ("mlp.up_proj", hidden, intermediate),
-            ("mlp.down_proj", intermediate, hidden),
-        ):
-            yield f"model.layers.{layer}.{module}", inputs, outputs
+    """Every linear that the adapters target: its name in a PEFT checkpoint, input and output features.
+
+    Routed and shared experts have none, nor have the input projections of linear attention.
+    """
+    text = config.get("text_config", config)
+    prefix = "model.language_model.layers" if "text_config" in config else "model.layers"
+    hidden, heads, size = text["hidden_size"], text["num_attention_heads"], text["head_dim"]
+    key = text["num_key_value_heads"] * size
+    attention = (
+        ("self_attn.q_proj", hidden, heads * size * (2 if text.get("attn_output_gate") else 1)),
+        ("self_attn.k_proj", hidden, key),
+        ("self_attn.v_proj", hidden, key),
+        ("self_attn.o_proj", heads * size, hidden),
+    )
+    linear: tuple[tuple[str, int, int], ...] = ()
+    mlp = linear
+    if "linear_num_value_heads" in text:
+        value = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+        linear = (("linear_attn.out_proj", value, hidden),)
+    if not text.get("num_experts"):
+        between = text["intermediate_size"]
+        mlp = (("mlp.gate_proj", hidden, between), ("mlp.up_proj", hidden, between), ("mlp.down_proj", between, hidden))
+    kinds = text.get("layer_types") or ["full_attention"] * text["num_hidden_layers"]
+    for layer, kind in enumerate(kinds):
+        for module, inputs, outputs in (*(linear if kind == "linear_attention" else attention), *mlp):
+            yield f"{prefix}.{layer}.{module}", inputs, outputs
 
 
 def lora_a(rank: int, inputs: int, dense: bool, generator: Any) -> Any:
@@ -95,13 +106,19 @@ def lora_a(rank: int, inputs: int, dense: bool, generator: Any) -> Any:
     return values
 
 
-def write_adapter(folder: Path, config: dict[str, Any], rank: int, dense: bool, seed: int) -> Path:
+def adapter_folder(parent: Path, config: dict[str, Any], rank: int, dense: bool, seed: int) -> Path:
+    """Where `write_adapter` puts an adapter."""
+    kind = "dense" if dense else "repeatable"
+    layers = config.get("text_config", config)["num_hidden_layers"]
+    return parent / f"{kind}-rank-{rank}-seed-{seed}-{layers}-layers"
+
+
+def write_adapter(parent: Path, config: dict[str, Any], rank: int, dense: bool, seed: int) -> Path:
     """Write a PEFT adapter in bfloat16 and give its folder back. One that is there already is kept."""
     import torch
     from safetensors.torch import save_file
 
-    kind = "dense" if dense else "repeatable"
-    target = folder / f"{kind}-rank-{rank}-seed-{seed}-{config['num_hidden_layers']}-layers"
+    target = adapter_folder(parent, config, rank, dense, seed)
     if (target / "adapter_config.json").exists():
         return target
     target.mkdir(parents=True, exist_ok=True)
@@ -121,7 +138,7 @@ def write_adapter(folder: Path, config: dict[str, Any], rank: int, dense: bool, 
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "base_model_name_or_path": "qwen3-8b-shape",
+        "base_model_name_or_path": config["model_type"],
         "target_modules": sorted({name.rpartition(".")[2] for name, _, _ in projections(config)}),
     }
     (target / "adapter_config.json").write_text(json.dumps(settings, indent=1))  # last: it says that all is there

@@ -1,12 +1,13 @@
 """Mixed load on a stock server and one with the overlay, for as long as is wanted: errors, tokens, memory.
 
-    python -m devtools.soak [--minutes 8] [--out result.json]
+    python -m devtools.soak [--minutes 8] [--shape Qwen3.5-35B-A3B --format fp8-block --layers 8] [--out result.json]
 
-Two servers of the same tiny Qwen3.5 model with three LoRA adapters get the same kinds of requests at the same time: short
-and long prompts, base model and adapters, whole and streamed answers, and clients that hang up in the middle. Between
-spells of load, when the engines are empty, requests are sent alone, and their tokens have to be those that stock gave
-before any load, each time. Answers under load are compared, too: they may leave the reference where two tokens were as
-likely, since a batch of another make-up may round differently, and nowhere else.
+Two servers of the same Qwen3.5 with a drafter (MTP) and three LoRA adapters get the same kinds of requests at the same time: short
+and long prompts, base model and adapters, whole and streamed answers, and clients that hang up in the middle. Between spells of
+load, when the engines are empty, they are put to sleep and woken, or have other weights loaded and then their own again. Then
+requests are sent alone, and their tokens have to be those that stock gave the first time with these weights. Answers under load are
+compared, too: they may leave the reference where two tokens were as likely, since a batch of another make-up may round differently,
+and nowhere else.
 
 Exit status: 1 for an error, a different token, a request that stays in the engine, memory that is shown to grow beyond
 stock's by more than the limit, or an overlay without effect; 130 if it was interrupted without any of these. What is
@@ -28,67 +29,56 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from devtools import tiny_models
-from devtools.demo import MODELS_FOLDER, Progress, has_gpu_engine, make_models
+from devtools.demo import Progress, has_gpu_engine
 from devtools.servers import ROOT, Server, ServerError, ask_to_stop, cpu_environment, launch, wait_until_ready
-from devtools.soak.load import Request, alone, choose_probes, make_pool, put_load, wait_until_idle
+from devtools.soak.checkpoint import Recipe
+from devtools.soak.load import Request, Tokens, alone, ask_for, choose_probes, make_pool, put_load, wait_until_idle
 from devtools.soak.memory import Sampler
 from devtools.soak.report import OVERLAY, STOCK, Side, Soak, check, table
+from devtools.soak.workload import INTERFERENCES, RANKS, SLEEP, WEIGHTS, Workload, gpu_environment
 from overlay import __version__
+from overlay.cli.failure import CommandError
 
 FOLDER = ROOT / ".cache" / "soak"
-MODEL = "qwen3_5_text"
-RANKS = (tiny_models.LORA_RANK, 16, 4)
-ADAPTERS = {f"rank-{rank}": f"{MODEL}-lora" + ("" if rank == tiny_models.LORA_RANK else f"-{rank}") for rank in RANKS}
 #: Seconds of load between two quiet moments.
 SPELL_SECONDS = 20.0
+#: On a GPU: the first start compiles kernels.
+START_SECONDS = 600.0
 
 Result = TypeVar("Result")
 
 
-def serve_arguments() -> list[str]:
-    """The server's: prompts longer than a step, more requests than a step has room for, a slot for each adapter."""
-    modules = [f"{name}={MODELS_FOLDER / folder}" for name, folder in ADAPTERS.items()]
-    arguments = [
-        *tiny_models.serve_arguments(MODEL),
-        *("--max-model-len", "512"),
-        *("--max-num-batched-tokens", "256"),
-        "--enable-lora",
-        # Not gdn's two projections: with adapters on them gdn would leave its layers stock. vLLM has this from 0.19.0 on.
-        *("--lora-target-modules", "qkv_proj", "o_proj", "out_proj", "gate_up_proj", "down_proj"),
-        # One more than there are adapters: vLLM 0.32.0 on a CPU gives a base request whatever is in the last slot.
-        *("--max-loras", str(len(ADAPTERS) + 1)),
-        *("--max-lora-rank", str(max(RANKS))),
-        *("--lora-modules", *modules),
-    ]
-    return [*arguments, "--gpu-memory-utilization", "0.2"] if has_gpu_engine() else arguments
-
-
 @contextlib.contextmanager
-def both_servers(progress: Progress, folder: Path) -> Iterator[dict[str, Server]]:
-    """Both alive at once, with what they write in `folder`. On a GPU one starts after the other: vLLM measures the free memory of the device meanwhile."""
+def both_servers(
+    progress: Progress, folder: Path, workload: Workload, more: dict[str, str]
+) -> Iterator[dict[str, Server]]:
+    """Both alive at once, with what they write in `folder`; `more` is for the environment of both.
+
+    On a GPU one starts after the other, so that the second reads what Triton has measured for the first.
+    """
+    on_gpu = has_gpu_engine()
     with contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
         for name in (STOCK, OVERLAY):
-            settings = {} if has_gpu_engine() else cpu_environment()
-            if name == OVERLAY and not has_gpu_engine():
+            settings = gpu_environment(folder) if on_gpu else cpu_environment()
+            if name == OVERLAY and not on_gpu:
                 settings["VLLMOVERLAY_SERIAL_PASS_THROUGH"] = "1"
             servers[name] = stack.enter_context(
                 launch(
                     sys.executable,
-                    MODELS_FOLDER / MODEL,
+                    workload.model,
                     overlay=name == OVERLAY,
                     folder=folder / name,
-                    env=settings,
-                    args=serve_arguments(),
+                    # Sleep and the loading of weights are what vLLM has for developers.
+                    env={**settings, "VLLM_SERVER_DEV_MODE": "1", **more},
+                    args=workload.arguments(on_gpu),
                 )
             )
-            if has_gpu_engine():
-                wait_until_ready([servers[name]], progress.show)
-        if not has_gpu_engine():
-            wait_until_ready(list(servers.values()), progress.show)
+            if on_gpu:
+                wait_until_ready([servers[name]], progress.show, START_SECONDS)
+        wait_until_ready(list(servers.values()), progress.show)
         yield servers
         ask_to_stop(list(servers.values()))
 
@@ -125,24 +115,48 @@ class Runner:
             if server.process.poll() is not None:
                 raise server.fail(f"ended with status {server.process.returncode}")
 
-    def check_alone(self, requests: list[Request]) -> None:
-        """Each request by itself. The first answers of stock are the reference."""
-        first = not self.soak.reference
+    def check_alone(self, requests: list[Request], reference: dict[str, Tokens] | None = None) -> None:
+        """Each request by itself. The first answers of stock are the reference: the soak's, or this one of other weights."""
+        reference = self.soak.reference if reference is None else reference
+        first = not reference
+        margins = self.soak.margins if first and reference is self.soak.reference else None
         answers = self.both(
             "requests alone",
-            lambda name, server, _: alone(
-                server, requests, self.stop, self.soak.margins if first and name == STOCK else None
-            ),
+            lambda name, server, _: alone(server, requests, self.stop, margins if name == STOCK else None),
         )
         if first:
             failed = [text for text in answers[STOCK].values() if isinstance(text, str)]
             if failed:
                 raise ServerError(f"stock did not answer before there was any load: {failed[0]}")
-            self.soak.reference = {
-                name: tokens for name, tokens in answers[STOCK].items() if not isinstance(tokens, str)
-            }
+            reference.update({name: tokens for name, tokens in answers[STOCK].items() if not isinstance(tokens, str)})
         for name, side in self.soak.sides.items():
-            side.checks.append(check(time.monotonic() - self.started, answers[name], self.soak.reference))
+            side.checks.append(check(time.monotonic() - self.started, answers[name], reference))
+
+    def interfere(self, workload: Workload, probes: list[Request]) -> None:
+        """Put the engines to sleep and wake them; load other weights and then their own again. Requests alone after each."""
+        if SLEEP in workload.interferences:
+            self._ask("sleep and wake", [("/sleep?level=1", {}), ("/wake_up", {})])
+        self.check_alone(probes)
+        if WEIGHTS in workload.interferences:
+            self._load(workload.other)
+            self.check_alone(probes, self.soak.other_reference)
+            self._load(workload.model)
+            self.check_alone(probes)
+
+    def _load(self, weights: Path) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
+        self._ask("other weights", [("/collective_rpc", body)])
+
+    def _ask(self, what: str, requests: list[tuple[str, dict[str, Any]]]) -> None:
+        def work(_: str, server: Server, side: Side) -> None:
+            for path, body in requests:
+                try:
+                    ask_for(server, path, body)
+                except OSError as error:
+                    raise server.fail(f"does not answer {path}: {error}") from error
+            side.interferences[what] += 1
+
+        self.both(what, work)
 
     def spell(self, pool: list[Request], seconds: float, seed: int) -> None:
         """Load on both, and then the wait for empty engines."""
@@ -176,7 +190,7 @@ class Runner:
         self.both("waiting for empty engines", empty)
 
 
-def soak(minutes: float, clients: int, growth_limit: float, out: Path) -> int:
+def soak(minutes: float, clients: int, growth_limit: float, out: Path, workload: Workload, more: dict[str, str]) -> int:
     """The whole thing; returns the exit status."""
     from rich.console import Console
     from rich.markup import escape
@@ -191,21 +205,26 @@ def soak(minutes: float, clients: int, growth_limit: float, out: Path) -> int:
             "overlay": __version__,
             "python": platform.python_version(),
             "cores": os.cpu_count(),
-            "model": MODEL,
-            "adapters": list(ADAPTERS),
+            "shape": workload.recipe.shape,
+            "layers": workload.recipe.layers,
+            "format": workload.recipe.format,
+            "adapters": list(workload.adapters),
+            "environment": more,
             "minutes": minutes,
             "clients_per_side": clients,
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
         growth_limit,
+        workload.patches,
     )
-    pool = make_pool(list(ADAPTERS))
+    pool = make_pool(list(workload.adapters), workload.prompt_lengths)
+    probes = choose_probes(pool)
     try:
-        with progress.doing("tiny models"):
-            make_models([MODEL, *ADAPTERS.values()])
+        with progress.doing("checkpoints"):
+            workload.make()
         with contextlib.ExitStack() as stack:
             with progress.doing("two servers"):
-                servers = stack.enter_context(both_servers(progress, out.parent))
+                servers = stack.enter_context(both_servers(progress, out.parent, workload, more))
             for name, server in servers.items():
                 result.sides[name].start_seconds = server.start_seconds
             sampler = Sampler({name: server.process_ids for name, server in servers.items()})
@@ -218,7 +237,7 @@ def soak(minutes: float, clients: int, growth_limit: float, out: Path) -> int:
                     while time.monotonic() < end:
                         spell += 1
                         runner.spell(pool, min(SPELL_SECONDS, max(end - time.monotonic(), 1.0)), spell)
-                        runner.check_alone(choose_probes(pool))
+                        runner.interfere(workload, probes)
                         result.samples = sampler.snapshot()
                         save(result, out)
             finally:
@@ -259,12 +278,37 @@ def main() -> None:
         growth_limit: float = typer.Option(
             5.0, help="MiB per minute that the overlay's processes may grow beyond stock's; less for a longer soak"
         ),
-        out: Path = typer.Option(FOLDER / "result.json", help="the result as JSON; the servers' logs are beside it"),  # noqa: B008 - typer's way
+        shape: str = typer.Option("tiny", help="tiny, Qwen3.5-35B-A3B or Qwen3.5-27B; all but the first need a GPU"),
+        layers: int = typer.Option(4, help="of them; multiples of 4"),
+        format: str = typer.Option("bf16", help="bf16 or fp8-block"),
+        ranks: str = typer.Option(",".join(map(str, RANKS)), help="of the LoRA adapters; empty: none"),
+        interfere: str = typer.Option(
+            ",".join(INTERFERENCES), help="with the engines between spells; empty: not at all"
+        ),
+        env: list[str] = typer.Option([], help="NAME=VALUE for both servers"),  # noqa: B008 - typer's way
+        models: Path = typer.Option(FOLDER / "models", help="where checkpoints are made, and kept"),  # noqa: B008
+        out: Path = typer.Option(FOLDER / "result.json", help="the result as JSON; the servers' logs are beside it"),  # noqa: B008
     ) -> None:
         """Mixed load on a stock server and one with the overlay: errors, tokens, memory."""
         if minutes <= 0 or clients < 1:
             raise typer.BadParameter("minutes and clients have to be more than nothing")
-        sys.exit(soak(minutes, clients, growth_limit, out.resolve()))
+        if wrong := [text for text in env if "=" not in text]:
+            raise typer.BadParameter(f"--env {wrong[0]!r} is not NAME=VALUE")
+        try:
+            chosen = tuple(int(rank) for rank in ranks.split(",") if rank)
+        except ValueError:
+            raise typer.BadParameter(f"--ranks {ranks!r}: allowed are numbers with commas between them") from None
+        interferences = tuple(name for name in interfere.split(",") if name)
+        if unknown := set(interferences) - set(INTERFERENCES):
+            raise typer.BadParameter(f"--interfere {min(unknown)!r}: allowed are {', '.join(INTERFERENCES)}")
+        recipe = Recipe(shape, layers, format)
+        try:
+            recipe.configuration()
+        except CommandError as error:
+            raise typer.BadParameter(str(error)) from None
+        workload = Workload(recipe, models.resolve(), chosen, interferences)
+        more = dict(text.split("=", 1) for text in env)
+        sys.exit(soak(minutes, clients, growth_limit, out.resolve(), workload, more))
 
     # A soak that is ended politely reports what it has, as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

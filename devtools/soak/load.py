@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -25,8 +26,6 @@ Margins = tuple[float, ...]
 WHOLE, STREAMED, ABORTED = "whole", "streamed", "aborted in the middle"
 #: How often a request is sent in which way.
 WEIGHTS = {WHOLE: 0.4, STREAMED: 0.35, ABORTED: 0.25}
-#: Tokens of a prompt: a few, and more than vLLM takes in one step, so that prefills come in pieces beside decodes.
-PROMPT_LENGTHS = (3, 40, 200, 400)
 NEW_TOKENS = (8, 48)
 VOCABULARY = 500
 #: A server that refuses everything must not be asked as fast as it can refuse.
@@ -47,9 +46,7 @@ class Request:
     new_tokens: int
 
 
-def make_pool(
-    adapters: Sequence[str], lengths: Sequence[int] = PROMPT_LENGTHS, per_length: int = 2, seed: int = 0
-) -> list[Request]:
+def make_pool(adapters: Sequence[str], lengths: Sequence[int], per_length: int = 2, seed: int = 0) -> list[Request]:
     """The set of requests: each prompt for the base model and for every adapter. The same seed gives the same set."""
     generator = random.Random(seed)
     pool = []
@@ -231,6 +228,15 @@ def alone(
             answers[request.name] = f"{type(error).__name__}: {error}"
     client.close()
     return answers
+
+
+def ask_for(server: Server, path: str, body: Mapping[str, Any]) -> None:
+    """POST to a server and wait for the answer; raises OSError where it refuses."""
+    request = urllib.request.Request(
+        server.base_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=120):
+        pass
 
 
 _IN_THE_ENGINE = ("vllm:num_requests_running", "vllm:num_requests_waiting")

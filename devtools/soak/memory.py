@@ -40,12 +40,13 @@ def resident_bytes(process_ids: Iterable[int]) -> int:
 
 
 def device_bytes() -> int | None:
-    """Used memory of all GPUs that nvidia-smi shows; None where there is none."""
+    """Used memory of the GPUs that this process may use (CUDA_VISIBLE_DEVICES), by nvidia-smi; None where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     result = subprocess.run(
-        [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+        [program, *([f"--id={chosen}"] if chosen else []), "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
         capture_output=True,
         text=True,
         timeout=30,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from overlay.report.journal_reader import Journal
 
 STOCK, OVERLAY = "stock", "overlay"
-#: Patches whose ops have to have run in the model of the soak.
-EXPECTED_PATCHES = ("gdn", "lora_linear")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class Side:
     processes: int = 0
     tally: Tally = field(default_factory=Tally)
     checks: list[Check] = field(default_factory=list)
+    #: How often the engine was put to sleep, or got other weights.
+    interferences: Counter[str] = field(default_factory=Counter)
     #: Requests that were still in the engine long after their clients had left.
     left: int = 0
 
@@ -69,6 +70,7 @@ class Side:
                 {"seconds": round(one.seconds, 1), "compared": one.compared, "different": list(one.different)}
                 for one in self.checks
             ],
+            "interferences": dict(self.interferences),
             "left_in_the_engine": self.left,
         }
 
@@ -79,9 +81,13 @@ class Soak:
 
     settings: dict[str, Any]
     growth_limit: float  # MiB per minute
+    #: Patches whose ops have to have run.
+    patches: tuple[str, ...]
     sides: dict[str, Side] = field(default_factory=lambda: {STOCK: Side(), OVERLAY: Side()})
     samples: dict[str, Any] = field(default_factory=lambda: {"resident": {STOCK: [], OVERLAY: []}, "device": []})
     reference: dict[str, Tokens] = field(default_factory=dict)
+    #: With other weights.
+    other_reference: dict[str, Tokens] = field(default_factory=dict)
     margins: dict[str, Margins] = field(default_factory=dict)
     journals: list[Journal] = field(default_factory=list)
     load_seconds: float = 0.0
@@ -116,10 +122,12 @@ class Soak:
             )
         if len(set(self.reference.values())) * 2 < len(self.reference):
             found.append("most requests have the same answer, which proves nothing")
+        if any(tokens == self.reference.get(name) for name, tokens in self.other_reference.items()):
+            found.append("other weights give the same answer, so they were not loaded")
         if not self.interrupted and not self.died:
             if len(overlay.checks) < 2:
                 found.append("nothing was compared after the load")
-            found += without_effect(self.journals)
+            found += without_effect(self.journals, self.patches)
         growth = self.growth()
         for name, what in (("beyond stock", "overlay: memory beyond stock's"), ("device", "the GPU's used memory")):
             slope = growth[name]
@@ -159,13 +167,11 @@ def calls(journals: Sequence[Journal]) -> dict[str, dict[str, int]]:
     return found
 
 
-def without_effect(journals: Sequence[Journal]) -> list[str]:
+def without_effect(journals: Sequence[Journal], patches: Sequence[str]) -> list[str]:
     """Why stock may have been compared with stock, and what the overlay reports of itself."""
     ran = calls(journals)
     found = [
-        f"{name}: patched in no layer, or its op never ran"
-        for name in EXPECTED_PATCHES
-        if not ran.get(name, {}).get("calls")
+        f"{name}: patched in no layer, or its op never ran" for name in patches if not ran.get(name, {}).get("calls")
     ]
     return found + sorted({f"the overlay reports: {problem}" for journal in journals for problem in journal.problems})
 
@@ -186,6 +192,8 @@ def table(soak: Soak) -> Table:
         row(f"  {kind}", lambda side, _, kind=kind: str(side.tally.sent[kind]))
     row("tokens", lambda side, _: str(side.tally.tokens))
     row("errors", lambda side, _: str(side.tally.errors.total()))
+    for what in sorted({what for side in soak.sides.values() for what in side.interferences}):
+        row(f"  {what}", lambda side, _, what=what: str(side.interferences[what]))
     row("left in the engine", lambda side, _: str(side.left))
     row("sent alone: checks, different", lambda side, _: f"{side.compared}, {len(side.different)}")
     row(

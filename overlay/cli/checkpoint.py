@@ -29,7 +29,7 @@ from overlay.side_work.rules import (
     reason_against_main,
 )
 from overlay.verdict import Verdict
-from overlay.vocabulary import APPLY, UNPROVEN
+from overlay.vocabulary import APPLY
 
 #: The state of a group: the patch would take it, it stays stock, or nobody can tell from the configuration.
 STOCK, UNKNOWN = "stock", "unknown"
@@ -45,7 +45,6 @@ NEXT = re.compile(r"Qwen3Next(ForCausalLM)?|Qwen3NextMTP")
 QWEN3_5 = re.compile(r"Qwen3_[5-9](Moe)?(ForCausalLM|ForConditionalGeneration|MTP)|ColQwen3_5")
 #: The models with DeepSeek-V3.2's attention (DSA), and the package that their class is in from vLLM 0.29 on.
 DSA = re.compile(r"(DeepseekV32|GlmMoeDsa)ForCausalLM")
-ASKED_FOR = "off until VLLMOVERLAY_PATCHES names it"
 DSA_PACKAGE = "vllm.models.deepseek_v32"
 DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 #: How vLLM tells a pooling model by its architecture (`_SUFFIX_TO_DEFAULTS`); a model that generates ends otherwise.
@@ -337,8 +336,7 @@ class _Asked:
         """Rows (state, reason, sizes[, linear]) that are alike as one group, in the order in which they come."""
         found: dict[tuple[Any, ...], list[str]] = {}
         for state, reason, sizes, linear in rows:
-            said = f"{reason}; {ASKED_FOR}" if state == APPLY and patch in UNPROVEN else reason
-            found.setdefault((state, said, sizes), []).append(linear)
+            found.setdefault((state, reason, sizes), []).append(linear)
         return [
             Group(patch, len(names), state, reason, sizes, tuple(dict.fromkeys(names)) if linears else ())
             for (state, reason, sizes), names in found.items()

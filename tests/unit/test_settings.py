@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from overlay import settings
 from overlay.patches import registry
 from overlay.settings import Settings, SettingsError, load
-from overlay.vocabulary import PATCH_NAMES, PLANS, UNPROVEN
+from overlay.vocabulary import PATCH_NAMES, PLANS
 
 
 def test_nothing_set_gives_the_defaults() -> None:
@@ -112,14 +112,9 @@ def test_an_empty_value_counts_as_not_set() -> None:
 
 
 def test_patches_none_and_all() -> None:
+    assert load({}).patches == PATCH_NAMES
     assert load({"VLLMOVERLAY_PATCHES": "none"}).patches == ()
     assert load({"VLLMOVERLAY_PATCHES": " ALL "}).patches == PATCH_NAMES
-
-
-def test_what_no_gpu_has_run_has_to_be_asked_for() -> None:
-    assert set(PATCH_NAMES) >= UNPROVEN and UNPROVEN.isdisjoint(load({}).patches)
-    assert set(load({}).patches) | UNPROVEN == set(PATCH_NAMES)
-    assert load({"VLLMOVERLAY_PATCHES": "dsa"}).patches == ("dsa",)
 
 
 @given(st.text(string.printable, max_size=20))

@@ -22,7 +22,9 @@ from devtools import servers
 from devtools.soak import load, memory, report
 from overlay.report.journal_reader import Journal, Patch
 
-POOL = load.make_pool(["first", "second"])
+PATCHES = ("gdn", "lora_linear")
+LENGTHS = (3, 40, 200, 400)
+POOL = load.make_pool(["first", "second"], LENGTHS)
 MARGIN = 0.5
 
 
@@ -101,7 +103,7 @@ def loaded(server: servers.Server, wanted: dict[str, load.Tokens], margin: float
 
 
 def test_the_requests_are_the_same_prompts_for_every_model_and_the_same_every_time() -> None:
-    assert load.make_pool(["first", "second"]) == POOL
+    assert load.make_pool(["first", "second"], LENGTHS) == POOL
     by_model = {
         model: [(one.prompt, one.new_tokens) for one in POOL if one.model == model]
         for model in ("tiny", "first", "second")
@@ -253,7 +255,7 @@ def test_a_check_names_what_differs_and_where() -> None:
 
 
 def journal(**changes: Any) -> Journal:
-    patches = tuple(Patch(name, "apply", layers=("x",), serial_calls={"y": 3}) for name in report.EXPECTED_PATCHES)
+    patches = tuple(Patch(name, "apply", layers=("x",), serial_calls={"y": 3}) for name in PATCHES)
     facts: dict[str, Any] = {
         "process_id": 1,
         "parent": 0,
@@ -272,7 +274,9 @@ def journal(**changes: Any) -> Journal:
 
 
 def good() -> report.Soak:
-    soak = report.Soak({}, growth_limit=1.0, reference=reference(), journals=[journal()], load_seconds=240.0)
+    soak = report.Soak(
+        {}, growth_limit=1.0, patches=PATCHES, reference=reference(), journals=[journal()], load_seconds=240.0
+    )
     for side in soak.sides.values():
         side.tally.sent[load.WHOLE] = 100
         side.tally.same = 100
@@ -351,7 +355,7 @@ def test_growth_that_stock_has_too_is_not_the_overlays() -> None:
 
 
 def test_an_interrupted_soak_is_judged_by_what_it_has() -> None:
-    soak = report.Soak({}, growth_limit=1.0, interrupted=True)
+    soak = report.Soak({}, growth_limit=1.0, patches=PATCHES, interrupted=True)
     assert soak.faults() == [] and soak.growth()["beyond stock"] is None
     soak.sides["overlay"].tally.errors["x"] += 1
     assert len(soak.faults()) == 1
