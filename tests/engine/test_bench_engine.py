@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from devtools import tiny_models
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.engine
@@ -80,6 +81,23 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert "greedy tokens against stock" in shown and "CPU: says nothing about speed" in shown
         assert "/ stock" not in shown and "no difference shown" not in shown
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_real_servers_that_pool(tmp_path: Path) -> None:
+    """`vllm serve` of both arms, and `vllm bench serve` that asks them for embeddings."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(tiny_models.CONFIGURATIONS["qwen3"]))
+    options = ("--model", str(model), "--engine", "runner=pooling", "--phases", "serving", "--concurrency", "2")
+    output, _ = (process := _start(tmp_path, *options)).communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 3, output[-3000:]
+    found = _results(tmp_path)
+    # This vLLM pools without a synchronisation by itself.
+    assert found["problems"] == [] and ["patched no layer" in text for text in found["unfinished"]] == [True]
+    (row,) = found["concurrency"]["rows"]
+    assert (row["requests"], row["metric"]) == (2, "embedding") and row["rounds"] > 1
+    (answers,) = found["concurrency"]["answers"]
+    assert all(one["different"] == 0 < one["of"] for one in answers["arms"].values())
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ answers of stock's later rounds say what stock itself repeats; the others' are c
 Where the servers do not fit beside each other, each arm has all its rounds at once, and stock has half of its rounds before the
 others and half behind them: a drift of the machine meets both.
 
+Servers that pool are asked for embeddings. Their metric `embedding` is a run's time by its embeddings, and their answers are the
+embeddings of a few prompts that are sent alone.
+
 `results.json` gets `concurrency`::
 
-    {"rows": [{"requests": 8, "metric": "tpot" | "ttft", "requests_per_second": {"stock", …}, … as a row of decode …}],
+    {"rows": [{"requests": 8, "metric": "tpot" | "ttft" | "embedding", "requests_per_second": {"stock", …}, … as a row of decode …}],
      "answers": [{"requests": 8, "arms": {"stock": {"different", "of"}, "overlay": {"different", "of"}}}],
      "together": true, "prompt": 512, "output": 128, "start_seconds": {"stock"}, "journals": {"overlay": […]}}
 
@@ -28,16 +31,17 @@ from overlay.cli.bench.servers import LEAST_REQUESTS, LEAST_WARM_UP, Fleet, Load
 from overlay.cli.bench.setup import STOCK
 
 KEY = "concurrency"
-METRICS = ("tpot", "ttft")
+METRICS = ("tpot", "ttft", "embedding")
 
 #: Results of `vllm bench serve` by number of clients, arm and round.
 Runs = dict[int, dict[str, dict[int, dict[str, Any]]]]
 
 
-def load(clients: int, waves: int, prompt: int, output: int) -> Load:
+def load(clients: int, waves: int, prompt: int, output: int, pools: bool = False) -> Load:
     """Each client sends `waves` requests."""
     requests = max(LEAST_REQUESTS, waves * clients)
-    return Load(clients, ("--max-concurrency", str(clients)), prompt, output, requests, max(LEAST_WARM_UP, clients))
+    flags = ("--max-concurrency", str(clients))
+    return Load(clients, flags, prompt, output, requests, max(LEAST_WARM_UP, clients), pools=pools)
 
 
 def turns(arms: Sequence[str], rounds: int, together: bool) -> list[tuple[tuple[str, ...], range]]:
@@ -99,10 +103,10 @@ def answers_of(runs: Runs) -> list[dict[str, Any]]:
     for clients, by_arm in _begun(runs):
         stock = by_arm[STOCK]
         first = min(stock)
-        wanted = stock[first]["generated_texts"]
+        wanted = stock[first]["answers"]
         arms = {}
         for arm, rounds in by_arm.items():
-            found = [run["generated_texts"] for turn, run in rounds.items() if arm != STOCK or turn != first]
+            found = [run["answers"] for turn, run in rounds.items() if arm != STOCK or turn != first]
             different = sum(old != new for texts in found for old, new in zip(wanted, texts, strict=True))
             arms[arm] = {"different": different, "of": len(wanted) * len(found)}
         rows.append({"requests": clients, "arms": arms})

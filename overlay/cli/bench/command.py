@@ -16,7 +16,7 @@
      "timeline": [{"requests", "arms": {…}}],
      "serving": {"rows": [{"rate", "metric": "ttft" | "tpot", "arm", "stock", "overlay", "ratio", "low", "high",
                            "stock_p99", "overlay_p99", …}], "start_seconds": {…}},
-     "concurrency": {"rows": [{"requests", "metric": "tpot" | "ttft", … as decode …}], "answers": […], …},
+     "concurrency": {"rows": [{"requests", "metric": "tpot" | "ttft" | "embedding", … as decode …}], "answers": […], …},
      "problems": ["…"], "unfinished": ["…"], "interrupted": true}
 
 `ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its interval; `interval` is "bca" (95 %) or "range" (of
@@ -128,6 +128,11 @@ class Options:
     engine: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
     overlay_variables: tuple[str, ...] = ()
+
+    @property
+    def pools(self) -> bool:
+        """Whether the engines pool: they give embeddings and no tokens."""
+        return parse_engine(self.engine).get("runner") == "pooling"
 
     @property
     def alive_at_once(self) -> int:
@@ -243,6 +248,10 @@ def settle(options: Options) -> Plan:
         raise CommandError("there is no vLLM in this Python; run it where vLLM is, or put its folder on PYTHONPATH")
     if set(options.phases) == {"serving"} and not (options.rates or options.concurrency):
         raise CommandError("--phases=serving: allowed is to name the servers' load, by --concurrency or --rates")
+    if options.pools and (set(options.phases) != {"serving"} or options.rates):
+        raise CommandError(
+            "--engine runner=pooling: what pools has no tokens; allowed is --phases serving with --concurrency"
+        )
     check_engine(parse_engine(options.engine))
     gpus = memory.visible(memory.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     cpu = not gpus
@@ -466,7 +475,9 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
             Fleet, setup, results, progress, arguments, plan.model.tokenizer(setup.work), seed, at_once=options.together
         )
         sizes = options.serving_prompt, options.loop_output
-        loops = [closed_loop.load(clients, effort.loop_waves, *sizes) for clients in options.concurrency or ()]
+        loops = [
+            closed_loop.load(clients, effort.loop_waves, *sizes, options.pools) for clients in options.concurrency or ()
+        ]
         if loops:
             closed_loop.measure(
                 fleet(closed_loop.KEY), options.arms, loops, effort.loop_rounds, plan.fits(len(options.arms))

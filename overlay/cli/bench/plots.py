@@ -33,7 +33,7 @@ def write(data: dict[str, Any], folder: Path) -> list[Path]:
     panels.append((_series(data.get("first_token") or [], "prompt"), "time to first token", "prompt tokens"))
     if any(series for series, _, _ in panels):
         written.append(_draw([panel for panel in panels if panel[0]], data, folder / "ratio.png"))
-    titles = {"tpot": "time per output token", "ttft": "time to first token"}
+    titles = {"tpot": "time per output token", "ttft": "time to first token", "embedding": "time per embedding"}
     rows = (data.get("concurrency") or {}).get("rows") or []
     panels = [
         (_series([row for row in rows if row["metric"] == metric], "requests"), title, "clients")

@@ -107,6 +107,7 @@ def timed(data: dict[str, Any]) -> list[tuple[str, str, str, list[dict[str, Any]
     loop = (data.get(CONCURRENCY) or {}).get("rows") or []
     every = (
         ("time per output token", "clients", "requests", [row for row in loop if row["metric"] == "tpot"]),
+        ("time per embedding", "clients", "requests", [row for row in loop if row["metric"] == "embedding"]),
         ("decode step", "N", "requests", data.get("decode") or []),
         ("time to first token", "prompt", "prompt", data.get("first_token") or []),
         ("time to first token", "clients", "requests", [row for row in loop if row["metric"] == "ttft"]),

@@ -39,6 +39,8 @@ STOP_SECONDS = 20.0
 LEAST_WARM_UP = 4
 #: Requests of a run at least, so that its median means something.
 LEAST_REQUESTS = 8
+#: Where a server that pools is asked, and the tokens of the prompts whose embeddings are compared.
+EMBEDDINGS, PROBES = "/v1/embeddings", (1, 7, 64, 300)
 #: What only `vllm.LLM` takes.
 NOT_FOR_SERVERS = ("model", "skip_tokenizer_init", "disable_log_stats")
 
@@ -52,6 +54,7 @@ class Load:
     """One run of the client: its flags for arrivals, the tokens of a prompt and of an answer, requests, and requests before it.
 
     `size` is the load's number in results and file names: clients, or requests per second. `fresh`: each round sends prompts of its own.
+    `pools`: the servers answer with embeddings, and `output` says nothing.
     """
 
     size: float
@@ -61,6 +64,7 @@ class Load:
     requests: int
     warm_up: int = LEAST_WARM_UP
     fresh: bool = False
+    pools: bool = False
 
 
 class Server:
@@ -115,6 +119,21 @@ class Server:
                 return True
         except OSError:
             return False
+
+    def embeddings(self) -> list[str]:
+        """The embeddings of some fixed prompts, one request after the other, as vLLM writes their bits."""
+        found = []
+        for length in PROBES:
+            prompt = [2 + (length * 31 + place * 17) % 400 for place in range(length)]
+            body = {"model": MODEL_NAME, "input": prompt, "encoding_format": "base64"}
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{self.port}{EMBEDDINGS}",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found += [str(one["embedding"]) for one in json.load(answer)["data"]]
+        return found
 
     def close(self, hurry: bool = False) -> None:
         """Stop it, then end whatever of its session is left."""
@@ -232,16 +251,18 @@ class Fleet:
             client.close()
 
     def _run(self, client: Worker, server: Server, load: Load, turn: int) -> dict[str, Any]:
-        """One run of `vllm bench serve`: its results file, per request."""
+        """One run of `vllm bench serve`: its results file, per request, and `answers`: texts, or embeddings."""
         target = self.setup.work / "serving" / f"{self.key}-{load.size:g}-{turn}-{server.arm}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        command = ["--backend", "vllm", "--host", "127.0.0.1", "--port", str(server.port)]
+        kind = ["--backend", "openai-embeddings", "--endpoint", EMBEDDINGS] if load.pools else ["--backend", "vllm"]
+        command = [*kind, "--host", "127.0.0.1", "--port", str(server.port)]
         command += ["--model", MODEL_NAME, "--tokenizer", str(self.tokenizer)]
         command += ["--dataset-name", "random", "--random-input-len", str(load.prompt)]
         command += ["--random-output-len", str(load.output), "--num-prompts", str(load.requests)]
         command += [*load.flags, "--num-warmups", str(load.warm_up), "--seed", str(1000 + turn * load.fresh)]
-        command += ["--temperature", "0", "--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
+        command += [] if load.pools else ["--temperature", "0", "--ignore-eos"]
+        command += ["--disable-tqdm", "--save-result", "--save-detailed"]
         command += ["--result-dir", str(target.parent), "--result-filename", target.name]
         try:
             client.call("serve", max(self.setup.remaining(), 0.0) + 60.0, arguments=command)
@@ -250,11 +271,15 @@ class Fleet:
         found: dict[str, Any] = json.loads(target.read_text())
         if not found["completed"]:
             raise ServingError(f"{target.stem}: no request was answered: {found['errors'][:1]}\n{tail(server.log)}")
-        return found
+        if load.pools:
+            return {**found, "failed": load.requests - found["completed"], "answers": server.embeddings()}
+        return {**found, "answers": found["generated_texts"]}
 
 
 def seconds_of_requests(run: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Seconds of every request that was answered: to its first token, and per token after that."""
+    """Seconds of every request that was answered: to its first token, and per token after that; of a run that pools, per embedding."""
+    if "ttfts" not in run:
+        return {"ttft": [], "tpot": [], "embedding": [float(run["duration"]) / int(run["completed"])]}
     ttft, tpot = [], []
     for first, gaps, count in zip(run["ttfts"], run["itls"], run["output_lens"], strict=True):
         if count < 1:
@@ -262,4 +287,4 @@ def seconds_of_requests(run: Mapping[str, Any]) -> dict[str, list[float]]:
         ttft.append(float(first))
         if count > 1:
             tpot.append(sum(gaps) / (count - 1))
-    return {"ttft": ttft, "tpot": tpot}
+    return {"ttft": ttft, "tpot": tpot, "embedding": []}

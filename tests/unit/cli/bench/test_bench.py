@@ -843,7 +843,7 @@ def test_the_last_line_is_of_what_a_person_asks_for_first(data: dict[str, Any]) 
 
 
 def _loop_run(scale: float, *texts: str) -> dict[str, Any]:
-    return {**_run(scale), "generated_texts": list(texts), "failed": 0}
+    return {**_run(scale), "answers": list(texts), "failed": 0}
 
 
 def test_a_closed_loop_is_paired_by_round_and_its_answers_have_a_control(data: dict[str, Any], tmp_path: Path) -> None:

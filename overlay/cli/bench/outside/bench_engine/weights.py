@@ -153,25 +153,30 @@ def fill(tensor: Any, name: str, owner: str, seed: int, tensors: Mapping[str, An
 
 
 def replace_dummy_weights(seed: int) -> None:
-    """Make vLLM's dummy loader (0.20.0 to 0.33.0) fill tensors with `fill`. Call before the engine is built."""
+    """Make vLLM's dummy loader (0.19.0 to 0.33.0) fill tensors with `fill`. Call before the engine is built.
+
+    Before 0.20.0 it has no way to quantize a layer while it loads it.
+    """
     import torch
     from vllm.model_executor.model_loader import dummy_loader
 
-    get_layerwise_info, get_layer_tensors = dummy_loader.get_layerwise_info, dummy_loader.get_layer_tensors
+    get_layer_tensors = dummy_loader.get_layer_tensors
+    get_layerwise_info = getattr(dummy_loader, "get_layerwise_info", None)
 
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
         with torch.no_grad():
             for prefix, layer in model.named_modules():
                 owner = type(layer).__name__
-                if get_layerwise_info(layer).can_load():
-                    _quantize_online(self, layer, prefix, owner, seed)
+                info = None if get_layerwise_info is None else get_layerwise_info(layer)
+                if info is not None and info.can_load():
+                    _quantize_online(self, layer, info, prefix, owner)
                     continue
                 tensors = get_layer_tensors(layer)
                 for leaf, tensor in tensors.items():
                     if leaf not in layer._non_persistent_buffers_set:
                         fill(tensor, f"{prefix}.{leaf}", owner, seed, tensors)
 
-    def _quantize_online(loader: Any, layer: Any, prefix: str, owner: str, seed: int) -> None:
+    def _quantize_online(loader: Any, layer: Any, info: Any, prefix: str, owner: str) -> None:
         """Online quantization: vLLM materializes the layer, asks for values, and quantizes at once."""
         kept, calls = dummy_loader.initialize_single_dummy_weight, [0]
 
@@ -184,7 +189,7 @@ def replace_dummy_weights(seed: int) -> None:
 
         dummy_loader.initialize_single_dummy_weight = initialize
         try:
-            loader._process_online_quant_layer(layer, get_layerwise_info(layer))
+            loader._process_online_quant_layer(layer, info)
         finally:
             dummy_loader.initialize_single_dummy_weight = kept
 
