@@ -90,7 +90,7 @@ def overlap(layers: Sequence[LoraLinear]) -> tuple[Callable[..., torch.Tensor], 
 
     record = PatchRecord()
     ops.define(declares_writes=True)
-    ops.pairs[lora_linear.NAME] = ops.PlannedPair(Plan("dual", 1 << 20), record)
+    ops.planned[lora_linear.NAME] = ops.PlannedPair(Plan("dual", 1 << 20), record)
     device = layers[0].base_layer.weight.device
     if device.type == "cuda":
         lane.prepare(device)

@@ -78,7 +78,8 @@ def both_servers(
             )
             if on_gpu:
                 wait_until_ready([servers[name]], progress.show, START_SECONDS)
-        wait_until_ready(list(servers.values()), progress.show)
+        if not on_gpu:
+            wait_until_ready(list(servers.values()), progress.show)
         yield servers
         ask_to_stop(list(servers.values()))
 
@@ -127,7 +128,7 @@ class Runner:
         if first:
             failed = [text for text in answers[STOCK].values() if isinstance(text, str)]
             if failed:
-                raise ServerError(f"stock did not answer before there was any load: {failed[0]}")
+                raise ServerError(f"stock gave no answer to compare with: {failed[0]}")
             reference.update({name: tokens for name, tokens in answers[STOCK].items() if not isinstance(tokens, str)})
         for name, side in self.soak.sides.items():
             side.checks.append(check(time.monotonic() - self.started, answers[name], reference))
@@ -239,6 +240,7 @@ def soak(minutes: float, clients: int, growth_limit: float, out: Path, workload:
                         runner.spell(pool, min(SPELL_SECONDS, max(end - time.monotonic(), 1.0)), spell)
                         runner.interfere(workload, probes)
                         result.samples = sampler.snapshot()
+                        result.journals = servers[OVERLAY].journals(0.0)
                         save(result, out)
             finally:
                 sampler.stop()

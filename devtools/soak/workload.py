@@ -32,7 +32,8 @@ class Workload:
 
     def _checkpoint(self, seed: int) -> Path:
         recipe = self.recipe
-        return self.folder / f"{recipe.shape}-{recipe.layers}-layers-{recipe.format}-{seed}"
+        name = recipe.shape.strip("/").replace("/", "-")  # it may be a configuration's path
+        return self.folder / f"{name}-{recipe.layers}-layers-{recipe.format}-{seed}"
 
     @property
     def model(self) -> Path:

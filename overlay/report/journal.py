@@ -157,7 +157,7 @@ def role() -> str:
     return MAIN
 
 
-class Journal:
+class OwnJournal:
     """The record of one process, and its file."""
 
     def __init__(self) -> None:
@@ -335,4 +335,4 @@ def _remove_stale(folder: str, now: float) -> None:
                 os.unlink(path)
 
 
-journal = Journal()
+journal = OwnJournal()

@@ -12,7 +12,7 @@ from typing import Any
 
 from overlay import __version__
 from overlay.report import log
-from overlay.report.journal import FUSED_CALLS, Journal, PatchRecord, role
+from overlay.report.journal import FUSED_CALLS, OwnJournal, PatchRecord, role
 from overlay.vocabulary import API_SERVER, APPLY, INERT, NOT_SEEN, WITH_IT_GOES, is_removable, loses_by_removal
 
 REMOVABLE = "nothing to do in this vLLM, it can be removed"
@@ -32,7 +32,7 @@ def say_armed(vllm_version: str | None) -> None:
         )
 
 
-def say(journal: Journal, *, removable_is_said_here: bool) -> None:
+def say(journal: OwnJournal, *, removable_is_said_here: bool) -> None:
     """Log what every patch of this process did."""
     patches = [_Patch(name, record.state, record) for name, record in journal.patches.items()]
     states = {patch.name: patch.state for patch in patches}

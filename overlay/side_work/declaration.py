@@ -218,7 +218,7 @@ class TwoLinears:
             if pair is None or torch.compiler.is_compiling() or not calls_side(layer):
                 return layer
             if pair.on_gpu and not torch.cuda.is_current_stream_capturing():
-                ops.pairs[pair.name].record.calls.count_serial(NOT_CAPTURING)
+                ops.planned[pair.name].record.calls.count_serial(NOT_CAPTURING)
                 return layer
             return kind(layer, pair)
 

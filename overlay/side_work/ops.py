@@ -68,7 +68,7 @@ class PlannedPair:
 
 
 #: By name. Layers of one shape and one kind of main share a name.
-pairs: dict[str, PlannedPair] = {}
+planned: dict[str, PlannedPair] = {}
 
 
 def gemm(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None:
@@ -78,7 +78,7 @@ def gemm(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None:
 
 def choose(x: torch.Tensor, name: str, idle: str | None = None) -> tuple[str, lane.Lane | None]:
     """The strategy of one call, counted, and the lane of this thread. `idle` says why there is no work to fork, if so."""
-    pair = pairs.get(name)
+    pair = planned.get(name)
     found = lane.lane_of(x.device) if x.is_cuda else None
     if pair is None:
         return SERIAL, found
@@ -275,13 +275,13 @@ def places_written(op: Any) -> list[int]:
 
 def count_lowered(name: str) -> None:
     """Count a start that is stock's call in a compiled graph."""
-    pair = pairs.get(name)
+    pair = planned.get(name)
     if pair is not None:
         pair.record.calls.lowered += 1
 
 
 def _count_fake(name: str) -> None:
-    pair = pairs.get(name)
+    pair = planned.get(name)
     if pair is not None:
         pair.record.calls.fake += 1
 

@@ -99,7 +99,7 @@ def settle(pairs: Sequence[Pair], worker: Any, settings: Settings, record: Patch
     for group in on_gpu.values():  # last, because measuring frees the workspaces of all streams
         lane.use_once(group[0].device, functools.partial(_first_use, group[0]))
     for name, plan in plans.items():
-        ops.pairs[name] = ops.PlannedPair(plan, record)
+        ops.planned[name] = ops.PlannedPair(plan, record)
 
 
 def _first_use(pair: Pair, on: lane.Lane) -> torch.Tensor:

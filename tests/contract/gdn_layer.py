@@ -373,7 +373,7 @@ def attach(patch: types.ModuleType, layer: LayerBase, plain: bool = False) -> An
     layer.in_proj_qkvz.input_size = HIDDEN
     pair = Pair(layer.prefix, layer.in_proj_qkvz, layer.in_proj_ba, qkvz, ba, "main", "side", "weight", plain)
     record = PatchRecord()
-    ops.pairs[pair.name] = ops.PlannedPair(Plan("dual", 256), record)
+    ops.planned[pair.name] = ops.PlannedPair(Plan("dual", 256), record)
     setattr(layer, PAIR, pair)
     return record
 

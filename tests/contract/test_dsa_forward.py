@@ -133,7 +133,7 @@ def paired(record: PatchRecord, monkeypatch: pytest.MonkeyPatch) -> Layer:
     sizes = PROJECTIONS.sizes_by_heads(layer)
     assert [*sizes.values()] == [len(layer.fused_qkv_a_proj.weight), len(side.weight)]
     pair = Pair("a", layer.fused_qkv_a_proj, side, *sizes.values(), "FP8", "bf16", "weight", True, traced=False)
-    monkeypatch.setattr(ops, "pairs", {pair.name: ops.PlannedPair(Plan(DUAL, 256), record)})
+    monkeypatch.setattr(ops, "planned", {pair.name: ops.PlannedPair(Plan(DUAL, 256), record)})
     setattr(layer, PAIR, pair)
     return layer
 

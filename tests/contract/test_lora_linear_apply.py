@@ -55,7 +55,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     """Where the ops count, in an engine that is running."""
     ops.define(declares_writes=True)
     found = PatchRecord()
-    monkeypatch.setitem(ops.pairs, lora_linear.NAME, ops.PlannedPair(Plan("dual", 256), found))
+    monkeypatch.setitem(ops.planned, lora_linear.NAME, ops.PlannedPair(Plan("dual", 256), found))
     monkeypatch.setattr(lora_linear, "is_forward_context_available", lambda: True)
     monkeypatch.setattr(lora_linear, "LINEARS", (lora_layers.Linear,))
     return found

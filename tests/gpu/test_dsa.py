@@ -93,11 +93,11 @@ def record(model: list[Layer]) -> Iterator[PatchRecord]:
         pair = Pair(str(number), layer.fused_qkv_a_proj, side, MAIN, KEY + HEADS, "bf16", "bf16", "weight", True, False)
         setattr(layer, PAIR, pair)
     yield made
-    ops.pairs.clear()
+    ops.planned.clear()
 
 
 def plan(model: list[Layer], record: PatchRecord, strategy: str) -> None:
-    ops.pairs[getattr(model[0], PAIR).name] = ops.PlannedPair(Plan(strategy, 256), record)
+    ops.planned[getattr(model[0], PAIR).name] = ops.PlannedPair(Plan(strategy, 256), record)
 
 
 def run(model: list[Layer], forward: Any, x: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ def record() -> Iterator[PatchRecord]:
     record = PatchRecord()
     lane.prepare(torch.device("cuda", 0))
     yield record
-    ops.pairs.pop(NAME, None)
+    ops.planned.pop(NAME, None)
 
 
 def captured(
@@ -110,7 +110,7 @@ def test_replays_with_changing_inputs_have_serials_bits(
     x = torch.zeros(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
     graphs = {}
     for plan, model in ((SERIAL, Model()), (strategy, Model(op=op))):
-        ops.pairs[NAME] = ops.PlannedPair(Plan(plan, 256), record)
+        ops.planned[NAME] = ops.PlannedPair(Plan(plan, 256), record)
         graphs[plan] = captured(model, x)
     assert record.calls.dual_stream == len(model.layers)
     different = torch.zeros((), device="cuda", dtype=torch.int64)
@@ -134,10 +134,10 @@ def test_two_models_take_turns(
     """
     models = [Model(4, 1, op), Model(2, 2, op)]
     inputs = [torch.zeros(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in models]
-    ops.pairs[NAME] = ops.PlannedPair(Plan(SERIAL, 256), record)
+    ops.planned[NAME] = ops.PlannedPair(Plan(SERIAL, 256), record)
     expected = [captured(model, x) for model, x in zip(models, inputs, strict=True)]
 
-    ops.pairs[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
+    ops.planned[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
     in_time = ops.gemm
 
     def late(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> None:
@@ -172,7 +172,7 @@ def test_two_models_take_turns(
 
 def test_the_side_runs_beside_main(record: PatchRecord) -> None:
     """In one graph, by the profiler: the side's kernel overlaps one of main's in time."""
-    ops.pairs[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
+    ops.planned[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
     x = torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16)
     graph, _ = captured(Model(), x)
     graph.replay()
@@ -186,7 +186,7 @@ def test_the_side_runs_beside_main(record: PatchRecord) -> None:
 
 def test_a_failure_in_a_capture_shows_its_error_and_leaves_nothing(record: PatchRecord) -> None:
     """CUDA reports unjoined work at the end of the capture; the real error is its context, so both are in the log."""
-    ops.pairs[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
+    ops.planned[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
     model, x = Model(), torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16)
     expected = model(x)
     with pytest.raises(RuntimeError) as caught, torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -200,7 +200,7 @@ def test_a_failure_in_a_capture_shows_its_error_and_leaves_nothing(record: Patch
 
 
 def test_outside_a_capture_nothing_forks(record: PatchRecord) -> None:
-    ops.pairs[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
+    ops.planned[NAME] = ops.PlannedPair(Plan(DUAL, 256), record)
     model = Model()
     model(torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16))
     assert (record.calls.dual_stream, sum(record.calls.serial.values())) == (0, len(model.layers))

@@ -225,7 +225,7 @@ class Installed:
 
         self.waiting: list[Callable[[Any], None]] = []
         patch.setattr(loaded, "_waiting", self.waiting)
-        patch.setattr(ops, "pairs", {})
+        patch.setattr(ops, "planned", {})
         patch.setattr(journal, "patches", {})
         patch.setitem(registry._VERDICTS, NAME, example("verdict"))
         install.install(NAME, module, Settings(serial_pass_through=True, strict=True))

@@ -141,7 +141,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Settled:
     """Everything that is settled before the first engine starts."""
 
     options: Options
@@ -242,7 +242,7 @@ def check_engine(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def settle(options: Options) -> Plan:
+def settle(options: Options) -> Settled:
     """Look at the machine and the model. Raises CommandError for everything that cannot work."""
     if importlib.util.find_spec("vllm") is None:
         raise CommandError("there is no vLLM in this Python; run it where vLLM is, or put its folder on PYTHONPATH")
@@ -295,7 +295,7 @@ def settle(options: Options) -> Plan:
         need = memory.check(model, load, arms, free, place, shards, cpu)
     else:
         need = memory.need(model, load, shards, cpu)
-    return Plan(options, model, effort, batches, prompts, cpu, load, need, free)
+    return Settled(options, model, effort, batches, prompts, cpu, load, need, free)
 
 
 def vllm_folders(environ: dict[str, str]) -> str | None:
@@ -314,18 +314,18 @@ def is_installed() -> bool:
     return False
 
 
-def setup_of(plan: Plan) -> Setup:
+def setup_of(settled: Settled) -> Setup:
     """Folders and environments of this run."""
-    options = plan.options
+    options = settled.options
     out = options.out or Path(time.strftime("bench-%Y%m%d-%H%M%S"))
     work = options.work or Path(tempfile.gettempdir()) / f"vllm-overlay-bench-{os.getuid()}"
     variables = parse_pairs("--env", options.variables)
     overlay = parse_pairs("--overlay-env", options.overlay_variables)
-    if plan.cpu:
+    if settled.cpu:
         # There are no streams, and without this the overlay leaves everything as it is.
         overlay.setdefault("VLLMOVERLAY_SERIAL_PASS_THROUGH", "1")
         # Whole GiB, and stronger than the engine's own argument.
-        variables.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(plan.need.cache / memory.GIB)))
+        variables.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(settled.need.cache / memory.GIB)))
     if (out / "results.json").exists():
         raise CommandError(f"--out={str(out)!r} has results already; allowed is a new folder")
     if options.in_turn is not None:
@@ -340,10 +340,10 @@ def setup_of(plan: Plan) -> Setup:
         out=out.resolve(),
         site=vllm_folders(dict(os.environ)),
         budget=options.budget,
-        cpu=plan.cpu,
-        tokens=plan.effort.tokens,
+        cpu=settled.cpu,
+        tokens=settled.effort.tokens,
         capture_sizes=options.capture_sizes
-        or tuple(sorted({*CAPTURE_SIZES, *plan.batches, *(options.concurrency or ())})),
+        or tuple(sorted({*CAPTURE_SIZES, *settled.batches, *(options.concurrency or ())})),
         arms=options.arms,
         variables=variables,
         overlay_environment=overlay,
@@ -360,21 +360,21 @@ def _make(option: str, folder: Path) -> None:
         raise CommandError(f"{option}={str(folder)!r} cannot be made: {error}") from error
 
 
-def engine_arguments(plan: Plan, setup: Setup, folder: Path) -> dict[str, Any]:
+def engine_arguments(settled: Settled, setup: Setup, folder: Path) -> dict[str, Any]:
     """Arguments of `vllm.LLM`, the same for all arms."""
     changes: dict[str, Any] = {
-        "max_model_len": plan.load.prompt + 64,
-        "max_num_batched_tokens": plan.load.prefill,
-        "max_num_seqs": plan.load.requests,
+        "max_model_len": settled.load.prompt + 64,
+        "max_num_batched_tokens": settled.load.prefill,
+        "max_num_seqs": settled.load.requests,
         "gpu_memory_utilization": MEMORY_UTILIZATION,
-        "kv_cache_memory_bytes": plan.need.cache,
+        "kv_cache_memory_bytes": settled.need.cache,
     }
-    if plan.options.tensor_parallel > 1:
-        changes["tensor_parallel_size"] = plan.options.tensor_parallel
-    if plan.model.checkpoint is not None:
+    if settled.options.tensor_parallel > 1:
+        changes["tensor_parallel_size"] = settled.options.tensor_parallel
+    if settled.model.checkpoint is not None:
         changes["load_format"] = "auto"
-    changes |= parse_engine(plan.options.engine)
-    return setup.arguments(folder, plan.model.also_sees, **changes)
+    changes |= parse_engine(settled.options.engine)
+    return setup.arguments(folder, settled.model.also_sees, **changes)
 
 
 # ---------------------------------------------------------------- the run
@@ -384,12 +384,12 @@ def run(options: Options) -> int:
     """Measure, show, and give the exit status: 0, 1 where tokens differ or something failed, 3 where it is incomplete."""
     from overlay.cli import output
 
-    plan = settle(options)
-    setup = setup_of(plan)
+    settled = settle(options)
+    setup = setup_of(settled)
 
     def measure(results: Results, progress: Progress) -> None:
-        _describe(plan, results, progress)
-        _measure(plan, setup, results, progress)
+        _describe(settled, results, progress)
+        _measure(settled, setup, results, progress)
 
     return conduct(setup, output.console(), measure)
 
@@ -427,8 +427,8 @@ def status(data: dict[str, Any]) -> int:
     return INCOMPLETE if data["unfinished"] else OK
 
 
-def _describe(plan: Plan, results: Results, progress: Progress) -> None:
-    model, options = plan.model, plan.options
+def _describe(settled: Settled, results: Results, progress: Progress) -> None:
+    model, options = settled.model, settled.options
     results.put(
         "model",
         value={
@@ -441,21 +441,23 @@ def _describe(plan: Plan, results: Results, progress: Progress) -> None:
             "config": dict(model.configuration),
         },
     )
-    results.put("memory", value={"engine": plan.need.as_dict(), "engines": options.alive_at_once, "free": plan.free})
-    if plan.cpu:
+    results.put(
+        "memory", value={"engine": settled.need.as_dict(), "engines": options.alive_at_once, "free": settled.free}
+    )
+    if settled.cpu:
         progress.say(f"no NVIDIA GPU is visible. {report.CPU}")
     progress.say(
-        f"{model.name}, {model.format_name}, {model.layers} layers; arms {', '.join(options.arms)}; {plan.need.total / memory.GIB:.1f} GiB "
-        f"per engine and GPU, {plan.free / memory.GIB:.1f} GiB free"
+        f"{model.name}, {model.format_name}, {model.layers} layers; arms {', '.join(options.arms)}; {settled.need.total / memory.GIB:.1f} GiB "
+        f"per engine and GPU, {settled.free / memory.GIB:.1f} GiB free"
     )
 
 
-def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> None:
-    options, effort = plan.options, plan.effort
-    folder = plan.model.folder(setup.work)
-    arguments = engine_arguments(plan, setup, folder)
+def _measure(settled: Settled, setup: Setup, results: Results, progress: Progress) -> None:
+    options, effort = settled.options, settled.effort
+    folder = settled.model.folder(setup.work)
+    arguments = engine_arguments(settled, setup, folder)
     results.put("engine", value=arguments)
-    seed = None if plan.model.checkpoint is not None else engines.SEED
+    seed = None if settled.model.checkpoint is not None else engines.SEED
     serve = "serving" in options.phases and bool(options.rates or options.concurrency)
     phases = [phase for phase in options.phases if phase != "serving"]
     if not options.warm:
@@ -466,13 +468,20 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
         alive = Engines(setup, results, progress)
 
         def one(phase: str) -> None:
-            _phase(phase, plan, alive, _serving_seconds(plan, results) if serve else 0.0)
+            _phase(phase, settled, alive, _serving_seconds(settled, results) if serve else 0.0)
 
         alive.run(arguments, options.together, seed, {phase: functools.partial(one, phase) for phase in phases})
-        _check_effect(plan, results, results.data["pair"])
+        _check_effect(settled, results, results.data["pair"])
     if serve:
         fleet = functools.partial(
-            Fleet, setup, results, progress, arguments, plan.model.tokenizer(setup.work), seed, at_once=options.together
+            Fleet,
+            setup,
+            results,
+            progress,
+            arguments,
+            settled.model.tokenizer(setup.work),
+            seed,
+            at_once=options.together,
         )
         sizes = options.serving_prompt, options.loop_output
         loops = [
@@ -480,50 +489,50 @@ def _measure(plan: Plan, setup: Setup, results: Results, progress: Progress) -> 
         ]
         if loops:
             closed_loop.measure(
-                fleet(closed_loop.KEY), options.arms, loops, effort.loop_rounds, plan.fits(len(options.arms))
+                fleet(closed_loop.KEY), options.arms, loops, effort.loop_rounds, settled.fits(len(options.arms))
             )
-            _check_effect(plan, results, results.data[closed_loop.KEY])
+            _check_effect(settled, results, results.data[closed_loop.KEY])
         sizes = options.serving_prompt, options.serving_output
         rates = [serving.load(rate, effort.serving_seconds, *sizes) for rate in options.rates]
         if rates:
-            serving.measure(fleet(serving.KEY), plan.serving_arms, rates, effort.serving_rounds, plan.fits(2))
+            serving.measure(fleet(serving.KEY), settled.serving_arms, rates, effort.serving_rounds, settled.fits(2))
 
 
-def _phase(phase: str, plan: Plan, alive: Engines, reserve: float) -> None:
+def _phase(phase: str, settled: Settled, alive: Engines, reserve: float) -> None:
     """One phase on the engines that are alive. `reserve`: seconds that the servers will want afterwards."""
-    effort = plan.effort
+    effort = settled.effort
     if phase == "tokens":
-        alive.tokens(plan.batches, plan.prompts, plan.options.ask_stock - 1)
+        alive.tokens(settled.batches, settled.prompts, settled.options.ask_stock - 1)
     elif phase == "timeline":
-        timeline.measure(alive, plan.batches)
+        timeline.measure(alive, settled.batches)
     elif phase == "ttft":
-        alive.first_token(plan.prompts, effort.first_token_rounds, effort.first_token_repetitions)
+        alive.first_token(settled.prompts, effort.first_token_rounds, effort.first_token_repetitions)
     else:
         passes, rounds = effort.decode_passes, effort.decode_rounds
-        cases = [{"requests": count} for count in plan.batches]
+        cases = [{"requests": count} for count in settled.batches]
         alive.decode(cases, passes, rounds, effort.decode_steps, engines.RESERVE_SECONDS + reserve)
 
 
-def _check_effect(plan: Plan, results: Results, found: Mapping[str, Any]) -> None:
+def _check_effect(settled: Settled, results: Results, found: Mapping[str, Any]) -> None:
     """An arm in which nothing was patched measures stock under another name. `found` has the arms' journals."""
     for arm, rows in found.get("journals", {}).items():
         if not any(row["patched"] for row in rows):
             said = "; ".join(found.get("journal_problems", {}).get(arm, ())) or "nothing"
             text = f"{arm}: the overlay has patched no layer, so its times are stock's; its journal's problems: {said}"
-            if plan.model.linear_layers():
+            if settled.model.linear_layers():
                 results.problem(text)
             else:
                 results.unfinished(text)
 
 
-def _serving_seconds(plan: Plan, results: Results) -> float:
+def _serving_seconds(settled: Settled, results: Results) -> float:
     """What the servers will take: their starts, as long as the engines' own, and the runs."""
     pair = results.data["pair"]
-    known = [pair[arm]["build_seconds"] + pair[arm]["import_seconds"] for arm in plan.serving_arms if arm in pair]
+    known = [pair[arm]["build_seconds"] + pair[arm]["import_seconds"] for arm in settled.serving_arms if arm in pair]
     starts = 2 * max(known)
-    runs = 2 * len(plan.options.rates) * plan.effort.serving_rounds
-    loops = len(plan.options.arms) * len(plan.options.concurrency or ()) * plan.effort.loop_rounds
-    return float(starts + (runs + loops) * (plan.effort.serving_seconds + 20.0))
+    runs = 2 * len(settled.options.rates) * settled.effort.serving_rounds
+    loops = len(settled.options.arms) * len(settled.options.concurrency or ()) * settled.effort.loop_rounds
+    return float(starts + (runs + loops) * (settled.effort.serving_seconds + 20.0))
 
 
 def _plots(data: dict[str, Any], folder: Path, console: Any) -> None:

@@ -46,7 +46,7 @@ def write(data: dict[str, Any], folder: Path) -> list[Path]:
     if rows:
         written.append(_draw([panel for panel in panels if panel[0]], data, folder / "serving.png"))
     for row in data.get("timeline") or []:
-        title = f"a GDN layer and its MLP in a replayed decode step, N={row['requests']}\n{_title(data)}"
+        title = f"a layer and its MLP in a replayed decode step, N={row['requests']}\n{_title(data)}"
         written.append(timeline_picture.draw(row, folder / f"timeline-{row['requests']}.svg", title))
     return written
 

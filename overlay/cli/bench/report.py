@@ -310,7 +310,7 @@ def starts(pair: dict[str, Any]) -> Table | str:
 def kernels(row: dict[str, Any], arm: str) -> Table:
     """An arm's kernels of one layer by stream, with how long each runs beside one of another stream."""
     found = table(
-        f"{arm}, a GDN layer and its MLP, N={row['requests']} (GPU us)", "stream", "number", "start", "takes", "beside"
+        f"{arm}, a layer and its MLP, N={row['requests']} (GPU us)", "stream", "number", "start", "takes", "beside"
     )
     found.add_column("kernel", no_wrap=True)
     every = [(number, Kernel(**one)) for number, one in enumerate(row["arms"][arm]["kernels"], 1)]
@@ -322,9 +322,9 @@ def kernels(row: dict[str, Any], arm: str) -> Table:
 
 
 def timeline(row: dict[str, Any]) -> Table:
-    """A GDN layer and its MLP at one number of requests, and below it which kernels are not stock's."""
+    """A layer and its MLP at one number of requests, and below it which kernels are not stock's."""
     columns = ("segment", "5 to 95 %", "ratio", "like", "like, tuned", "side", "overlap", "hideable", "hidden share")
-    found = table(f"a GDN layer and its MLP, N={row['requests']} (GPU us)", "arm", *columns)
+    found = table(f"a layer and its MLP, N={row['requests']} (GPU us)", "arm", *columns)
     lines = []
     for arm, layer in row["arms"].items():
         segment, other = layer["segment"], layer.get("against_stock", {})

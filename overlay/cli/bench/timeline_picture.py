@@ -116,7 +116,7 @@ def draw(row: Mapping[str, Any], path: Path, title: str = "") -> Path:
             text = f"{index + 1:>3} {kernel['duration']:6.2f} µs  {short(kernel['name'])}"
             key.text(0, height - 0.1 - index * LINE, text, va="top", fontsize=KEY_SIZE, family="monospace")
     axes[-1][0].set_xlabel("µs since the layer's convolution")
-    figure.suptitle(title or f"a GDN layer and its MLP in a replayed decode step, N={row['requests']}", fontsize=10)
+    figure.suptitle(title or f"a layer and its MLP in a replayed decode step, N={row['requests']}", fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

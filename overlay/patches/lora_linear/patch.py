@@ -271,7 +271,7 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
 
     waiting.begin()
     planned = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
-    ops.pairs[NAME] = planned
+    ops.planned[NAME] = planned
     setattr(linear_class, PAIR, None)
     for target in targets:
         target.apply = overlap_adapters(target.__dict__["apply"])

@@ -315,7 +315,7 @@ def test_micro_runs_the_overlays_own_apply(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(lora_linear, "take_over_shrink", lambda wrapper: None)
     monkeypatch.setattr(lora_linear, "Gated", lambda weights, gate: weights)
-    monkeypatch.setattr(ops, "pairs", {})
+    monkeypatch.setattr(ops, "planned", {})
 
     class Punica:
         def add_lora_linear(self, output: Any, x: Any, first: Any, second: Any, _scale: float, slices: Any) -> None:

@@ -237,6 +237,21 @@ def test_resident_memory_is_that_of_the_processes() -> None:
     assert memory.resident_bytes([child.pid]) == 0
 
 
+def test_only_the_gpus_that_may_be_used_are_asked_for_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$1" in --id=1) echo 7;; --query*) echo 5; echo 7;; *) exit 1;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert memory.device_bytes() == 12 * memory.MIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert memory.device_bytes() == 7 * memory.MIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    assert memory.device_bytes() is None
+
+
 def test_samples_of_both_sides_are_of_the_same_moments() -> None:
     sampler = memory.Sampler({"stock": lambda: [os.getpid()], "overlay": lambda: [os.getpid()] * 2})
     sampler.start()
@@ -309,6 +324,8 @@ def spoil(soak: report.Soak, how: str) -> None:
         soak.journals = [journal(problems=("something",))]
     elif how == "the same answers to everything":
         soak.reference = dict.fromkeys(soak.reference, (1, 1, 1))
+    elif how == "other weights were not loaded":
+        soak.other_reference = dict(list(soak.reference.items())[:1])
     elif how == "never compared":
         overlay.checks = overlay.checks[:1]
     else:
@@ -328,6 +345,7 @@ def spoil(soak: report.Soak, how: str) -> None:
         ("no effect", "gdn: patched in no layer, or its op never ran"),
         ("a problem", "the overlay reports: something"),
         ("the same answers to everything", "proves nothing"),
+        ("other weights were not loaded", "other weights give the same answer"),
         ("never compared", "nothing was compared after the load"),
         ("vllm serve ended", "vllm serve ended"),
     ],

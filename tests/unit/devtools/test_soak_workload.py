@@ -114,8 +114,9 @@ def test_the_longest_prompt_takes_several_steps(shape: str, tmp_path: Path) -> N
 
 
 def test_two_kinds_of_weights_are_two_checkpoints_of_one_recipe(tmp_path: Path) -> None:
-    served = Workload(Recipe(), tmp_path)
-    assert served.model != served.other and served.model.parent == served.other.parent
+    for shape in ("tiny", "/some/config.json"):
+        served = Workload(Recipe(shape), tmp_path)
+        assert served.model != served.other and served.model.parent == served.other.parent == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytest.importorskip("wrapt")
 
 import overlay
 from overlay.engine import compile_cache, proof
-from overlay.report.journal import Journal, PatchRecord
+from overlay.report.journal import OwnJournal, PatchRecord
 from overlay.settings import Settings
 from overlay.side_work import adoption
 from overlay.start import install
@@ -36,7 +36,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Entries:
     monkeypatch.setitem(sys.modules, "vllm.envs", module)
     monkeypatch.setattr(compile_cache, "_applied", {})
     monkeypatch.setattr(compile_cache, "_stock", {})
-    monkeypatch.setattr(compile_cache, "journal", Journal())
+    monkeypatch.setattr(compile_cache, "journal", OwnJournal())
     return table
 
 
@@ -100,7 +100,7 @@ def test_which_layers_stay_stock_counts(entries: Entries) -> None:
 def test_the_key_follows_what_becomes_of_a_layer(
     fault: Exception | None, entries: Entries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adoption, "journal", Journal())
+    monkeypatch.setattr(adoption, "journal", OwnJournal())
     monkeypatch.setattr(adoption.ranks, "reason_for_stock", lambda _: None)
     all_patched = key_after(entries, compile_cache.add, "lora_linear", ["apply"])
 
@@ -153,7 +153,7 @@ def test_a_patch_that_is_not_installed_after_all_leaves_stocks_key(
     installer = types.ModuleType("overlay.patches.gdn.patch")
     installer.install = refuse  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "overlay.patches.gdn.patch", installer)
-    monkeypatch.setattr(install, "journal", Journal())
+    monkeypatch.setattr(install, "journal", OwnJournal())
     with pytest.raises(OSError, match="damaged") if fails else contextlib.nullcontext():
         found = install._install_judged("gdn", types.ModuleType("vllm.any"), Verdict(APPLY, "", "vllm.any"), Settings())
         assert found.state == INERT

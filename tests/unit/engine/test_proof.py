@@ -19,7 +19,7 @@ pytest.importorskip("wrapt")
 from overlay.engine import proof
 from overlay.patches import registry
 from overlay.report import journal as journal_module
-from overlay.report.journal import Journal, PatchRecord
+from overlay.report.journal import OwnJournal, PatchRecord
 from overlay.settings import Settings
 from overlay.verdict import SourceTree, Verdict
 from overlay.vocabulary import APPLY, INEFFECTIVE
@@ -31,8 +31,8 @@ EMPTY_STEP = types.SimpleNamespace(total_num_scheduled_tokens=0)
 
 
 @pytest.fixture
-def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
-    fresh = Journal()
+def journal(monkeypatch: pytest.MonkeyPatch) -> OwnJournal:
+    fresh = OwnJournal()
     monkeypatch.setattr(proof, "journal", fresh)
     monkeypatch.setattr(journal_module, "journal", fresh)
     monkeypatch.setattr(proof, "_installed", {})
@@ -40,7 +40,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
 
 
 @pytest.fixture
-def make_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, journal: Journal) -> Iterator[Any]:
+def make_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, journal: OwnJournal) -> Iterator[Any]:
     """`make_worker(run, cuda, strict)`: a worker whose warm-up and steps call `run`, watched as vLLM's is."""
 
     def make(
@@ -79,7 +79,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, journal
     assert importlib.import_module("overlay.engine.proof") is proof
 
 
-def applied(journal: Journal, *layers: str, **changes: Any) -> PatchRecord:
+def applied(journal: OwnJournal, *layers: str, **changes: Any) -> PatchRecord:
     record = dataclasses.replace(PatchRecord(), verdict=APPLY, reason="one after the other", **changes)
     record.patched.update({layer: {} for layer in layers})
     journal.patches["gdn"] = record
@@ -90,7 +90,7 @@ def ran(record: PatchRecord) -> Callable[[], None]:
     return lambda: record.calls.count_serial("not capturing a CUDA graph")
 
 
-def test_an_op_that_ran_in_warm_up_is_proven(journal: Journal, make_worker: Any) -> None:
+def test_an_op_that_ran_in_warm_up_is_proven(journal: OwnJournal, make_worker: Any) -> None:
     record = applied(journal, "layer.0")
     worker = make_worker(ran(record), strict=True)
     assert worker.compile_or_warm_up_model() == "warm"
@@ -98,7 +98,7 @@ def test_an_op_that_ran_in_warm_up_is_proven(journal: Journal, make_worker: Any)
     assert "execute_model" not in vars(worker), "the hot path is upstream's own"
 
 
-def test_an_op_that_never_ran_in_warm_up_is_ineffective_and_said_once(journal: Journal, make_worker: Any) -> None:
+def test_an_op_that_never_ran_in_warm_up_is_ineffective_and_said_once(journal: OwnJournal, make_worker: Any) -> None:
     record = applied(journal, "layer.0", "layer.1")
     worker = make_worker()
     worker.compile_or_warm_up_model()
@@ -109,26 +109,26 @@ def test_an_op_that_never_ran_in_warm_up_is_ineffective_and_said_once(journal: J
     assert worker.execute_model(STEP) == "stepped"
 
 
-def test_strict_stops_the_warm_up(journal: Journal, make_worker: Any) -> None:
+def test_strict_stops_the_warm_up(journal: OwnJournal, make_worker: Any) -> None:
     applied(journal, "layer.0")
     with pytest.raises(proof.Ineffective, match="never run"):
         make_worker(strict=True).compile_or_warm_up_model()
 
 
-def test_a_model_without_such_layers_is_no_problem(journal: Journal, make_worker: Any) -> None:
+def test_a_model_without_such_layers_is_no_problem(journal: OwnJournal, make_worker: Any) -> None:
     record = applied(journal)
     make_worker(strict=True).compile_or_warm_up_model()
     assert record.verdict == APPLY and "no such layer" in record.reason
 
 
-def test_a_model_whose_layers_were_all_refused_is_no_problem(journal: Journal, make_worker: Any) -> None:
+def test_a_model_whose_layers_were_all_refused_is_no_problem(journal: OwnJournal, make_worker: Any) -> None:
     record = applied(journal)
     record.refused["layer.0"] = "quantization"
     make_worker(strict=True).compile_or_warm_up_model()
     assert record.verdict == APPLY and "no such layer" not in record.reason
 
 
-def test_a_patch_without_layers_keeps_its_own_reason(journal: Journal, make_worker: Any) -> None:
+def test_a_patch_without_layers_keeps_its_own_reason(journal: OwnJournal, make_worker: Any) -> None:
     record = applied(journal, without_layers=True)
     make_worker(strict=True).compile_or_warm_up_model()
     assert (record.verdict, record.reason, record.is_overruled) == (APPLY, "one after the other", False)
@@ -136,7 +136,7 @@ def test_a_patch_without_layers_keeps_its_own_reason(journal: Journal, make_work
 
 @pytest.mark.parametrize("why", ["no CUDA, where warm-up may be skipped", "pooling, which warm-up does not run"])
 def test_what_warm_up_does_not_run_is_looked_at_after_the_first_step(
-    why: str, journal: Journal, make_worker: Any
+    why: str, journal: OwnJournal, make_worker: Any
 ) -> None:
     pooling = "pooling" in why
     record = applied(journal, "layer.0", runs_in_warm_up=not pooling)
@@ -150,7 +150,7 @@ def test_what_warm_up_does_not_run_is_looked_at_after_the_first_step(
     assert "execute_model" not in vars(worker)
 
 
-def test_a_first_step_that_runs_the_op_is_the_proof(journal: Journal, make_worker: Any) -> None:
+def test_a_first_step_that_runs_the_op_is_the_proof(journal: OwnJournal, make_worker: Any) -> None:
     record = applied(journal, "layer.0")
     worker = make_worker(in_step=ran(record), cuda=False, strict=True)
     worker.compile_or_warm_up_model()
@@ -161,7 +161,7 @@ def test_a_first_step_that_runs_the_op_is_the_proof(journal: Journal, make_worke
 @pytest.mark.parametrize("wrapped_by_a_tool", ["never", "before", "after", "between"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_two_warm_ups_before_the_first_step_are_one(
-    wrapped_by_a_tool: str, strict: bool, journal: Journal, make_worker: Any
+    wrapped_by_a_tool: str, strict: bool, journal: OwnJournal, make_worker: Any
 ) -> None:
     """Whoever else has put something in the place of the worker's method keeps it."""
     record = applied(journal, "layer.0")
@@ -189,7 +189,7 @@ def test_two_warm_ups_before_the_first_step_are_one(
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_an_op_that_was_only_traced_has_not_run(cuda: bool, journal: Journal, make_worker: Any) -> None:
+def test_an_op_that_was_only_traced_has_not_run(cuda: bool, journal: OwnJournal, make_worker: Any) -> None:
     record = applied(journal, "layer.0")
     record.calls.fake, record.calls.lowered = 3, 2
     worker = make_worker(cuda=cuda)
@@ -200,7 +200,7 @@ def test_an_op_that_was_only_traced_has_not_run(cuda: bool, journal: Journal, ma
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_a_second_engine_of_the_process_is_counted_for_itself(
-    cuda: bool, journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+    cuda: bool, journal: OwnJournal, make_worker: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What the first one ran is no proof for the second, and what was wrong with the first is no fault of the third's."""
     record = applied(journal)
@@ -234,7 +234,7 @@ def test_a_second_engine_of_the_process_is_counted_for_itself(
     assert len(journal.problems) == 1
 
 
-def test_strict_stops_the_first_step(journal: Journal, make_worker: Any) -> None:
+def test_strict_stops_the_first_step(journal: OwnJournal, make_worker: Any) -> None:
     applied(journal, "layer.0")
     worker = make_worker(cuda=False, strict=True)
     worker.compile_or_warm_up_model()
@@ -243,7 +243,7 @@ def test_strict_stops_the_first_step(journal: Journal, make_worker: Any) -> None
 
 
 @pytest.mark.parametrize("owner", ["somebody.plugin", "vllm.layers"])
-def test_a_class_that_was_replaced_after_the_patch_is_named(journal: Journal, make_worker: Any, owner: str) -> None:
+def test_a_class_that_was_replaced_after_the_patch_is_named(journal: OwnJournal, make_worker: Any, owner: str) -> None:
     record = applied(journal)
     module = types.ModuleType("vllm.layers")
     module.Layer = type("Layer", (), {"__module__": "vllm.layers"})  # type: ignore[attr-defined]
@@ -262,7 +262,7 @@ def test_a_class_that_was_replaced_after_the_patch_is_named(journal: Journal, ma
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_check_that_fails_is_no_reason_to_stop_unless_strict(
-    journal: Journal, make_worker: Any, monkeypatch: pytest.MonkeyPatch, strict: bool
+    journal: OwnJournal, make_worker: Any, monkeypatch: pytest.MonkeyPatch, strict: bool
 ) -> None:
     monkeypatch.setattr(proof, "_replaced", lambda *_: 1 / 0)
     applied(journal, "layer.0")
@@ -295,7 +295,7 @@ def removal_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     ],
 )
 def test_the_overlay_says_when_it_can_be_removed(
-    states: list[str], removable: bool, journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+    states: list[str], removable: bool, journal: OwnJournal, make_worker: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     for index, state in enumerate(states):
         journal.patches[f"patch{index}"] = PatchRecord(verdict=state)
@@ -310,7 +310,7 @@ def test_the_overlay_says_when_it_can_be_removed(
 def test_targets_that_were_never_imported_count_by_their_source(
     sources: dict[str, str | None] | None,
     removable: bool,
-    journal: Journal,
+    journal: OwnJournal,
     make_worker: Any,
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
@@ -324,7 +324,7 @@ def test_targets_that_were_never_imported_count_by_their_source(
 
 
 def test_every_worker_of_a_group_but_the_first_is_silent_about_removal(
-    journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+    journal: OwnJournal, make_worker: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal.patches["gdn"] = PatchRecord(verdict="landed")
     worker = make_worker()
@@ -337,7 +337,7 @@ def test_every_worker_of_a_group_but_the_first_is_silent_about_removal(
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_warm_up_ends_with_one_line_that_knows_what_was_found_in_it(
-    strict: bool, journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+    strict: bool, journal: OwnJournal, make_worker: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     applied(journal, "layer.0", "layer.1")
     worker = make_worker(strict=strict)
@@ -349,7 +349,7 @@ def test_a_warm_up_ends_with_one_line_that_knows_what_was_found_in_it(
 
 
 def test_where_warm_up_may_be_skipped_the_line_is_still_there_and_says_so(
-    journal: Journal, make_worker: Any, caplog: pytest.LogCaptureFixture
+    journal: OwnJournal, make_worker: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = applied(journal, "layer.0")
     worker = make_worker(in_step=ran(record), cuda=False)

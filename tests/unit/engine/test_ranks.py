@@ -21,7 +21,7 @@ import pytest
 from hypothesis import strategies as st
 
 from overlay.engine import compile_cache, proof, ranks
-from overlay.report.journal import Journal
+from overlay.report.journal import OwnJournal
 from overlay.settings import Settings
 from overlay.side_work import adoption
 from tests.conftest import REPOSITORY, overlay_environment
@@ -208,8 +208,8 @@ def test_every_setting_that_changes_what_a_rank_does_is_compared() -> None:
 
 
 @pytest.fixture
-def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
-    fresh = Journal()
+def journal(monkeypatch: pytest.MonkeyPatch) -> OwnJournal:
+    fresh = OwnJournal()
     monkeypatch.setattr(ranks, "journal", fresh)
     monkeypatch.setattr(compile_cache, "journal", fresh)
     monkeypatch.setattr(ranks, "_result", None)
@@ -219,7 +219,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
 
 
 @pytest.fixture
-def in_world(monkeypatch: pytest.MonkeyPatch, journal: Journal) -> Callable[..., None]:
+def in_world(monkeypatch: pytest.MonkeyPatch, journal: OwnJournal) -> Callable[..., None]:
     """`in_world(size, store, cuda)`: this process is rank 0 of a world, and has this to ask."""
 
     def put(size: int, store: Callable[[], Any], *, cuda: bool = True) -> None:
@@ -234,7 +234,7 @@ def in_world(monkeypatch: pytest.MonkeyPatch, journal: Journal) -> Callable[...,
 
 
 def test_a_graph_of_stock_layers_is_not_found_under_the_key_of_patched_ones(
-    in_world: Callable[..., None], journal: Journal, monkeypatch: pytest.MonkeyPatch
+    in_world: Callable[..., None], journal: OwnJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a cache that was filled while all ranks were alike would bring back the op, for layers that have no pair."""
     envs = types.SimpleNamespace(environment_variables={})
@@ -263,7 +263,7 @@ def no_store() -> Any:
 
 @pytest.mark.parametrize(("size", "cuda"), [(1, True), (2, False)], ids=["one rank", "nothing to patch on this device"])
 def test_nobody_is_asked_where_there_is_nothing_to_agree_on(
-    size: int, cuda: bool, in_world: Callable[..., None], journal: Journal
+    size: int, cuda: bool, in_world: Callable[..., None], journal: OwnJournal
 ) -> None:
     in_world(size, no_store, cuda=cuda)
     ranks.hold(Settings(strict=True), LONG)
@@ -272,7 +272,7 @@ def test_nobody_is_asked_where_there_is_nothing_to_agree_on(
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_failure_of_the_store_leaves_this_rank_stock_and_strict_raises(
-    strict: bool, in_world: Callable[..., None], journal: Journal
+    strict: bool, in_world: Callable[..., None], journal: OwnJournal
 ) -> None:
     in_world(2, no_store)
     with pytest.raises(ranks.NotAlike, match="no default store") if strict else contextlib.nullcontext():
@@ -285,7 +285,7 @@ def test_a_failure_of_the_store_leaves_this_rank_stock_and_strict_raises(
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_missing_rank_keeps_every_layer_stock_and_is_said_once(
-    strict: bool, in_world: Callable[..., None], journal: Journal, monkeypatch: pytest.MonkeyPatch
+    strict: bool, in_world: Callable[..., None], journal: OwnJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adoption, "journal", journal)
     store = distributed.HashStore()
@@ -304,7 +304,7 @@ def test_a_missing_rank_keeps_every_layer_stock_and_is_said_once(
 
 
 def test_the_next_engine_of_the_process_has_an_answer_of_its_own(
-    in_world: Callable[..., None], journal: Journal
+    in_world: Callable[..., None], journal: OwnJournal
 ) -> None:
     in_world(2, no_store)
     ranks.hold(Settings(), LONG)
@@ -316,7 +316,7 @@ def test_the_next_engine_of_the_process_has_an_answer_of_its_own(
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_worker_that_never_asked_stays_stock_unless_it_is_alone(
-    strict: bool, in_world: Callable[..., None], journal: Journal
+    strict: bool, in_world: Callable[..., None], journal: OwnJournal
 ) -> None:
     """Somebody's own worker, or a vLLM without the function."""
     ranks.compare_when_joined(types.ModuleType(next(iter(proof.WORKERS))), Settings())
@@ -328,7 +328,9 @@ def test_a_worker_that_never_asked_stays_stock_unless_it_is_alone(
     assert len(journal.problems) == 1
 
 
-def test_a_process_without_a_worker_stays_stock_without_a_word(in_world: Callable[..., None], journal: Journal) -> None:
+def test_a_process_without_a_worker_stays_stock_without_a_word(
+    in_world: Callable[..., None], journal: OwnJournal
+) -> None:
     """vLLM's weight-cache daemon has a world and makes a model, to hold its weights. Strict does not stop it."""
     in_world(2, no_store)
     assert ranks.reason_for_stock(Settings(strict=True)) == ranks.NO_WORKER
@@ -339,7 +341,7 @@ def test_a_process_without_a_worker_stays_stock_without_a_word(in_world: Callabl
 
 
 def test_a_worker_asks_once_after_it_has_joined_whichever_module_it_is_of(
-    monkeypatch: pytest.MonkeyPatch, journal: Journal
+    monkeypatch: pytest.MonkeyPatch, journal: OwnJournal
 ) -> None:
     happened: list[str] = []
     first, second = (types.ModuleType(name) for name in proof.WORKERS)

@@ -23,7 +23,7 @@ pytest.importorskip("wrapt")
 import wrapt
 
 from overlay.engine import running_code
-from overlay.report.journal import Journal, PatchRecord
+from overlay.report.journal import OwnJournal, PatchRecord
 from overlay.settings import Settings
 from overlay.side_work import adoption
 from overlay.verdict import SourceTree, Verdict
@@ -587,8 +587,8 @@ def test_any_function_whose_code_differs_is_found_and_no_other(
 
 
 @pytest.fixture
-def journal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
-    fresh = Journal()
+def journal(monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnJournal]:
+    fresh = OwnJournal()
     monkeypatch.setattr(adoption, "journal", fresh)
     monkeypatch.setattr(adoption.ranks, "reason_for_stock", lambda _: None)
     return fresh
@@ -598,7 +598,7 @@ def adopt(record: PatchRecord, name: str, *, strict: bool = False) -> object:
     return adoption.adopt("patch", record, name, lambda: (name, {}), Settings(strict=strict))
 
 
-def test_a_layer_that_is_made_after_a_method_was_replaced_is_refused(site: Site, journal: Journal) -> None:
+def test_a_layer_that_is_made_after_a_method_was_replaced_is_refused(site: Site, journal: OwnJournal) -> None:
     module, record = site.run(), PatchRecord(verdict=APPLY)
     assert site.judged(module) is None
     a_method_wrapped(module)
@@ -610,7 +610,7 @@ def test_a_layer_that_is_made_after_a_method_was_replaced_is_refused(site: Site,
 
 
 @pytest.mark.parametrize("first", ["replaced before", "replaced after"])
-def test_strict_stops_at_a_method_that_was_replaced_and_says_so(first: str, site: Site, journal: Journal) -> None:
+def test_strict_stops_at_a_method_that_was_replaced_and_says_so(first: str, site: Site, journal: OwnJournal) -> None:
     module, record = site.run(), PatchRecord(verdict=APPLY)
     assert site.judged(module) is None
     if first == "replaced after":
@@ -623,7 +623,9 @@ def test_strict_stops_at_a_method_that_was_replaced_and_says_so(first: str, site
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_layer_that_cannot_be_taken_stays_stock_and_strict_stops(strict: bool, site: Site, journal: Journal) -> None:
+def test_a_layer_that_cannot_be_taken_stays_stock_and_strict_stops(
+    strict: bool, site: Site, journal: OwnJournal
+) -> None:
     site.judged(site.run())
     record = PatchRecord(verdict=APPLY)
 
@@ -639,7 +641,7 @@ def test_a_layer_that_cannot_be_taken_stays_stock_and_strict_stops(strict: bool,
 
 
 def test_a_comparison_that_fails_costs_the_patch_and_no_layer(
-    site: Site, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    site: Site, journal: OwnJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = PatchRecord(verdict=APPLY)
     monkeypatch.setattr(running_code, "stranger", lambda _: 1 / 0)
@@ -647,7 +649,7 @@ def test_a_comparison_that_fails_costs_the_patch_and_no_layer(
     assert "cannot tell what runs: ZeroDivisionError" in record.refused["layer.0"] and len(journal.problems) == 1
 
 
-def test_layers_that_were_patched_before_stay_in_the_record(site: Site, journal: Journal) -> None:
+def test_layers_that_were_patched_before_stay_in_the_record(site: Site, journal: OwnJournal) -> None:
     module, record = site.run(), PatchRecord(verdict=APPLY)
     assert site.judged(module) is None
     assert adopt(record, "layer.0") == "layer.0"

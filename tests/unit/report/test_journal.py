@@ -26,7 +26,7 @@ from overlay import __version__
 from overlay.report import journal as journal_module
 from overlay.report import journal_reader as reader
 from overlay.report import process_identity
-from overlay.report.journal import Journal, PatchRecord
+from overlay.report.journal import OwnJournal, PatchRecord
 from tests.conftest import journal_name, overlay_environment, run_python
 
 
@@ -37,7 +37,7 @@ def only_file(folder: pathlib.Path) -> dict[str, object]:
 
 
 def test_counts_layers_and_reasons_are_in_the_file(journal_folder: pathlib.Path) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     record = journal.patch("gdn")
     journal.open(str(journal_folder))
     record.verdict = "apply"
@@ -74,7 +74,7 @@ def test_counts_layers_and_reasons_are_in_the_file(journal_folder: pathlib.Path)
 
 
 def test_files_are_private_and_no_temporary_file_stays(journal_folder: pathlib.Path) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     for number in range(20):
         journal.problem(f"problem {number}")
@@ -86,7 +86,7 @@ def test_files_are_private_and_no_temporary_file_stays(journal_folder: pathlib.P
 def test_an_unchanged_journal_is_neither_written_nor_made_into_text(
     journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     record = journal.patch("gdn")
     journal.open(str(journal_folder))
     (path,) = journal_folder.iterdir()
@@ -115,7 +115,7 @@ def test_an_unchanged_journal_is_neither_written_nor_made_into_text(
 
 
 def test_a_journal_that_vanished_is_written_again_without_a_change(journal_folder: pathlib.Path) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     (path,) = journal_folder.iterdir()
     path.unlink()
@@ -125,7 +125,7 @@ def test_a_journal_that_vanished_is_written_again_without_a_change(journal_folde
 
 def test_descriptors_of_others_stay_open_and_none_is_left(journal_folder: pathlib.Path) -> None:
     """Somebody closes all of the process's descriptors, and opens others, before the next write."""
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     assert journal._held is not None
     number = journal._held[0]
@@ -150,7 +150,7 @@ def test_a_journal_is_written_again_before_another_host_takes_it_for_old(
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     (path,) = journal_folder.iterdir()
     for passed, written in ((1.0, False), (journal_module._REFRESH_SECONDS, True)):
@@ -164,7 +164,7 @@ def test_a_journal_is_written_again_before_another_host_takes_it_for_old(
 def test_a_problem_is_said_once_and_written_at_once(
     journal_folder: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     journal.problem("one")
     journal.problem("one")
     assert journal.problems == ["one"]
@@ -197,7 +197,7 @@ def test_one_thread_keeps_the_file_current_whatever_a_round_meets_and_holds_nobo
 ) -> None:
     monkeypatch.setattr(journal_module, "_WRITE_INTERVAL_SECONDS", 0.001)
     before = set(threading.enumerate())
-    journal, rounds, go = Journal(), [], threading.Event()
+    journal, rounds, go = OwnJournal(), [], threading.Event()
     journal.open(str(journal_folder))
 
     def meets_a_counter_that_grows() -> None:
@@ -257,14 +257,14 @@ def test_a_folder_that_cannot_be_cleaned_up_has_no_journal_as_the_warning_says(
         raise OSError("Input/output error")
 
     monkeypatch.setattr(journal_module, "_remove_stale", broken)
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     assert journal.folder is None and "no journal" in caplog.text
 
 
 def test_a_layer_that_stays_stock_is_a_line_for_those_who_debug(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", logger="vllm.overlay")
-    Journal().patch("gdn").refuse("layer.1", "batch-invariant mode")
+    OwnJournal().patch("gdn").refuse("layer.1", "batch-invariant mode")
     (said,) = caplog.records
     assert said.levelname == "DEBUG" and "layer.1" in said.message
 
@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(
 ) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(blocker / "journal"))
     journal.write()
     journal.keep_current()
@@ -288,9 +288,9 @@ def test_a_volume_that_everybody_may_write_to_is_refused_and_a_folder_in_it_will
     mount = tmp_path / "journals"
     mount.mkdir()
     mount.chmod(0o2777)
-    Journal().open(str(mount))
+    OwnJournal().open(str(mount))
     assert len(caplog.records) == 1 and str(mount) in caplog.records[0].message and list(mount.iterdir()) == []
-    Journal().open(str(mount / "overlay"))
+    OwnJournal().open(str(mount / "overlay"))
     assert len(caplog.records) == 1 and len(list((mount / "overlay").iterdir())) == 1
     assert stat.S_IMODE((mount / "overlay").stat().st_mode) & 0o777 == 0o700
 
@@ -298,7 +298,7 @@ def test_a_volume_that_everybody_may_write_to_is_refused_and_a_folder_in_it_will
 def test_a_folder_that_vanishes_later_costs_one_warning(
     journal_folder: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     for path in journal_folder.iterdir():
         path.unlink()
@@ -343,7 +343,7 @@ def test_what_is_old_and_of_no_process_goes(journal_folder: pathlib.Path) -> Non
     fresh = process_identity.file_name(here._replace(start=here.start - 1))
     put(journal_folder / fresh, HOUR / 2)
     (journal_folder / process_identity.file_name(here._replace(start=1))).mkdir()
-    Journal().open(str(journal_folder))
+    OwnJournal().open(str(journal_folder))
     left = {path.name for path in journal_folder.iterdir() if path.is_file()}
     assert left == {*kept, fresh, process_identity.file_name(here)}
 
@@ -352,10 +352,10 @@ def test_a_living_process_of_this_namespace_keeps_its_file_whatever_its_age(jour
     journal_folder.mkdir()
     with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as child:
         path = put(journal_folder / journal_name(child.pid), 1e6)
-        Journal().open(str(journal_folder))
+        OwnJournal().open(str(journal_folder))
         assert path.exists()
     put(path, 1e6)
-    Journal().open(str(journal_folder))
+    OwnJournal().open(str(journal_folder))
     assert not path.exists()
 
 
@@ -374,11 +374,11 @@ def test_a_living_process_of_another_namespace_keeps_its_file_whatever_its_age(j
     ) as other:
         assert other.stdout is not None and other.stdout.readline()
         os.utime(path, (1.0, 1.0))
-        Journal().open(str(journal_folder))
+        OwnJournal().open(str(journal_folder))
         assert path.exists()
         other.kill()
         other.wait()
-    Journal().open(str(journal_folder))
+    OwnJournal().open(str(journal_folder))
     assert not path.exists()
 
 
@@ -406,7 +406,7 @@ def test_neither_names_nor_clocks_keep_a_process_from_its_journal(ages: dict[str
             path.write_text("{}")
             with contextlib.suppress(OverflowError):
                 os.utime(path, (real() - age,) * 2)
-        first, second = Journal(), Journal()
+        first, second = OwnJournal(), OwnJournal()
         first.open(folder)
         own_file = process_identity.file_name(process_identity.own())
         os.utime(os.path.join(folder, own_file), (1.0, 1.0))
@@ -495,7 +495,7 @@ def test_two_containers_share_a_folder(journal_folder: pathlib.Path) -> None:
         while any(one.alive for one in reader.read(journal_folder)) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert [one.alive for one in reader.read(journal_folder)] == [False, False]
-        Journal().open(str(journal_folder))
+        OwnJournal().open(str(journal_folder))
         assert not path.exists(), "old, and of a process that has ended"
 
 
@@ -553,7 +553,7 @@ def test_a_forked_child_has_a_file_counters_and_a_lock_of_its_own(journal_folder
 
 
 def test_a_child_that_is_forked_while_its_parent_writes_is_not_stuck(journal_folder: pathlib.Path) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     with journal._lock:
         child = os.fork()
@@ -567,8 +567,8 @@ def test_a_child_that_is_forked_while_its_parent_writes_is_not_stuck(journal_fol
 STARTED = """
 import multiprocessing, os, sys
 def report(folder):
-    from overlay.report.journal import Journal
-    journal = Journal()
+    from overlay.report.journal import OwnJournal
+    journal = OwnJournal()
     journal.open(folder)
     print(os.getppid(), journal.as_dict()["parent"], flush=True)
 if __name__ == "__main__":
@@ -593,7 +593,7 @@ def test_the_parent_is_who_started_it(method: str, journal_folder: pathlib.Path,
 def test_a_process_in_one_of_vllms_loops_keeps_its_file_current(
     journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = Journal()
+    journal = OwnJournal()
     journal.open(str(journal_folder))
     kept: list[int] = []
     monkeypatch.setattr(journal, "keep_current", lambda: kept.append(1))

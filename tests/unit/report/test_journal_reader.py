@@ -85,7 +85,7 @@ def test_a_full_journal() -> None:
 
 def test_what_the_overlay_writes_is_what_is_read(journal_folder: pathlib.Path) -> None:
     """Reader and writer are apart on purpose; this is where they meet."""
-    journal = writer.Journal()
+    journal = writer.OwnJournal()
     journal.open(str(journal_folder))
     record = journal.patch("gdn")
     record.verdict, record.methods = "apply", ("forward_cuda",)

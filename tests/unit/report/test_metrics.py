@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from overlay.report import journal_reader as reader
 from overlay.report import metrics, process_identity
-from overlay.report.journal import Journal
+from overlay.report.journal import OwnJournal
 from overlay.report.process_identity import Identity
 from overlay.start import import_hooks
 from tests.conftest import journal_name
@@ -62,9 +62,9 @@ def process() -> Iterator[Callable[[], int]]:
 
 
 @pytest.fixture
-def own(journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
+def own(journal_folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> OwnJournal:
     """This process's journal, in a folder of the test's own."""
-    fresh = Journal()
+    fresh = OwnJournal()
     fresh.open(str(journal_folder))
     monkeypatch.setattr(metrics, "journal", fresh)
     return fresh
@@ -79,7 +79,7 @@ def raw(pid: int, parent: int, role: str, **fields: Any) -> dict[str, Any]:
     return {"schema": 1, "pid": pid, "parent": parent, "role": role, "started": time.time(), **fields}
 
 
-def family(*members: tuple[int, int, str, dict[str, Any]]) -> dict[int, reader.Journal]:
+def family(*members: tuple[int, int, str, dict[str, Any]]) -> dict[int, reader.OwnJournal]:
     """Living processes by number, in the order of their start: number, parent, role, and further fields."""
     journals = [reader.parse(raw(pid, parent, role, **fields)) for pid, parent, role, fields in members]
     return {
@@ -101,7 +101,7 @@ def samples(text: str) -> list[str]:
 
 
 def test_the_numbers_of_a_server(
-    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+    journal_folder: pathlib.Path, own: OwnJournal, process: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, worker, other = process(), process(), process()
     build = {"overlay": "0.1.0", "vllm": "0.33.0"}
@@ -123,7 +123,7 @@ def test_the_numbers_of_a_server(
 
 
 def test_calls_by_one_gemm_and_what_plans_took(
-    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
+    journal_folder: pathlib.Path, own: OwnJournal, process: Callable[[], int]
 ) -> None:
     for _ in range(2):
         write(journal_folder, process(), os.getpid(), "VllmWorker-0", patches={"gdn": PLANNED})
@@ -196,7 +196,7 @@ def test_who_belongs_to_a_server(
 
 
 def test_a_process_of_another_container_or_of_another_time_is_not_shown(
-    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
+    journal_folder: pathlib.Path, own: OwnJournal, process: Callable[[], int]
 ) -> None:
     """Both would be children of this server's by number."""
     number = process()
@@ -212,7 +212,7 @@ def test_a_process_of_another_container_or_of_another_time_is_not_shown(
 
 
 def test_processes_of_one_name_are_added_up(
-    journal_folder: pathlib.Path, own: Journal, process: Callable[[], int]
+    journal_folder: pathlib.Path, own: OwnJournal, process: Callable[[], int]
 ) -> None:
     for _ in range(2):
         write(journal_folder, process(), os.getpid(), "EngineCore", patches={"gdn": GDN})
@@ -227,11 +227,11 @@ def test_processes_of_one_name_are_added_up(
 
 
 def test_a_process_without_a_journal_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "journal", Journal())
+    monkeypatch.setattr(metrics, "journal", OwnJournal())
     assert samples(page()) == []
 
 
-def test_a_journal_that_vanished_is_back_at_the_next_scrape(own: Journal, journal_folder: pathlib.Path) -> None:
+def test_a_journal_that_vanished_is_back_at_the_next_scrape(own: OwnJournal, journal_folder: pathlib.Path) -> None:
     before = samples(page())
     (path,) = journal_folder.iterdir()
     path.unlink()
@@ -239,7 +239,7 @@ def test_a_journal_that_vanished_is_back_at_the_next_scrape(own: Journal, journa
 
 
 def test_a_failure_costs_one_warning_and_no_scrape(
-    own: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    own: OwnJournal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = prometheus_client.CollectorRegistry(auto_describe=True)
     registry.register(metrics.Collector())
@@ -307,7 +307,7 @@ def restore_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_registry_gets_it_once_and_a_new_one_each_time(
-    own: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    own: OwnJournal, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     single = prometheus_client.CollectorRegistry(auto_describe=True)
     module = vllm_module(lambda: single)
@@ -331,7 +331,7 @@ def test_one_registry_gets_it_once_and_a_new_one_each_time(
 
 
 def test_the_registry_that_the_route_makes_for_one_scrape(
-    own: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    own: OwnJournal, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     """Through the real library, as vLLM uses it: its route does not show the registry that it was given."""
     fastapi, client = pytest.importorskip("fastapi"), pytest.importorskip("fastapi.testclient")
@@ -345,14 +345,14 @@ def test_the_registry_that_the_route_makes_for_one_scrape(
         assert answer.status_code == 200 and answer.text.count("# TYPE vllm_overlay_info gauge") == 1
 
 
-def test_a_scrape_of_chosen_names(own: Journal) -> None:
+def test_a_scrape_of_chosen_names(own: OwnJournal) -> None:
     registry = prometheus_client.CollectorRegistry(auto_describe=True)
     metrics.publish(module := vllm_module(lambda: registry))
     module.get_prometheus_registry()
     assert "vllm_overlay_info{" in page(registry.restricted_registry(["vllm_overlay_info"]))
 
 
-def test_a_registry_that_will_not_have_it_stays_vllms(own: Journal, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_registry_that_will_not_have_it_stays_vllms(own: OwnJournal, caplog: pytest.LogCaptureFixture) -> None:
     registry = prometheus_client.CollectorRegistry(auto_describe=True)
     prometheus_client.Gauge("vllm_overlay_layers", "somebody else's", registry=registry).set(3)
     metrics.publish(module := vllm_module(lambda: registry))
@@ -362,6 +362,6 @@ def test_a_registry_that_will_not_have_it_stays_vllms(own: Journal, caplog: pyte
     assert len([record for record in caplog.records if "not on /metrics" in record.getMessage()]) == 1
 
 
-def test_a_vllm_without_the_function_says_so(own: Journal) -> None:
+def test_a_vllm_without_the_function_says_so(own: OwnJournal) -> None:
     metrics.publish(types.ModuleType(import_hooks.METRICS_MODULE))
     assert len(own.problems) == 1 and import_hooks.METRICS_MODULE in own.problems[0]

@@ -14,7 +14,7 @@ import pytest
 
 from overlay.report import journal_reader as reader
 from overlay.report import own_folder
-from overlay.report.journal import Journal
+from overlay.report.journal import OwnJournal
 from tests.unit.users import SOMEBODY_ELSE, another_user, needs_root
 
 Opened = Callable[[], tuple[list[str], bool]]
@@ -25,7 +25,7 @@ def opened(journal_folder: pathlib.Path, caplog: pytest.LogCaptureFixture) -> Op
     """Opens a journal in the folder; what was warned, and whether a journal is there."""
 
     def open_and_look() -> tuple[list[str], bool]:
-        journal = Journal()
+        journal = OwnJournal()
         journal.open(str(journal_folder))
         journal.keep_current()
         journal.problem("something to write")

@@ -11,7 +11,7 @@ import pytest
 from overlay import __version__
 from overlay.patches import registry
 from overlay.report import summary
-from overlay.report.journal import Calls, Journal, PatchRecord
+from overlay.report.journal import Calls, OwnJournal, PatchRecord
 from overlay.verdict import SourceTree, Verdict
 from overlay.vocabulary import APPLY, WITH_IT_GOES, is_removable
 from tests.unit import stub_vllm
@@ -21,7 +21,7 @@ WITH_LOOPS: dict[str, str | None] = {"v1/engine/core.py": "class EngineCoreProc:
 
 
 def said(
-    journal: Journal, caplog: pytest.LogCaptureFixture, tree: pathlib.Path, *, first_rank: bool = True
+    journal: OwnJournal, caplog: pytest.LogCaptureFixture, tree: pathlib.Path, *, first_rank: bool = True
 ) -> logging.LogRecord:
     with caplog.at_level("DEBUG", logger="vllm.overlay"):
         journal.note_unseen(lambda patch: registry.judge(patch, SourceTree(tree)))
@@ -35,8 +35,8 @@ def layers(number: int, first: int = 0) -> dict[str, dict[str, object]]:
     return {f"layer.{index}": {} for index in range(first, first + number)}
 
 
-def journal_of(**patches: PatchRecord) -> Journal:
-    journal = Journal()
+def journal_of(**patches: PatchRecord) -> OwnJournal:
+    journal = OwnJournal()
     journal.vllm_version = "0.32.0"
     journal.patches.update(patches)
     return journal

@@ -15,7 +15,7 @@ vllm = pytest.importorskip("vllm")
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear  # noqa: E402
 
 from overlay.engine import compile_cache, loaded  # noqa: E402
-from overlay.report.journal import Journal, PatchRecord  # noqa: E402
+from overlay.report.journal import OwnJournal, PatchRecord  # noqa: E402
 from overlay.settings import Settings  # noqa: E402
 from overlay.side_work import adoption, declaration, lowering, ops, pairs, waiting  # noqa: E402
 from overlay.side_work.adoption import StaysStock  # noqa: E402
@@ -177,7 +177,7 @@ def defined() -> None:
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     record = PatchRecord()
     planned = ops.PlannedPair(Plan("dual", 256), record)
-    monkeypatch.setattr(ops, "pairs", {pair_of(Layer(), plain).name: planned for plain in (True, False)})
+    monkeypatch.setattr(ops, "planned", {pair_of(Layer(), plain).name: planned for plain in (True, False)})
     return record
 
 
@@ -240,7 +240,7 @@ def test_an_op_without_a_plan_gives_the_right_result(layer: Layer, plain: bool) 
     """A graph from yesterday's cache may name a pair that today's process does not know."""
     setattr(layer, PAIR, pair_of(layer, plain))
     x = torch.randn(5, 16)
-    assert ops.pairs == {} or pair_of(layer, plain).name not in ops.pairs
+    assert ops.planned == {} or pair_of(layer, plain).name not in ops.planned
     assert torch.equal(DECLARED.intercept(Layer.forward)(layer, x), Layer.forward(layer, x))
 
 
@@ -402,7 +402,7 @@ class Deciding:
     """Layers that wait for their weights, with stand-ins for what measures and splits ranges."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.journal = Journal()
+        self.journal = OwnJournal()
         self.record = self.journal.patch(NAME)
         self.identities: list[tuple[str, ...]] = []
         self.settled: list[list[str]] = []

@@ -44,7 +44,7 @@ def core() -> Iterator[None]:
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     record = PatchRecord()
-    monkeypatch.setattr(ops, "pairs", {NAME: ops.PlannedPair(Plan(DUAL, 256), record)})
+    monkeypatch.setattr(ops, "planned", {NAME: ops.PlannedPair(Plan(DUAL, 256), record)})
     return record
 
 

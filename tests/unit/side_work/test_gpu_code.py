@@ -227,7 +227,7 @@ def traced_by_dynamo(function: Callable[..., Any]) -> tuple[torch.fx.GraphModule
 
 def test_start_takes_what_follows_it_and_leaves_every_other_kernel(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in graphs for captured sizes alone: the copies of the side's halves and the zeros go, and nothing comes."""
-    monkeypatch.setattr(ops, "pairs", {"toy": ops.PlannedPair(Plan(DUAL, 256), PatchRecord())})
+    monkeypatch.setattr(ops, "planned", {"toy": ops.PlannedPair(Plan(DUAL, 256), PatchRecord())})
     made = []
     for with_ops in (False, True):
         graph, inputs = traced_by_dynamo(gdn(order.quantized_by_an_op, with_ops, with_zeros=True))

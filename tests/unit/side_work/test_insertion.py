@@ -71,7 +71,7 @@ def _expand(buffer: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 @pytest.fixture(autouse=True)
 def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch, adapters: Any) -> Iterator[PatchRecord]:
     record = PatchRecord()
-    monkeypatch.setattr(ops, "pairs", {NAME: ops.PlannedPair(Plan(DUAL, 256), record)})
+    monkeypatch.setattr(ops, "planned", {NAME: ops.PlannedPair(Plan(DUAL, 256), record)})
     for name, value in (("_known", {}), ("_known_before", {}), ("_found", [])):
         monkeypatch.setattr(insertion, name, value)
     monkeypatch.setattr(edits, "_compile", None)

@@ -22,7 +22,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
-from overlay.report.journal import Journal, PatchRecord
+from overlay.report.journal import OwnJournal, PatchRecord
 from overlay.side_work import lowering, ops
 from overlay.side_work.declaration import TwoLinears
 from overlay.side_work.pairs import Pair
@@ -79,7 +79,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     side_work_ops.define()
     record = PatchRecord()
     planned = ops.PlannedPair(Plan(DUAL, 256), record)
-    monkeypatch.setattr(ops, "pairs", {pair_of(Layer(""), plain).name: planned for plain in (True, False)})
+    monkeypatch.setattr(ops, "planned", {pair_of(Layer(""), plain).name: planned for plain in (True, False)})
     return record
 
 
@@ -89,8 +89,8 @@ def pair_of(layer: Layer, plain: bool) -> Pair:
 
 
 @pytest.fixture
-def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
-    fresh = Journal()
+def journal(monkeypatch: pytest.MonkeyPatch) -> OwnJournal:
+    fresh = OwnJournal()
     monkeypatch.setattr(lowering, "journal", fresh)
     return fresh
 
@@ -212,7 +212,7 @@ def stock(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Compiled:
 
 
 def test_above_the_captured_sizes_the_graph_is_stocks(
-    stock: Compiled, record: PatchRecord, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    stock: Compiled, record: PatchRecord, journal: OwnJournal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {tokens: stock(tokens) for tokens in (LARGEST, CAPTURED + 1, CAPTURED, 1)}
     config = configuration()
@@ -271,7 +271,7 @@ def refuse(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_graph_that_cannot_be_lowered_keeps_its_ops(
-    strict: bool, record: PatchRecord, journal: Journal, stock: Compiled, monkeypatch: pytest.MonkeyPatch
+    strict: bool, record: PatchRecord, journal: OwnJournal, stock: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lowering, "_above", {"vllm_overlay.start": refuse})
     config = configuration()

@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
 from overlay.engine import loaded
-from overlay.report.journal import Journal, PatchRecord
+from overlay.report.journal import OwnJournal, PatchRecord
 from overlay.settings import Settings
 from overlay.side_work import adoption, declaration, ops, pairs, waiting
 from overlay.side_work.declaration import TwoLinears
@@ -98,7 +98,7 @@ PATCHED = DECLARED.intercept(Layer.forward, traced=False)
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     made = PatchRecord()
-    monkeypatch.setattr(ops, "pairs", {pair_of(Layer()).name: ops.PlannedPair(Plan(DUAL, 256), made)})
+    monkeypatch.setattr(ops, "planned", {pair_of(Layer()).name: ops.PlannedPair(Plan(DUAL, 256), made)})
     return made
 
 
@@ -251,14 +251,14 @@ class Installed:
     """The declaration on a class of its own, on a CPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.journal = Journal()
+        self.journal = OwnJournal()
         self.record = self.journal.patch("dsa")
         self.waiting: list[Any] = []
         self.context: dict[str, Any] = {}
         for module in (declaration, waiting, adoption):
             monkeypatch.setattr(module, "journal", self.journal)
         monkeypatch.setattr(loaded, "_waiting", self.waiting)
-        monkeypatch.setattr(ops, "pairs", {})
+        monkeypatch.setattr(ops, "planned", {})
         monkeypatch.setattr(declaration, "envs", namespace(VLLM_BATCH_INVARIANT=False))
         self.config = namespace(
             compilation_config=namespace(

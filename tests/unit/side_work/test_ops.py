@@ -78,7 +78,7 @@ def gpu(plan: Plan | None, with_lane: bool = True) -> Iterator[Gpu]:
         made = Gpu(cuda, plan)
         layer = types.SimpleNamespace(_modules={"ba": lambda x: (made.linear(x, made.weight), None)})
         context = types.SimpleNamespace(no_compile_layers={"a layer": layer})
-        patch.setattr(ops, "pairs", made.pairs)
+        patch.setattr(ops, "planned", made.pairs)
         patch.setattr(ops, "gemm", made.gemm)
         patch.setattr(ops, "get_forward_context", lambda: context)
         patch.setattr(torch.nn.functional, "linear", made.linear)

@@ -85,7 +85,7 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Gpu:
     made = Gpu()
-    monkeypatch.setattr(ops, "pairs", {})
+    monkeypatch.setattr(ops, "planned", {})
     monkeypatch.setattr(pairs, "rows_of", made.measure)
     monkeypatch.setattr(lane, "use_once", lambda device, start: made.order.append("lane"))
     monkeypatch.setattr(Pair, "device", torch.device("cuda", 0))
@@ -101,7 +101,7 @@ def settle(group: Sequence[Pair], settings: Settings | None = None, **of_worker:
 
 
 def strategies(name: str) -> list[str]:
-    plan = ops.pairs[name].plan
+    plan = ops.planned[name].plan
     assert isinstance(plan, SizePlan)
     return [plan.strategies[tokens] for tokens in SIZES]
 
@@ -116,28 +116,28 @@ def test_auto_takes_what_was_measured(gpu: Gpu) -> None:
     assert gpu.asked == [("layers.0", 3, SIZES)]
     (plan,) = record.plans
     assert (plan["layers"], plan["source"], plan["shape"]["hidden"]) == (3, "measured", 16)
-    assert ops.pairs[group[0].name].record is record
+    assert ops.planned[group[0].name].record is record
 
 
 @pytest.mark.parametrize("plan", ["dual", "serial"])
 def test_a_fixed_plan_measures_nothing(gpu: Gpu, plan: str) -> None:
     group = layers()
     assert settle(group, Settings(plan=plan)).plans == [] and gpu.asked == []
-    assert ops.pairs[group[0].name].plan is FIXED
+    assert ops.planned[group[0].name].plan is FIXED
 
 
 def test_a_token_threshold_ends_what_is_measured(gpu: Gpu) -> None:
     group = layers()
     settle(group, Settings(token_threshold=4))
     assert gpu.asked[0][2] == [1, 2, 4]
-    assert ops.pairs[group[0].name].plan.reason_for_serial(5) == ABOVE_THRESHOLD
+    assert ops.planned[group[0].name].plan.reason_for_serial(5) == ABOVE_THRESHOLD
 
 
 def test_layers_that_are_on_no_gpu_have_the_fixed_plan(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pair, "device", torch.device("cpu"))
     group = layers()
     settle(group)
-    assert gpu.order == [] and ops.pairs[group[0].name].plan is FIXED
+    assert gpu.order == [] and ops.planned[group[0].name].plan is FIXED
 
 
 @pytest.mark.parametrize("plan", ["auto", "dual", "serial"])
@@ -158,7 +158,7 @@ def test_layers_of_one_shape_and_kind_share_a_plan(gpu: Gpu) -> None:
     groups = [layers(2), layers(3, hidden=32), layers(1, kind="UnquantizedLinearMethod")]
     record = settle([pair for group in groups for pair in group])
     assert [count for _, count, _ in gpu.asked] == [2, 3, 1]
-    assert len(ops.pairs) == len(record.plans) == 3
+    assert len(ops.planned) == len(record.plans) == 3
     assert len({group[0].name for group in groups}) == 3
 
 

@@ -298,8 +298,8 @@ def test_rates_and_pairs() -> None:
         command.parse_pairs("--env", ("=x",))
 
 
-def a_plan(**options: Any) -> command.Plan:
-    return command.Plan(
+def settled(**options: Any) -> command.Settled:
+    return command.Settled(
         command.Options(**options),
         shapes.find("tiny", None),
         command.QUICK,
@@ -315,7 +315,7 @@ def a_plan(**options: Any) -> command.Plan:
 def test_results_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(CommandError, match="has results already"):
-        command.setup_of(a_plan(out=tmp_path, work=tmp_path))
+        command.setup_of(settled(out=tmp_path, work=tmp_path))
 
 
 @pytest.mark.parametrize("option", ["out", "work"])
@@ -323,14 +323,14 @@ def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     folders = {"out": tmp_path / "out", "work": tmp_path / "work", option: tmp_path / "file" / "folder"}
     with pytest.raises(CommandError, match=rf"--{option}='.*folder' cannot be made: "):
-        command.setup_of(a_plan(**folders))
+        command.setup_of(settled(**folders))
 
 
 def test_a_cpus_cache_is_as_large_as_was_counted(tmp_path: Path) -> None:
     """vLLM's CPU build takes whole GiB from its variable, whatever the engine is told."""
-    setup = command.setup_of(a_plan(out=tmp_path / "out", work=tmp_path / "work"))
+    setup = command.setup_of(settled(out=tmp_path / "out", work=tmp_path / "work"))
     assert setup.environment("stock", "run")["VLLM_CPU_KVCACHE_SPACE"] == "3"
-    asked = command.setup_of(a_plan(out=tmp_path / "out", work=tmp_path, variables=("VLLM_CPU_KVCACHE_SPACE=9",)))
+    asked = command.setup_of(settled(out=tmp_path / "out", work=tmp_path, variables=("VLLM_CPU_KVCACHE_SPACE=9",)))
     assert asked.environment("overlay", "run")["VLLM_CPU_KVCACHE_SPACE"] == "9"
 
 
@@ -599,7 +599,7 @@ def test_benches_in_turn_start_together_and_measure_alone(tmp_path: Path, monkey
 
 def test_the_file_of_turns_has_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"--in-turn='.*/nowhere/turns' cannot be used: No such file"):
-        command.setup_of(a_plan(out=tmp_path / "out", work=tmp_path, in_turn=tmp_path / "nowhere" / "turns"))
+        command.setup_of(settled(out=tmp_path / "out", work=tmp_path, in_turn=tmp_path / "nowhere" / "turns"))
 
 
 @pytest.mark.parametrize(("idle", "done"), [(True, ["first", "second", "third"]), (False, ["first", "second"])])

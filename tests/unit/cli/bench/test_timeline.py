@@ -163,7 +163,7 @@ def test_the_report_says_what_is_hidden() -> None:
     text = io.StringIO()
     data = {"timeline": [_row(OVERLAY)], "tokens": [], "problems": [], "unfinished": []}
     report.show(data, Console(file=text, width=200))
-    assert "a GDN layer and its MLP, N=8" in text.getvalue()
+    assert "a layer and its MLP, N=8" in text.getvalue()
     assert (
         "0.967" in text.getvalue()
         and "overlay, side: 5.50 us, 5.50 hidden, stock 5.00 after 1.00: ba_gemm" in text.getvalue()

@@ -23,7 +23,7 @@ from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op  # noqa: F40
 
 from overlay.engine import compile_cache, loaded
 from overlay.patches.lora_linear import patch as lora_linear
-from overlay.report.journal import Journal, PatchRecord
+from overlay.report.journal import OwnJournal, PatchRecord
 from overlay.settings import Settings
 from overlay.side_work import adoption, insertion, lane, lowering, ops
 from overlay.side_work.adoption import StaysStock
@@ -184,7 +184,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> PatchRecord:
     """Where the ops count."""
     side_work_ops.define()
     found = PatchRecord()
-    monkeypatch.setitem(ops.pairs, lora_linear.NAME, ops.PlannedPair(Plan("dual", 256), found))
+    monkeypatch.setitem(ops.planned, lora_linear.NAME, ops.PlannedPair(Plan("dual", 256), found))
     return found
 
 
@@ -430,7 +430,7 @@ def test_without_an_adapter_nothing_is_forked(patched: None, kernels: list[str],
 
 def test_a_name_without_a_plan_is_computed_serially(patched: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph of yesterday's cache may name it."""
-    monkeypatch.delitem(ops.pairs, lora_linear.NAME)
+    monkeypatch.delitem(ops.planned, lora_linear.NAME)
     layer, x = adopted(MergedLayer()), torch.randn(TOKENS, FEATURES)
     assert torch.equal(layer.apply(x), STOCK(layer, x))
 
@@ -592,7 +592,7 @@ PASS = Settings(serial_pass_through=True)
 def package(monkeypatch: pytest.MonkeyPatch, engine: Any) -> Any:
     """A package of LoRA layers that has just been imported, a journal of its own, and `load()`: the model has been loaded."""
     config = engine()
-    journal, waiting, entered = Journal(), list[Any](), list[tuple[str, ...]]()
+    journal, waiting, entered = OwnJournal(), list[Any](), list[tuple[str, ...]]()
     monkeypatch.setattr(lora_linear, "journal", journal)
     monkeypatch.setattr("overlay.side_work.adoption.journal", journal)
     monkeypatch.setattr("overlay.side_work.waiting.journal", journal)
@@ -755,7 +755,7 @@ def test_the_lane_is_used_once_when_a_model_with_a_pair_has_been_loaded(
 )
 def test_settings_make_the_plan(package: Any, settings: dict[str, Any], plan: Plan) -> None:
     lora_linear.install(package, FOUND, dataclasses.replace(PASS, **settings))
-    assert ops.pairs[lora_linear.NAME].plan == plan
+    assert ops.planned[lora_linear.NAME].plan == plan
 
 
 def test_without_cuda_it_is_inert_and_changes_nothing(package: Any) -> None:
