@@ -121,7 +121,7 @@ class Server:
             return False
 
     def embeddings(self) -> list[str]:
-        """The embeddings of some fixed prompts, one request after the other, as vLLM writes their bits."""
+        """The embeddings of some fixed prompts, one request after the other, as vLLM writes their bits. Raises ServingError."""
         found = []
         for length in PROBES:
             prompt = [2 + (length * 31 + place * 17) % 400 for place in range(length)]
@@ -131,8 +131,11 @@ class Server:
                 json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                found += [str(one["embedding"]) for one in json.load(answer)["data"]]
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    found += [str(one["embedding"]) for one in json.load(answer)["data"]]
+            except OSError as error:
+                raise ServingError(f"{self.arm}: no embedding of {length} tokens: {error}\n{tail(self.log)}") from error
         return found
 
     def close(self, hurry: bool = False) -> None:

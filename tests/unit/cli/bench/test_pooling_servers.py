@@ -43,6 +43,9 @@ def test_the_same_prompts_are_embedded_each_time(tmp_path: Path) -> None:
         server: Any = servers.Server.__new__(servers.Server)
         server.port = port
         assert server.embeddings() == server.embeddings() == [str(length) for length in servers.PROBES]
+    server.arm, server.log = "stock", tmp_path / "none"
+    with pytest.raises(servers.ServingError, match=r"stock: no embedding of 1 tokens: .*refused"):
+        server.embeddings()  # the server is gone
     half = len(servers.PROBES)
     assert asked[:half] == asked[half:] and all(one["encoding_format"] == "base64" for one in asked)
 
