@@ -61,7 +61,7 @@ RAISING = {
     "the settings": Fault("import overlay.settings as s; s.load = broken", "injected fault"),
     "the hooks": Fault("import overlay.start.import_hooks as h; h._set_hooks = broken", "injected fault"),
     "wrapt is missing": Fault("sys.modules['wrapt'] = None", "wrapt"),
-    "the journal": Fault("import overlay.report.journal as j; j.Journal.open = broken", "injected fault"),
+    "the journal": Fault("import overlay.report.journal as j; j.OwnJournal.open = broken", "injected fault"),
     "transformers first": Fault(
         "import overlay.start.transformers_first as t; t._complete = broken", "transformers first", patched=True
     ),
