@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import json
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,24 +37,3 @@ def run(
     client = Client(answer)
     server: Any = SimpleNamespace(arm="stock", port=1, log=folder / "server.log", embeddings=lambda: embeddings)
     return client, fleet._run(client, server, load, 0)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def embedding_server(asked: list[dict[str, Any]]) -> Iterator[int]:
-    """The port of an HTTP server that embeds a prompt as its number of tokens; `asked` gets the bodies of requests."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_POST(self) -> None:
-            assert self.path == servers.EMBEDDINGS
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"data": [{"embedding": str(len(asked[-1]["input"]))}]}).encode())
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as stand_in:
-        threading.Thread(target=stand_in.serve_forever, daemon=True).start()
-        yield int(stand_in.server_address[1])
-        stand_in.shutdown()

@@ -4,8 +4,8 @@
 
 Two servers of the same Qwen3.5 with a drafter (MTP) and three LoRA adapters get the same kinds of requests at the same time: short
 and long prompts, base model and adapters, whole and streamed answers, and clients that hang up in the middle. Between spells of
-load, when the engines are empty, they are put to sleep and woken, or have other weights loaded and then their own again. Then
-requests are sent alone, and their tokens have to be those that stock gave the first time with these weights. Answers under load are
+load, when the engines are empty, they are put to sleep and woken. Then they load other weights, and then their own again. After each
+of these requests are sent alone, and their tokens have to be those that stock gave the first time with these weights. Answers under load are
 compared, too: they may leave the reference where two tokens were as likely, since a batch of another make-up may round differently,
 and nowhere else.
 

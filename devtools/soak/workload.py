@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from devtools.servers import ROOT, ServerError
 from devtools.soak.checkpoint import SEEDS, Recipe, adapter_of, tokenizer_of
+from overlay.cli.bench.setup import NO_FLASHINFER, NO_FLASHINFER_CONFIG, has_flashinfer, shared_triton
 
 RANKS = (8, 16, 4)
 #: Every linear layer of these models that takes adapters, but gdn's two projections: with adapters on those gdn leaves its layers
@@ -105,21 +106,16 @@ class Workload:
         if on_gpu:
             found += ["--enable-sleep-mode", "--gpu-memory-utilization", "0.15"]
             found += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-            if not _has_flashinfer():
-                found += ["--additional-config", '{"gdn_prefill_backend": "triton"}']
+            if not has_flashinfer():
+                found += ["--additional-config", json.dumps(NO_FLASHINFER_CONFIG)]
         return found
 
 
 def gpu_environment(folder: Path) -> dict[str, str]:
     """With this two servers run the same kernels: Triton's choices are shared, and Inductor has none that it would measure."""
-    found = {
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-        "TRITON_CACHE_AUTOTUNING": "1",
+    return {
+        **shared_triton(folder),
+        **({} if has_flashinfer() else NO_FLASHINFER),
         "TORCHINDUCTOR_DYNAMIC_SCALE_RBLOCK": "0",
         "TORCHINDUCTOR_FORCE_FILTER_REDUCTION_CONFIGS": "1",
     }
-    return found if _has_flashinfer() else {**found, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-
-
-def _has_flashinfer() -> bool:
-    return importlib.util.find_spec("flashinfer") is not None

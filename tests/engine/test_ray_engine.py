@@ -243,7 +243,7 @@ def test_strict_stops_an_engine_whose_ray_nodes_differ(
 
 
 def without_ray(both: Nodes, model: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
-    """The answers of an engine whose second node is a server of vLLM's own without a front."""
+    """The answers of an engine on two nodes. The second node is a headless `vllm serve`."""
     port = servers.free_port()
     where = {"nnodes": NODES, "master_addr": "127.0.0.1", "master_port": port}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in where.items()]

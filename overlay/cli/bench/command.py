@@ -53,7 +53,7 @@ from overlay.cli.bench.engines import Engines
 from overlay.cli.bench.progress import Progress
 from overlay.cli.bench.results import REPOSITORY, Results, different
 from overlay.cli.bench.servers import Fleet, ServingError
-from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITH_OVERLAY, Setup
+from overlay.cli.bench.setup import ARMS, OVERLAY, STOCK, WITH_OVERLAY, Setup, has_flashinfer
 from overlay.cli.bench.workers import WorkerError
 from overlay.cli.failure import CommandError, without_credentials
 from overlay.cli.options import parse_words
@@ -348,7 +348,7 @@ def setup_of(settled: Settled) -> Setup:
         variables=variables,
         overlay_environment=overlay,
         turns=options.in_turn,
-        flashinfer=importlib.util.find_spec("flashinfer") is not None,
+        flashinfer=has_flashinfer(),
         installed=is_installed(),
     )
 

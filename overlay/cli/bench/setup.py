@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import time
 from dataclasses import dataclass, field
@@ -20,6 +21,20 @@ STOCK, OVERLAY = "stock", "overlay"
 PLANS = ("auto", "dual", "serial")
 ARMS = (STOCK, OVERLAY, *PLANS, CONTROL)
 WITH_OVERLAY = (OVERLAY, *PLANS)
+
+
+#: What vLLM is told where there is no FlashInfer: environment variables, and `additional_config`.
+NO_FLASHINFER, NO_FLASHINFER_CONFIG = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}, {"gdn_prefill_backend": "triton"}
+
+
+def has_flashinfer() -> bool:
+    """Whether this Python has FlashInfer."""
+    return importlib.util.find_spec("flashinfer") is not None
+
+
+def shared_triton(folder: Path) -> dict[str, str]:
+    """With these variables all processes run the Triton kernels that the first one has chosen."""
+    return {"TRITON_CACHE_DIR": str(folder / "triton"), "TRITON_CACHE_AUTOTUNING": "1"}
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -109,13 +124,12 @@ class Setup:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CACHE_ROOT": str(root),
             "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
-            "TRITON_CACHE_DIR": str(self.work / "triton"),
-            "TRITON_CACHE_AUTOTUNING": "1",
+            **shared_triton(self.work),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
         }
         if not self.flashinfer:
-            environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+            environment |= NO_FLASHINFER
         if self.cpu:
             environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
         if arm not in WITH_OVERLAY:
@@ -149,7 +163,7 @@ class Setup:
             "compilation_config": {"cudagraph_capture_sizes": list(self.capture_sizes)},
         }
         if not self.flashinfer:
-            arguments["additional_config"] = {"gdn_prefill_backend": "triton"}
+            arguments["additional_config"] = dict(NO_FLASHINFER_CONFIG)
         if language_only:
             arguments["language_model_only"] = True
         if self.cpu:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,27 @@ from overlay.cli.failure import CommandError
 from tests import bench_runs
 
 LOAD = closed_loop.load(4, 2, 64, 128, pools=True)
+
+
+@contextlib.contextmanager
+def embedding_server(asked: list[dict[str, Any]]) -> Iterator[int]:
+    """The port of an HTTP server that embeds a prompt as its number of tokens; `asked` gets the bodies of requests."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            assert self.path == servers.EMBEDDINGS
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"embedding": str(len(asked[-1]["input"]))}]}).encode())
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as stand_in:
+        threading.Thread(target=stand_in.serve_forever, daemon=True).start()
+        yield int(stand_in.server_address[1])
+        stand_in.shutdown()
 
 
 def pooled(duration: float, *answers: str) -> dict[str, Any]:
@@ -39,7 +65,7 @@ def test_a_server_that_generates_is_asked_for_tokens(tmp_path: Path) -> None:
 
 def test_the_same_prompts_are_embedded_each_time(tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = []
-    with bench_runs.embedding_server(asked) as port:
+    with embedding_server(asked) as port:
         server: Any = servers.Server.__new__(servers.Server)
         server.port = port
         assert server.embeddings() == server.embeddings() == [str(length) for length in servers.PROBES]

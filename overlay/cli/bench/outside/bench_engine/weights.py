@@ -155,7 +155,7 @@ def fill(tensor: Any, name: str, owner: str, seed: int, tensors: Mapping[str, An
 def replace_dummy_weights(seed: int) -> None:
     """Make vLLM's dummy loader (0.19.0 to 0.33.0) fill tensors with `fill`. Call before the engine is built.
 
-    Before 0.20.0 it has no way to quantize a layer while it loads it.
+    Before 0.20.0 the weights of a layer that vLLM quantizes while it loads it are not filled.
     """
     import torch
     from vllm.model_executor.model_loader import dummy_loader
