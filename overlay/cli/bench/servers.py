@@ -167,8 +167,8 @@ def flags(engine: Mapping[str, Any]) -> list[str]:
 class Fleet:
     """What the servers of all arms have in common. `key` is where their results go.
 
-    `engine` has arguments of `vllm.LLM`. `at_once` starts the servers of a group together, which is right where Triton's cache is warm:
-    its autotuning must not run twice at once. `seed` is that of random weights, None for a checkpoint's own.
+    `engine` has arguments of `vllm.LLM`. `at_once` starts the servers of a group together; where Triton's cache is cold, the first of
+    them fills it alone, for its autotuning must not run twice at once. `seed` is that of random weights, None for a checkpoint's own.
     """
 
     setup: Setup
@@ -222,10 +222,10 @@ class Fleet:
             try:
                 for arm in arms:
                     servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
-                    if not self.at_once:
+                    if not (self.at_once and self.setup.triton_is_warm()):
                         self._wait(servers[arm])
-                if self.at_once:
-                    for server in servers.values():
+                for server in servers.values():
+                    if not server.start_seconds:
                         self._wait(server)
                 alone()
                 yield servers
@@ -241,6 +241,7 @@ class Fleet:
     def _wait(self, server: Server) -> None:
         self.progress.step(f"starting {server.arm}")
         server.wait()
+        self.setup.mark_triton_warm()
         self.results.put(self.key, "start_seconds", server.arm, value=server.start_seconds)
         self.progress.say(f"{server.arm} server answers after {server.start_seconds:.0f} s")
 

@@ -279,7 +279,7 @@ class Model:
     def tokenizer(self, work: Path) -> Path:
         """What servers and their clients take as tokenizer: the checkpoint's, or one made in `work`.
 
-        That is in a folder of its own: beside a configuration, transformers would read it as that model's own kind.
+        That is in a folder of its own: beside the model's configuration, transformers would read it as that model's own kind.
         """
         return self.checkpoint or write_tokenizer(work / "models", int(self.text["vocab_size"]))
 
@@ -349,8 +349,10 @@ def write_tokenizer(parent: Path, vocabulary: int) -> Path:
         "unk_token": last,
         "clean_up_tokenization_spaces": False,
     }
-    folder = parent / f"tokenizer-{vocabulary}"
-    folder.mkdir(parents=True, exist_ok=True)
+    # vLLM looks for a configuration beside a tokenizer, and waits two seconds before it looks again. "vit" is a kind of model without a
+    # tokenizer of its own; a configuration without a version gets a warning of transformers.
+    beside = {"model_type": "vit", "transformers_version": "4.57.0"}
+    folder = write(parent / f"tokenizer-{vocabulary}", beside)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     return folder

@@ -894,6 +894,45 @@ class Moved:
         self.cores = cores
 
 
+@pytest.mark.parametrize(
+    ("at_once", "warm", "wanted"),
+    [
+        (False, True, ["start 1", "wait 1", "start 2", "wait 2", "start 3", "wait 3"]),
+        (True, False, ["start 1", "wait 1", "start 2", "start 3", "wait 2", "wait 3"]),
+        (True, True, ["start 1", "start 2", "start 3", "wait 1", "wait 2", "wait 3"]),
+    ],
+)
+def test_a_cold_triton_cache_is_filled_by_one_server_alone(
+    at_once: bool, warm: bool, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Started:
+        start_seconds = 0.0
+
+        def __init__(self, arm: str, *_: object) -> None:
+            self.arm = arm
+            done.append(f"start {arm}")
+
+        def wait(self) -> None:
+            self.start_seconds = 1.0
+            done.append(f"wait {self.arm}")
+
+        def close(self, hurry: bool) -> None:
+            pass
+
+    monkeypatch.setattr(servers, "Server", Started)
+    setup = Setup(tmp_path, tmp_path, None, 100.0)
+    if warm:
+        setup.mark_triton_warm()
+    progress: Any = Progress(Console(file=io.StringIO()))
+    progress.phase("start", 3)
+    results = Results(tmp_path / "results.json", lambda text: None)
+    fleet = servers.Fleet(setup, results, progress, {}, tmp_path, None, closed_loop.KEY, at_once)
+    with fleet._running("123"):
+        assert done == wanted
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_the_servers_take_turns_and_what_fails_is_a_problem(
     together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
