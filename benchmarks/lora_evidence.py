@@ -46,6 +46,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--trace-steps", type=int, default=6)
     run.add_argument("--micro-seconds", type=float, default=60.0)
     run.add_argument("--control", action="store_true", help="a second stock as well")
+    run.add_argument(
+        "--no-switch",
+        dest="switch",
+        action="store_false",
+        help="without vLLM's own switch, which 0.20 was the first to have",
+    )
     run.add_argument("--uncompiled", action="store_true", help="no Inductor, CUDA graphs of decode steps only")
     run.add_argument("--cpu", action="store_true", help="a tiny model on the CPU engine: a test of this script")
     run.set_defaults(budget=280.0, steps=32, batches=(1, 2, 4, 8, 16, 32, 64), prompts=(8, 128, 512, 2048, 8192))
@@ -97,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
             model = shapes.write(setup.work / "models" / f"qwen3-{options.layers}-layers-{options.format}", config)
             arguments = lora_engines.engine_arguments(setup, options, model)
             results.put("engine", value=arguments)
-            # Together: nothing of this model is autotuned, so nobody spoils another's timing.
+            setup.mark_triton_warm()  # nothing of this model is autotuned, so nobody spoils another's timing
             alive.run(arguments, not options.one_by_one, lora_engines.SEED, phases)
 
     return driver.conduct(setup, "lora", measure, lora_report.tables)

@@ -48,7 +48,8 @@ def setup_of(options: argparse.Namespace) -> Setup:
         raise CommandError(
             "adapters are written with torch and safetensors: put vLLM's folder on PYTHONPATH, not on --site"
         )
-    others = () if options.cpu else (UPSTREAM, CONTROL) if options.control else (UPSTREAM,)
+    asked = {UPSTREAM: options.switch, CONTROL: options.control}
+    others = () if options.cpu else tuple(arm for arm, wanted in asked.items() if wanted)
     setup = driver.setup_of(
         options, "lora", (STOCK, *others, OVERLAY), sorted({*options.batches, *options.other_batches})
     )

@@ -230,7 +230,7 @@ def check_engine(arguments: Mapping[str, Any]) -> None:
     vllm = vllms.find(None, None)
     source = vllms.read(lambda: vllm.tree.read("vllm.engine.arg_utils"), vllm.path)
     fields = re.search(
-        r"^class EngineArgs\b.*?(?=^    (?:def|@))", source.text if source else "", re.MULTILINE | re.DOTALL
+        r"^class EngineArgs\b.*?(?=^    (?:def |@))", source.text if source else "", re.MULTILINE | re.DOTALL
     )
     known = re.findall(r"^    (\w+):", fields[0] if fields else "", re.MULTILINE)
     for name in arguments if known else ():

@@ -83,7 +83,8 @@ class Engines:
                 self.close(hurry)
 
     def start(self, engine: Mapping[str, Any], together: bool, seed: int | None = SEED) -> None:
-        """Start all arms: one after the other, or all at once where nothing may be timed at start.
+        """Start all arms: one after the other, or all at once where nothing may be timed at start and Triton's cache is warm. Where
+        it is cold, the first arm fills it alone.
 
         `seed` of random weights; None for a checkpoint's own. An arm that does not start is left out. Raises WorkerError
         where stock does not start, or nothing but stock.
@@ -96,14 +97,13 @@ class Engines:
             log.unlink(missing_ok=True)
             self.workers[arm] = Worker(arm, setup.environment(arm, f"pair-{arm}"), log, *self._script)
             self.workers[arm].send("start", engine=engine, weight_seed=seed)
-            if not together:
+            if not (together and setup.triton_is_warm()):
                 self._started(arm)
-        if together:
-            for arm in setup.arms:
+        for arm in setup.arms:
+            if arm in self.workers and arm not in self.results.data["pair"]:
                 self._started(arm)
         if STOCK not in self.workers or len(self.workers) < 2:
             raise WorkerError("without stock and another arm there is nothing to compare")
-        setup.mark_triton_warm()
         sums = self.all("checksum")
         self.results.put("pair", "weights", value=sums)
         self.results.put("pair", "weights_equal", value=len(set(sums.values())) == 1)
@@ -119,6 +119,7 @@ class Engines:
             self.results.problem(f"{arm} did not start: {error}")
             self.workers.pop(arm).close()
             return
+        self.setup.mark_triton_warm()
         self.results.put("pair", arm, value=answer)
         loaded = bool(answer["overlay_modules"])
         if loaded != (arm in WITH_OVERLAY) and not self.setup.installed:

@@ -337,7 +337,7 @@ def test_a_cpus_cache_is_as_large_as_was_counted(tmp_path: Path) -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """A machine with a vLLM of a few lines; its GPUs and its free memory can be set."""
-    arguments = "class EngineArgs:\n    model: str\n    max_num_seqs: int\n\n    def f(self) -> None:\n        a: int\n"
+    arguments = "class EngineArgs:\n    model: str\n    default_mm_loras: dict\n    max_num_seqs: int\n\n    def f(self) -> None:\n        a: int\n"
     stub_vllm.write(
         tmp_path / "site", {"engine/arg_utils.py": f"{arguments}\nclass AsyncEngineArgs(EngineArgs): ...\n"}
     )
