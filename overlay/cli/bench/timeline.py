@@ -11,15 +11,17 @@
 A **segment** goes from the first kernel after the two projections (BOUNDARIES) to the next layer's. Those of attention layers and of the end of a
 step differ in their kernels: only segments with the most common kernels count (`alike` of `all`), by each stream's order.
 `low` and `high` are the 5th and 95th percentile, everything else medians over them. `stream` is "main" for the stream of the
-segment's first kernel, "side 1" and so on for others: vLLM itself has routed experts beside a shared one.
+segment's first kernel, "side 1" and so on for others: vLLM itself has routed experts beside a shared one. A replayed graph may go on
+with either branch of a fork on the stream before it; of the arm's own fork, what stock runs last is the side.
 
 Against stock:
 
-- `side`: an arm's kernels on other streams than the main one, without those that stock has there, too. `overlap` is how much of its duration some kernel of the main
-  stream runs at the same time. `stock` is the same kernel in stock's segment, `duration` and `gap` (idle time before it);
-  where stock has several of that name, the last ones: the side projection is the last GEMM before the boundary.
-- `hideable`: the sum of these durations and gaps. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`.
-  None where a side kernel has no counterpart, or there is no side kernel.
+- `side`: the kernels of the arm's own fork, from the first one that runs beside a kernel and in stock beside none; see `fork`. `overlap` is
+  how much of its duration some other kernel runs at the same time. `stock` is the same kernel in stock's segment, `duration` and
+  `gap` (idle time before it); where stock has several of that name, the last ones: the side projection is the last GEMM before the boundary.
+- `hideable`: the sum of these durations and gaps, and of the kernels that only stock has where the side has some that stock has not: a
+  copy that Inductor had fused with another. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`. None where
+  there is no side kernel, or one has no counterpart and stock has nothing else.
 - `only_stock`, `only_arm`: names that one of them has more often. `renamed`: kernels of the main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's
   durations for these. `retuned`: Triton kernels of the same name that nothing overlaps and whose durations differ by more
   than RETUNED: another block size. `like_tuned`: the ratio with stock's durations for both.
@@ -29,10 +31,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from overlay.cli.bench.engines import RESERVE_SECONDS, Engines
@@ -42,6 +43,8 @@ from overlay.cli.bench.setup import STOCK
 #: What begins a segment, the first kernel after both projections: a part of its name in a GDN layer, and in DeepSeek-V3.2's.
 BOUNDARIES = ("causal_conv1d", "fused_norm_rope")
 MAIN = "main"
+#: Microseconds that kernels of two streams have to run together to count as beside each other.
+TOUCH = 0.2
 STEPS, ROUNDS = 6, 2
 SEED = 20251120 + 300_000
 #: Microseconds, and the part of stock's duration, by which a kernel has to differ to count as another choice.
@@ -77,9 +80,6 @@ class Layer:
     @property
     def median(self) -> float:
         return median(self.lengths)
-
-    def on(self, main: bool) -> list[Kernel]:
-        return [kernel for kernel in self.kernels if (kernel.stream == MAIN) == main]
 
     def as_dict(self) -> dict[str, Any]:
         segment = {
@@ -180,44 +180,101 @@ def counterparts(side: Sequence[Kernel], stock: Sequence[Kernel]) -> list[Kernel
     return [left[kernel.name].pop(0) if left[kernel.name] else None for kernel in side]
 
 
-def beside(stock: Layer, arm: Layer) -> list[Kernel]:
-    """An arm's side kernels, without those that stock has beside its main stream as well: a shared expert, for one."""
-    own = Counter(kernel.name for kernel in stock.on(False))
-    found = []
-    for kernel in arm.on(False):
-        if own[kernel.name]:
-            own[kernel.name] -= 1
-        else:
-            found.append(kernel)
-    return found
+def _same(kernels: Sequence[Kernel], stock: Sequence[Kernel]) -> dict[int, Kernel]:
+    """Stock's kernel for each kernel, by `id`: the first of a name for the first, and so on."""
+    left = {name: iter([kernel for kernel in stock if kernel.name == name]) for name in {one.name for one in kernels}}
+    found = {id(kernel): next(left[kernel.name], None) for kernel in kernels}
+    return {key: other for key, other in found.items() if other is not None}
 
 
-def against(stock: Layer, arm: Layer) -> dict[str, Any]:
-    """The numbers of `against_stock`; the module says what they are."""
-    main, side = arm.on(True), beside(stock, arm)
-    found = counterparts(side, stock.on(True))
-    rows, shared, hideable = [], 0.0, 0.0
-    for kernel, other in zip(side, found, strict=True):
-        same = other and {"duration": round(other.duration, 3), "gap": round(gap_before(other, stock.kernels), 3)}
-        hidden = overlap(kernel, main)
-        rows.append(
-            {"name": kernel.name, "duration": round(kernel.duration, 3), "overlap": round(hidden, 3), "stock": same}
-        )
-        shared += hidden
-        hideable += sum(same.values()) if same else math.nan
-    known = bool(side) and not math.isnan(hideable) and hideable > 0
+def _concurrent(kernel: Kernel, kernels: Sequence[Kernel]) -> bool:
+    return overlap(kernel, (other for other in kernels if other.stream != kernel.stream)) > TOUCH
+
+
+def fork(stock: Layer, arm: Layer) -> list[Kernel]:
+    """The side kernels of the arm's own fork; none where there is no fork that stock has not.
+
+    A kernel is of the fork where it runs beside one of another stream, and in stock beside none. Of two streams the side is the one whose
+    longest kernel is later in stock, and where that does not tell them apart, the one with less to do. All that follows on that stream is
+    the side's as well: the segment ends with the join.
+    """
+    same = _same(arm.kernels, stock.kernels)
+    own = [
+        kernel
+        for kernel in arm.kernels
+        if _concurrent(kernel, arm.kernels)
+        and not (id(kernel) in same and _concurrent(same[id(kernel)], stock.kernels))
+    ]
+    branches: dict[str, list[Kernel]] = {}
+    for kernel in own:
+        branches.setdefault(kernel.stream, []).append(kernel)
+    if len(branches) < 2:
+        return []
+    order = {kernel.name: index for index, kernel in enumerate(stock.kernels)}
+
+    def place(branch: Iterable[Kernel]) -> int:
+        return order.get(max(branch, key=lambda one: one.duration).name, -1)
+
+    # Two kernels that touch by chance make a branch as well; the fork's are the two with the most to do.
+    more, less = sorted(branches.values(), key=_work, reverse=True)[:2]
+    side = more if place(more) > place(less) >= 0 else less
+    return [kernel for kernel in arm.kernels if kernel.stream == side[0].stream and kernel.start >= side[0].start]
+
+
+def _work(kernels: Iterable[Kernel]) -> float:
+    return sum(kernel.duration for kernel in kernels)
+
+
+def with_side(arm: Layer, side: Sequence[Kernel]) -> Layer:
+    """The layer with these kernels on a stream of their own, and what runs beside them on the main one."""
+    if not side:
+        return arm
+    begin = side[0].start
+    beside = {kernel.stream for kernel in arm.kernels if kernel.stream != side[0].stream and overlap(kernel, side)}
+    ours = {id(kernel) for kernel in side}
+    name = side[0].stream if side[0].stream != MAIN else min(beside)
+    kernels = [
+        replace(kernel, stream=name)
+        if id(kernel) in ours
+        else replace(kernel, stream=MAIN)
+        if kernel.stream in beside and kernel.end > begin
+        else kernel
+        for kernel in arm.kernels
+    ]
+    return replace(arm, kernels=tuple(kernels))
+
+
+def against(stock: Layer, arm: Layer, side: Sequence[Kernel]) -> dict[str, Any]:
+    """The numbers of `against_stock`; the module says what they are. `side` is what `fork` has found."""
+    ours = {id(kernel) for kernel in side}
+    others = [kernel for kernel in arm.kernels if id(kernel) not in ours]
+    found = counterparts(side, stock.kernels)
     moved = {id(kernel) for kernel in found if kernel is not None}
-    pairs = _paired([kernel for kernel in stock.on(True) if id(kernel) not in moved], main)
+    pairs = _paired([kernel for kernel in stock.kernels if id(kernel) not in moved], others)
     renamed = [pair for pair in pairs if pair[0].name != pair[1].name]
     retuned = [pair for pair in pairs if _is_retuned(*pair, side)]
+    gone = _gone(stock.kernels, arm.kernels, [old for old, _ in renamed]) if None in found else []
+    rows, hideable = [], _alone(gone, stock)
+    for kernel, other in zip(side, found, strict=True):
+        rows.append(
+            {
+                "name": kernel.name,
+                "duration": round(kernel.duration, 3),
+                "overlap": round(overlap(kernel, others), 3),
+                "stock": other
+                and {"duration": round(other.duration, 3), "gap": round(gap_before(other, stock.kernels), 3)},
+            }
+        )
+        hideable += _alone([other] if other else [], stock)
+    known = bool(side) and hideable > 0 and (None not in found or bool(gone))
     like = arm.median + _difference(renamed)
     tuned = like + _difference(retuned)
     return {
         "ratio": round(arm.median / stock.median, 4),
         "saved": round(stock.median - arm.median, 3),
         "side": rows,
-        "side_duration": round(sum(kernel.duration for kernel in side), 3),
-        "overlap": round(shared, 3),
+        "side_duration": round(_work(side), 3),
+        "overlap": round(sum(overlap(kernel, others) for kernel in side), 3),
         "hideable": round(hideable, 3) if known else None,
         "hidden_share": round((stock.median - tuned) / hideable, 3) if known else None,
         "only_stock": _only(stock.kernels, arm.kernels),
@@ -229,6 +286,18 @@ def against(stock: Layer, arm: Layer) -> dict[str, Any]:
         "retuned": [{"name": old.name, "stock": old.duration, "arm": new.duration} for old, new in retuned],
         "like_tuned": round(tuned / stock.median, 4),
     }
+
+
+def _alone(kernels: Iterable[Kernel], stock: Layer) -> float:
+    """What kernels of stock's add to its segment, idle time before them included."""
+    return sum(kernel.duration + gap_before(kernel, stock.kernels) for kernel in kernels)
+
+
+def _gone(stock: Sequence[Kernel], arm: Sequence[Kernel], renamed: Sequence[Kernel]) -> list[Kernel]:
+    """Stock's kernels that the arm has not, under another name neither: of several of a name the last ones."""
+    names = Counter(_only(stock, arm)) - Counter(kernel.name for kernel in renamed)
+    same = {name: [kernel for kernel in stock if kernel.name == name][-count:] for name, count in names.items()}
+    return [kernel for kernels in same.values() for kernel in kernels]
 
 
 def _only(kernels: Iterable[Kernel], others: Iterable[Kernel]) -> list[str]:
@@ -267,10 +336,13 @@ def row(requests: int, traces: Mapping[str, Sequence[Sequence[Kernel]]]) -> dict
     stock = layers.get(STOCK)
     arms = {}
     for arm, layer in layers.items():
-        if layer is not None:
+        if layer is None:
+            continue
+        if arm == STOCK or stock is None:
             arms[arm] = layer.as_dict()
-            if arm != STOCK and stock is not None:
-                arms[arm]["against_stock"] = against(stock, layer)
+        else:
+            side = fork(stock, layer)
+            arms[arm] = {**with_side(layer, side).as_dict(), "against_stock": against(stock, layer, side)}
     return {"requests": requests, "arms": arms}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from overlay.cli.bench.setup import STOCK
-from overlay.cli.bench.timeline import Kernel, Layer, beside, counterparts
+from overlay.cli.bench.timeline import Kernel, Layer, counterparts, fork
 
 SIDE, OTHER = "tab:orange", "lightsteelblue"
 WIDTH, KEY_WIDTH = 11.0, 4.5  #: inches of a panel and of its key
@@ -143,6 +143,6 @@ def _side_work(row: Mapping[str, Any]) -> dict[str, list[Kernel]]:
     stock = layers.pop(STOCK, None)
     if stock is None:
         return {}
-    found = {arm: beside(stock, layer) for arm, layer in layers.items()}
-    same = [one for side in found.values() for one in counterparts(side, stock.on(True)) if one is not None]
+    found = {arm: fork(stock, layer) for arm, layer in layers.items()}
+    same = [one for side in found.values() for one in counterparts(side, stock.kernels) if one is not None]
     return {**found, STOCK: same}

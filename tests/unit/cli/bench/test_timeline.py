@@ -99,22 +99,37 @@ def test_a_triton_kernel_that_takes_another_time_counts_unless_something_runs_be
     assert (found["like_tuned"] < found["like"]) == counted
 
 
-@pytest.mark.parametrize(
-    ("took", "hideable"), [(8, 5 + 1), (90, 5)], ids=["short", "longer than all on the main stream, so never a gap"]
-)
-def test_what_stock_has_beside_its_main_stream_is_not_the_arms_doing(took: float, hideable: float) -> None:
+@pytest.mark.parametrize("took", [8, 40], ids=["short", "as long as what it is beside"])
+def test_what_stock_has_beside_its_main_stream_is_not_the_arms_doing(took: float) -> None:
     def shared(steps: list[Step]) -> list[Step]:
         return [*steps[:2], ("experts", took, 1), *steps[2:]]
 
     found = _row(shared(OVERLAY), shared(STOCK))["arms"]["overlay"]["against_stock"]
-    assert [one["name"] for one in found["side"]] == ["ba_gemm"] and found["hideable"] == hideable
+    assert [one["name"] for one in found["side"]] == ["ba_gemm"] and found["hideable"] == 5 + 1
+    assert not _row(shared(STOCK), shared(STOCK))["arms"]["overlay"]["against_stock"]["side"]
 
 
-def test_a_side_kernel_without_a_counterpart_has_no_share() -> None:
+def test_of_a_fork_what_stock_runs_first_is_main_whichever_stream_a_replay_gave_it() -> None:
+    swapped = [*GDN, ("fp8_gemm", 10.2, 1), ("ba_gemm", 5.5, 0)]
+    stock = [step for step in STOCK if step[0] != "copy"]
+    arm = _row(swapped, stock)["arms"]["overlay"]
+    assert [one["name"] for one in arm["against_stock"]["side"]] == ["ba_gemm"]
+    assert {one["name"]: one["stream"] for one in arm["kernels"]} == {
+        name: "side 1" if name == "ba_gemm" else "main" for name, _, _ in stock
+    }
+
+
+def test_a_side_kernel_without_a_counterpart_is_there_instead_of_what_only_stock_has() -> None:
     odd = [("other_gemm" if name == "ba_gemm" else name, took, on) for name, took, on in OVERLAY]
     found = _row(odd)["arms"]["overlay"]["against_stock"]
-    assert found["side"][0]["stock"] is None and found["hideable"] is found["hidden_share"] is None
+    assert found["side"][0]["stock"] is None and found["hideable"] == 5 + 1
     assert (found["only_stock"], found["only_arm"]) == (["ba_gemm"], ["other_gemm"])
+
+
+def test_a_side_kernel_more_than_stock_has_leaves_the_share_open() -> None:
+    found = _row([*OVERLAY[:4], ("zeros", 0.5, 1), *OVERLAY[4:]])["arms"]["overlay"]["against_stock"]
+    assert {one["name"] for one in found["side"]} == {"zeros", "ba_gemm"}
+    assert found["hideable"] is found["hidden_share"] is None
 
 
 def test_of_several_kernels_of_a_name_the_last_is_the_side_projection() -> None:
