@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 # Without this `vllm serve` wants the image processor's files, which only a real checkpoint has.
 SERVE_ARGUMENTS: dict[str, tuple[str, ...]] = {"qwen3_5": ("--limit-mm-per-prompt", '{"image": 0, "video": 0}')}
 
-Projection = tuple[int, str, int, int]
-
 
 def text_configuration(name: str) -> dict[str, Any]:
     """The language model's part of a configuration."""
@@ -234,68 +231,17 @@ def build_lora(name: str, folder: Path, rank: int = LORA_RANK) -> Path:
 
     Adapters of different ranks have different weights. Returns the adapter's own folder.
     """
-    import torch
-    from safetensors.torch import save_file
+    from benchmarks.gpu import linears, lora_model
 
     target = folder / (f"{name}-lora" if rank == LORA_RANK else f"{name}-lora-{rank}")
-    target.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(SEED + rank - LORA_RANK)
-    tensors = {}
-    projections = list(_LORA_PROJECTIONS[name](text_configuration(name)))
-    for layer, module, inputs, outputs in projections:
-        prefix = f"base_model.model.model.layers.{layer}.{module}"
-        first = torch.randn(rank, inputs, generator=generator) * 0.5
-        second = torch.randn(outputs, rank, generator=generator) * 0.5
-        tensors[f"{prefix}.lora_A.weight"] = first.to(torch.bfloat16)
-        tensors[f"{prefix}.lora_B.weight"] = second.to(torch.bfloat16)
-    save_file(tensors, str(target / "adapter_model.safetensors"))
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "base_model_name_or_path": name,
-        "target_modules": sorted({module.rpartition(".")[2] for _, module, _, _ in projections}),
-    }
-    (target / "adapter_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    every = linears.of_model(text_configuration(name))
+    targets = [linear for linear in every if _LORA_TARGETS[name] in linear.name]
+    lora_model.save_adapter(target, name, targets, rank, True, SEED)
     return target
 
 
-def _qwen3_projections(configuration: dict[str, Any]) -> Iterator[Projection]:
-    hidden, intermediate = configuration["hidden_size"], configuration["intermediate_size"]
-    query = configuration["num_attention_heads"] * configuration["head_dim"]
-    key = configuration["num_key_value_heads"] * configuration["head_dim"]
-    for layer in range(configuration["num_hidden_layers"]):
-        yield layer, "self_attn.q_proj", hidden, query
-        yield layer, "self_attn.k_proj", hidden, key
-        yield layer, "self_attn.v_proj", hidden, key
-        yield layer, "self_attn.o_proj", query, hidden
-        yield layer, "mlp.gate_proj", hidden, intermediate
-        yield layer, "mlp.up_proj", hidden, intermediate
-        yield layer, "mlp.down_proj", intermediate, hidden
-
-
-def _gdn_projections(configuration: dict[str, Any]) -> Iterator[Projection]:
-    hidden = configuration["hidden_size"]
-    key = configuration["linear_num_key_heads"] * configuration["linear_key_head_dim"]
-    value = configuration["linear_num_value_heads"] * configuration["linear_value_head_dim"]
-    heads = configuration["linear_num_value_heads"]
-    for layer, kind in enumerate(configuration["layer_types"]):
-        if kind == "linear_attention":
-            yield layer, "linear_attn.in_proj_qkv", hidden, 2 * key + value
-            yield layer, "linear_attn.in_proj_z", hidden, value
-            yield layer, "linear_attn.in_proj_b", hidden, heads
-            yield layer, "linear_attn.in_proj_a", hidden, heads
-            yield layer, "linear_attn.out_proj", value, hidden
-
-
-_LORA_PROJECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Projection]]] = {
-    "qwen3": _qwen3_projections,
-    "qwen3_5_text": _gdn_projections,
-}
+#: Of each model that adapters are made for, a part of the names of their linears.
+_LORA_TARGETS = {"qwen3": "_proj", "qwen3_5_text": ".linear_attn."}
 
 
 def main() -> None:
@@ -303,9 +249,9 @@ def main() -> None:
     import typer
 
     def make(folder: Path, names: list[str] = typer.Argument(None)) -> None:  # noqa: B008 - typer's way
-        for name in names or [*CONFIGURATIONS, *(f"{base}-lora" for base in _LORA_PROJECTIONS)]:
+        for name in names or [*CONFIGURATIONS, *(f"{base}-lora" for base in _LORA_TARGETS)]:
             base, lora, rank = name.partition("-lora")
-            if base not in (_LORA_PROJECTIONS if lora else CONFIGURATIONS):
+            if base not in (_LORA_TARGETS if lora else CONFIGURATIONS):
                 raise typer.BadParameter(f"no model {name!r}; there are {', '.join(CONFIGURATIONS)}")
             made = build_lora(base, folder, int(rank.lstrip("-") or LORA_RANK)) if lora else build(base, folder)
             print(made, flush=True)

@@ -13,8 +13,11 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.gpu import linears
+from benchmarks.gpu.linears import Linear
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
     from pathlib import Path
 
 #: Layer shape of Qwen3-8B. The released model has 36 layers.
@@ -63,33 +66,14 @@ def configuration(layers: int, tiny: bool = False) -> dict[str, Any]:
     return {**QWEN3_8B, **(TINY if tiny else {}), "num_hidden_layers": layers}
 
 
-def projections(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Every linear that the adapters target: its name in a PEFT checkpoint, input and output features.
+def projections(config: dict[str, Any]) -> list[Linear]:
+    """Every linear that the adapters target.
 
     Routed and shared experts have none, nor have the input projections of linear attention.
     """
-    text = config.get("text_config", config)
-    prefix = "model.language_model.layers" if "text_config" in config else "model.layers"
-    hidden, heads, size = text["hidden_size"], text["num_attention_heads"], text["head_dim"]
-    key = text["num_key_value_heads"] * size
-    attention = (
-        ("self_attn.q_proj", hidden, heads * size * (2 if text.get("attn_output_gate") else 1)),
-        ("self_attn.k_proj", hidden, key),
-        ("self_attn.v_proj", hidden, key),
-        ("self_attn.o_proj", heads * size, hidden),
-    )
-    linear: tuple[tuple[str, int, int], ...] = ()
-    mlp = linear
-    if "linear_num_value_heads" in text:
-        value = text["linear_num_value_heads"] * text["linear_value_head_dim"]
-        linear = (("linear_attn.out_proj", value, hidden),)
-    if not text.get("num_experts"):
-        between = text["intermediate_size"]
-        mlp = (("mlp.gate_proj", hidden, between), ("mlp.up_proj", hidden, between), ("mlp.down_proj", between, hidden))
-    kinds = text.get("layer_types") or ["full_attention"] * text["num_hidden_layers"]
-    for layer, kind in enumerate(kinds):
-        for module, inputs, outputs in (*(linear if kind == "linear_attention" else attention), *mlp):
-            yield f"{prefix}.{layer}.{module}", inputs, outputs
+    mixture = "num_experts" in config.get("text_config", config)
+    left_out = (".in_proj_", ".mlp.") if mixture else (".in_proj_",)
+    return [linear for linear in linears.of_model(config) if not any(part in linear.name for part in left_out)]
 
 
 def lora_a(rank: int, inputs: int, dense: bool, generator: Any) -> Any:
@@ -115,16 +99,21 @@ def adapter_folder(parent: Path, config: dict[str, Any], rank: int, dense: bool,
 
 def write_adapter(parent: Path, config: dict[str, Any], rank: int, dense: bool, seed: int) -> Path:
     """Write a PEFT adapter in bfloat16 and give its folder back. One that is there already is kept."""
+    target = adapter_folder(parent, config, rank, dense, seed)
+    if not (target / "adapter_config.json").exists():
+        save_adapter(target, config["model_type"], projections(config), rank, dense, seed)
+    return target
+
+
+def save_adapter(target: Path, base: str, targets: Sequence[Linear], rank: int, dense: bool, seed: int) -> None:
+    """Write a PEFT adapter for these linears of a model that is called `base`."""
     import torch
     from safetensors.torch import save_file
 
-    target = adapter_folder(parent, config, rank, dense, seed)
-    if (target / "adapter_config.json").exists():
-        return target
     target.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed * 1000 + rank * 2 + dense)
     tensors = {}
-    for name, inputs, outputs in projections(config):
+    for name, inputs, outputs in targets:
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = lora_a(rank, inputs, dense, generator).to(torch.bfloat16)
         added = torch.randn(outputs, rank, generator=generator) * (ADDED / math.sqrt(rank))
@@ -138,8 +127,7 @@ def write_adapter(parent: Path, config: dict[str, Any], rank: int, dense: bool, 
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "base_model_name_or_path": config["model_type"],
-        "target_modules": sorted({name.rpartition(".")[2] for name, _, _ in projections(config)}),
+        "base_model_name_or_path": base,
+        "target_modules": sorted({linear.name.rpartition(".")[2] for linear in targets}),
     }
     (target / "adapter_config.json").write_text(json.dumps(settings, indent=1))  # last: it says that all is there
-    return target

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.gpu import lora_model
+from benchmarks.gpu import linears, lora_model
 from overlay.cli.bench import formats, shapes
 from overlay.cli.failure import CommandError
 
@@ -73,41 +73,21 @@ def tensors(text: dict[str, Any]) -> Iterator[Tensors]:
 
 
 def _layer(prefix: str, kind: str, text: dict[str, Any]) -> Tensors:
-    hidden = text["hidden_size"]
-    found: Tensors = [(f"{prefix}.{name}_layernorm.weight", (hidden,)) for name in ("input", "post_attention")]
+    found: Tensors = [
+        (f"{prefix}.{name}_layernorm.weight", (text["hidden_size"],)) for name in ("input", "post_attention")
+    ]
+    found += [(f"{prefix}.{one.name}.weight", (one.outputs, one.inputs)) for one in linears.of_layer(text, kind)]
     if kind == "linear_attention":
         heads, size = text["linear_num_value_heads"], text["linear_value_head_dim"]
-        value, both = heads * size, 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"]
+        channels = heads * size + 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"]
         own: dict[str, tuple[int, ...]] = {
-            "in_proj_qkv.weight": (both + value, hidden),
-            "in_proj_z.weight": (value, hidden),
-            "in_proj_b.weight": (heads, hidden),
-            "in_proj_a.weight": (heads, hidden),
-            "conv1d.weight": (both + value, 1, text["linear_conv_kernel_dim"]),
+            "conv1d.weight": (channels, 1, text["linear_conv_kernel_dim"]),
             "A_log": (heads,),
             "dt_bias": (heads,),
             "norm.weight": (size,),
-            "out_proj.weight": (hidden, value),
         }
-        found += [(f"{prefix}.linear_attn.{name}", shape) for name, shape in own.items()]
-    else:
-        size = text["head_dim"]
-        query, key = text["num_attention_heads"] * size, text["num_key_value_heads"] * size
-        own = {"q": (2 * query, hidden), "k": (key, hidden), "v": (key, hidden), "o": (hidden, query)}
-        found += [(f"{prefix}.self_attn.{name}_proj.weight", shape) for name, shape in own.items()]
-        found += [(f"{prefix}.self_attn.{name}_norm.weight", (size,)) for name in "qk"]
-    each = [("mlp", text.get("intermediate_size"))]
-    if experts := text.get("num_experts"):
-        found += [
-            (f"{prefix}.mlp.gate.weight", (experts, hidden)),
-            (f"{prefix}.mlp.shared_expert_gate.weight", (1, hidden)),
-        ]
-        each = [("mlp.shared_expert", text["shared_expert_intermediate_size"])]
-        each += [(f"mlp.experts.{number}", text["moe_intermediate_size"]) for number in range(experts)]
-    for name, between in each:
-        wide = {"gate": (between, hidden), "up": (between, hidden), "down": (hidden, between)}
-        found += [(f"{prefix}.{name}.{one}_proj.weight", shape) for one, shape in wide.items()]
-    return found
+        return found + [(f"{prefix}.linear_attn.{name}", shape) for name, shape in own.items()]
+    return found + [(f"{prefix}.self_attn.{name}_norm.weight", (text["head_dim"],)) for name in "qk"]
 
 
 def write(folder: Path, recipe: Recipe, seed: int = SEEDS[0]) -> Path:

@@ -250,7 +250,10 @@ def against(stock: Layer, arm: Layer, side: Sequence[Kernel]) -> dict[str, Any]:
     others = [kernel for kernel in arm.kernels if id(kernel) not in ours]
     found = counterparts(side, stock.kernels)
     moved = {id(kernel) for kernel in found if kernel is not None}
-    pairs = _paired([kernel for kernel in stock.kernels if id(kernel) not in moved], others)
+    pairs = _paired(
+        [kernel for kernel in stock.kernels if kernel.stream == MAIN and id(kernel) not in moved],
+        [kernel for kernel in with_side(arm, side).kernels if kernel.stream == MAIN],
+    )
     renamed = [pair for pair in pairs if pair[0].name != pair[1].name]
     retuned = [pair for pair in pairs if _is_retuned(*pair, side)]
     gone = _gone(stock.kernels, arm.kernels, [old for old, _ in renamed]) if None in found else []
