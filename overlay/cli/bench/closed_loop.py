@@ -31,8 +31,8 @@ from overlay.cli.bench.servers import LEAST_REQUESTS, LEAST_WARM_UP, Fleet, Load
 from overlay.cli.bench.setup import STOCK
 
 KEY = "concurrency"
-#: Embeddings of a run at least, so that it takes half a second.
-LEAST_EMBEDDINGS = 128
+#: Embeddings of a wave.
+LEAST_EMBEDDINGS = 32
 METRICS = ("tpot", "ttft", "embedding")
 
 #: Results of `vllm bench serve` by number of clients, arm and round.
@@ -40,8 +40,8 @@ Runs = dict[int, dict[str, dict[int, dict[str, Any]]]]
 
 
 def load(clients: int, waves: int, prompt: int, output: int, pools: bool = False) -> Load:
-    """Each client sends `waves` requests; for embeddings more, for each of them is one step."""
-    requests = max(LEAST_EMBEDDINGS if pools else LEAST_REQUESTS, waves * clients)
+    """Each client sends `waves` requests. A wave of embeddings has some at least, for each of them is one step."""
+    requests = max(LEAST_REQUESTS, waves * max(clients, LEAST_EMBEDDINGS if pools else 1))
     flags = ("--max-concurrency", str(clients))
     return Load(clients, flags, prompt, output, requests, max(LEAST_WARM_UP, clients), pools=pools)
 
