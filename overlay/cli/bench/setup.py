@@ -178,7 +178,8 @@ class Setup:
         return self.work / "triton" / "autotuned"
 
     def triton_is_warm(self) -> bool:
-        return self._marker().exists()
+        """Whether nothing is left to time. A CPU has no Triton."""
+        return self.cpu or self._marker().exists()
 
     def mark_triton_warm(self) -> None:
         self._marker().parent.mkdir(parents=True, exist_ok=True)
