@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ from overlay.cli.bench.setup import STOCK
 #: What begins a segment, the first kernel after both projections: a part of its name in a GDN layer, and in DeepSeek-V3.2's.
 BOUNDARIES = ("causal_conv1d", "fused_norm_rope")
 MAIN = "main"
+#: How the names of Inductor's kernels begin: reductions that keep a row in registers, other ones, and the rest.
+TRITON_KINDS = ("triton_per_", "triton_red_", "triton_poi_")
 #: Microseconds that kernels of two streams have to run together to count as beside each other.
 TOUCH = 0.2
 STEPS, ROUNDS = 6, 2
@@ -254,7 +257,7 @@ def against(stock: Layer, arm: Layer, side: Sequence[Kernel]) -> dict[str, Any]:
         [kernel for kernel in stock.kernels if kernel.stream == MAIN and id(kernel) not in moved],
         [kernel for kernel in with_side(arm, side).kernels if kernel.stream == MAIN],
     )
-    renamed = [pair for pair in pairs if pair[0].name != pair[1].name]
+    renamed = [pair for pair in pairs if plain(pair[0].name) != plain(pair[1].name)]
     retuned = [pair for pair in pairs if _is_retuned(*pair, side)]
     gone = _gone(stock.kernels, arm.kernels, [old for old, _ in renamed]) if None in found else []
     rows, hideable = [], _alone(gone, stock)
@@ -298,14 +301,21 @@ def _alone(kernels: Iterable[Kernel], stock: Layer) -> float:
 
 def _gone(stock: Sequence[Kernel], arm: Sequence[Kernel], renamed: Sequence[Kernel]) -> list[Kernel]:
     """Stock's kernels that the arm has not, under another name neither: of several of a name the last ones."""
-    names = Counter(_only(stock, arm)) - Counter(kernel.name for kernel in renamed)
-    same = {name: [kernel for kernel in stock if kernel.name == name][-count:] for name, count in names.items()}
+    left = [kernel for kernel in stock if all(kernel is not one for one in renamed)]
+    names = Counter(_only(left, arm))
+    same = {name: [kernel for kernel in left if plain(kernel.name) == name][-count:] for name, count in names.items()}
     return [kernel for kernels in same.values() for kernel in kernels]
 
 
 def _only(kernels: Iterable[Kernel], others: Iterable[Kernel]) -> list[str]:
     """Names that are more often among the first."""
-    return sorted((Counter(one.name for one in kernels) - Counter(one.name for one in others)).elements())
+    first, second = (Counter(plain(one.name) for one in some) for some in (kernels, others))
+    return sorted((first - second).elements())
+
+
+def plain(name: str) -> str:
+    """A Triton kernel's name without its number, which counts the kernels of a graph."""
+    return re.sub(r"_\d+$", "", name) if name.startswith("triton_") else name
 
 
 def _difference(pairs: Iterable[tuple[Kernel, Kernel]]) -> float:
@@ -316,17 +326,26 @@ def _difference(pairs: Iterable[tuple[Kernel, Kernel]]) -> float:
 def _is_retuned(old: Kernel, new: Kernel, side: Sequence[Kernel]) -> bool:
     """Whether a Triton kernel takes another time in both arms, and not because something runs beside it."""
     apart = abs(old.duration - new.duration)
-    own = old.name == new.name and old.name.startswith("triton_") and not overlap(new, side)
+    own = plain(old.name) == plain(new.name) and old.name.startswith("triton_") and not overlap(new, side)
     return own and apart > RETUNED[0] and apart > RETUNED[1] * old.duration
 
 
 def _paired(old: Sequence[Kernel], new: Sequence[Kernel]) -> list[tuple[Kernel, Kernel]]:
-    """Kernels that take each other's place in two sequences: of the same name, or the same number of others between such."""
-    matcher = difflib.SequenceMatcher(None, [one.name for one in old], [one.name for one in new], autojunk=False)
+    """Kernels that take each other's place in two sequences.
+
+    They have the same name, or the same number of others stand between such; of unlike numbers those of a kind of Triton's (`triton_per_…`,
+    a reduction) of which both have as many.
+    """
+    matcher = difflib.SequenceMatcher(None, [plain(one.name) for one in old], [plain(one.name) for one in new], False)
     pairs: list[tuple[Kernel, Kernel]] = []
     for _, first, end, start, stop in matcher.get_opcodes():
         if end - first == stop - start:
             pairs += zip(old[first:end], new[start:stop], strict=True)
+            continue
+        for kind in TRITON_KINDS:
+            both = [[one for one in some if one.name.startswith(kind)] for some in (old[first:end], new[start:stop])]
+            if len(both[0]) == len(both[1]):
+                pairs += zip(*both, strict=True)
     return pairs
 
 

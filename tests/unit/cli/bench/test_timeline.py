@@ -74,12 +74,12 @@ def test_what_is_hidden_is_stocks_segment_less_the_arms_to_the_side_kernel_and_i
 
 def test_other_kernels_are_named_and_taken_out_of_like() -> None:
     changed = [
-        ("triton_norm_2" if name == "triton_norm" else name, duration + 2 * (name == "triton_norm"), stream)
+        ("triton_other" if name == "triton_norm" else name, duration + 2 * (name == "triton_norm"), stream)
         for name, duration, stream in OVERLAY
     ]
     found = _row(changed)["arms"]["overlay"]["against_stock"]
-    assert (found["only_stock"], found["only_arm"]) == (["triton_norm"], ["triton_norm_2"])
-    assert found["renamed"] == [{"stock": "triton_norm", "arm": "triton_norm_2", "difference": -2}]
+    assert (found["only_stock"], found["only_arm"]) == (["triton_norm"], ["triton_other"])
+    assert found["renamed"] == [{"stock": "triton_norm", "arm": "triton_other", "difference": -2}]
     assert found["ratio"] == pytest.approx(70.2 / 74, abs=1e-4)
     assert found["like"] == found["like_tuned"] == pytest.approx(68.2 / 74, abs=1e-4)
     assert found["hidden_share"] == pytest.approx(5.8 / 6, abs=1e-3)
