@@ -22,8 +22,8 @@ Against stock:
 - `hideable`: the sum of these durations and gaps, and of the kernels that only stock has where the side has some that stock has not: a
   copy that Inductor had fused with another. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`. None where
   there is no side kernel, or one has no counterpart and stock has nothing else.
-- `only_stock`, `only_arm`: names that one of them has more often. `renamed`: kernels of the main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's
-  durations for these. `retuned`: Triton kernels of the same name that nothing overlaps and whose durations differ by more
+- `only_stock`, `only_arm`: names that one of them has more often, those of Triton's kernels without their numbers. `renamed`: kernels of the
+  main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's durations for these. `retuned`: Triton kernels of the same name that nothing overlaps and whose durations differ by more
   than RETUNED: another block size. `like_tuned`: the ratio with stock's durations for both.
 """
 

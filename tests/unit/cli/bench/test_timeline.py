@@ -132,6 +132,24 @@ def test_a_side_kernel_more_than_stock_has_leaves_the_share_open() -> None:
     assert found["hideable"] is found["hidden_share"] is None
 
 
+def test_a_triton_kernels_number_is_not_its_name_and_a_reduction_takes_a_reductions_place() -> None:
+    """As on torch 2.11: stock's zeros stand beside its norm, and without them the norm has another name."""
+    stock: list[Step] = [
+        *GDN[:3],
+        ("triton_poi_fused_0", 1, 0),
+        ("triton_per_fused_1", 3, 0),
+        ("triton_red_norm_2", 4, 0),
+    ]
+    stock += [("fp8_gemm", 10, 0), ("ba_gemm", 5, 0)]
+    arm: list[Step] = [*GDN[:3], ("triton_per_fused_mean_0", 3, 0), ("triton_red_norm_1", 4, 0)]
+    arm += [("ba_gemm", 5.5, 1), ("fp8_gemm", 10.2, 0), ("fill", 0.5, 1), ("last", 0.1, 0)]
+    found = _row(arm, stock)["arms"]["overlay"]["against_stock"]
+    assert found["renamed"] == [{"stock": "triton_per_fused_1", "arm": "triton_per_fused_mean_0", "difference": 0}]
+    assert found["only_stock"] == ["triton_per_fused", "triton_poi_fused"]
+    assert [one["name"] for one in found["side"]] == ["ba_gemm", "fill"]
+    assert found["hideable"] == (5 + 1) + (1 + 1)
+
+
 def test_of_several_kernels_of_a_name_the_last_is_the_side_projection() -> None:
     stock = [Kernel("gemm", "main", start, duration) for start, duration in ((0, 3), (10, 4), (20, 5))]
     side = [Kernel("gemm", "side 1", 9, 5)]
