@@ -20,7 +20,7 @@ Against stock:
   how much of its duration some other kernel runs at the same time. `stock` is the same kernel in stock's segment, `duration` and
   `gap` (idle time before it); where stock has several of that name, the last ones: the side projection is the last GEMM before the boundary.
 - `hideable`: the sum of these durations and gaps, and of the kernels that only stock has where the side has some that stock has not: a
-  copy that Inductor had fused with another. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`. None where
+  copy that Inductor had fused with another. Where what the side runs beside takes less in stock, that. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`. None where
   there is no side kernel, or one has no counterpart and stock has nothing else.
 - `only_stock`, `only_arm`: names that one of them has more often, those of Triton's kernels without their numbers. `renamed`: kernels of the
   main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's durations for these. `retuned`: Triton kernels of the same name that nothing overlaps and whose durations differ by more
@@ -273,6 +273,9 @@ def against(stock: Layer, arm: Layer, side: Sequence[Kernel]) -> dict[str, Any]:
         )
         hideable += _alone([other] if other else [], stock)
     known = bool(side) and hideable > 0 and (None not in found or bool(gone))
+    beside = [one for one in counterparts([one for one in others if overlap(one, side)], stock.kernels) if one]
+    if beside:  # no more than the shorter branch can be hidden
+        hideable = min(hideable, _alone(beside, stock))
     like = arm.median + _difference(renamed)
     tuned = like + _difference(retuned)
     return {
