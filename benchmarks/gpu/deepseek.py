@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             setup, options, model, max_num_seqs=max(*options.capture, *options.batches), **deepseek_model.ENGINE
         )
         results.put("engine", value=arguments)
-        if phases:  # at once only where the caches are there
+        if phases:
             alive.run(arguments, not options.one_by_one, engines.SEED, phases)
 
     return driver.conduct(setup, "deepseek", measure, tables)

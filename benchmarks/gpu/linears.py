@@ -19,11 +19,9 @@ def of_layer(text: dict[str, Any], kind: str) -> list[Linear]:
     hidden = text["hidden_size"]
     if kind == "linear_attention":
         heads = text["linear_num_value_heads"]
-        value, both = (
-            heads * text["linear_value_head_dim"],
-            2 * text["linear_num_key_heads"] * text["linear_key_head_dim"],
-        )
-        inner = {"in_proj_qkv": both + value, "in_proj_z": value, "in_proj_b": heads, "in_proj_a": heads}
+        value = heads * text["linear_value_head_dim"]
+        query_and_key = 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"]
+        inner = {"in_proj_qkv": query_and_key + value, "in_proj_z": value, "in_proj_b": heads, "in_proj_a": heads}
         found = [Linear(f"linear_attn.{name}", hidden, size) for name, size in inner.items()]
         found.append(Linear("linear_attn.out_proj", value, hidden))
     else:

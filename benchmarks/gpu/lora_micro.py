@@ -1,10 +1,10 @@
 """One LoRA linear alone, in CUDA graphs: up to how many tokens does the auxiliary stream pay?
 
-vLLM's own punica wrapper and kernels, the overlay's own `apply` and ops, and torch's linear as the base layer. Two ways are
-compared: `serial`, the order of stock (GEMM, shrink, expand in place), and `dual`, the overlay's. `both` is what could come next, and
-what vLLM's own switch does: the expand beside the GEMM as well, and its result added after the join. `gemm` is the base layer alone: what
-would be left if everything were hidden. Every graph runs over several layers with weights of their
-own, together larger than the L2 cache. Results are compared bit for bit.
+vLLM's own punica wrapper and kernels, the overlay's own `apply` and ops, and torch's linear as the base layer. Three ways
+are compared. `serial` is the order of stock: GEMM, shrink, expand in place. `dual` is the overlay's. `both` has the expand beside the GEMM
+as well, and adds its result after the join; vLLM's own switch does the same. `gemm` is the base layer alone: what would be left if everything
+were hidden. Every graph runs over several layers with weights of their own, together larger than the L2 cache. Results are compared
+bit for bit.
 """
 
 from __future__ import annotations

@@ -73,18 +73,17 @@ def tensors(text: dict[str, Any]) -> Iterator[Tensors]:
 
 
 def _layer(prefix: str, kind: str, text: dict[str, Any]) -> Tensors:
-    found: Tensors = [
-        (f"{prefix}.{name}_layernorm.weight", (text["hidden_size"],)) for name in ("input", "post_attention")
-    ]
-    found += [(f"{prefix}.{one.name}.weight", (one.outputs, one.inputs)) for one in linears.of_layer(text, kind)]
+    inner = linears.of_layer(text, kind)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    found: Tensors = [(f"{prefix}.{name}.weight", (text["hidden_size"],)) for name in norms]
+    found += [(f"{prefix}.{one.name}.weight", (one.outputs, one.inputs)) for one in inner]
     if kind == "linear_attention":
-        heads, size = text["linear_num_value_heads"], text["linear_value_head_dim"]
-        channels = heads * size + 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"]
+        heads, channels = text["linear_num_value_heads"], inner[0].outputs  # the convolution follows in_proj_qkv
         own: dict[str, tuple[int, ...]] = {
             "conv1d.weight": (channels, 1, text["linear_conv_kernel_dim"]),
             "A_log": (heads,),
             "dt_bias": (heads,),
-            "norm.weight": (size,),
+            "norm.weight": (text["linear_value_head_dim"],),
         }
         return found + [(f"{prefix}.linear_attn.{name}", shape) for name, shape in own.items()]
     return found + [(f"{prefix}.self_attn.{name}_norm.weight", (text["head_dim"],)) for name in "qk"]

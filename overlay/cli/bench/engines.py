@@ -83,8 +83,7 @@ class Engines:
                 self.close(hurry)
 
     def start(self, engine: Mapping[str, Any], together: bool, seed: int | None = SEED) -> None:
-        """Start all arms: one after the other, or all at once where nothing may be timed at start and Triton's cache is warm. Where
-        it is cold, the first arm fills it alone.
+        """Start all arms, in the order of `Setup.start_in_order`: all at once where nothing may be timed at start.
 
         `seed` of random weights; None for a checkpoint's own. An arm that does not start is left out. Raises WorkerError
         where stock does not start, or nothing but stock.
@@ -92,16 +91,14 @@ class Engines:
         setup = self.setup
         self.progress.phase("start", len(setup.arms))
         self.results.put("pair", "triton_was_warm", value=setup.triton_is_warm())
-        for arm in setup.arms:
+
+        def start(arm: str) -> None:
             log = setup.work / "logs" / f"pair-{arm}.log"
             log.unlink(missing_ok=True)
             self.workers[arm] = Worker(arm, setup.environment(arm, f"pair-{arm}"), log, *self._script)
             self.workers[arm].send("start", engine=engine, weight_seed=seed)
-            if not (together and setup.triton_is_warm()):
-                self._started(arm)
-        for arm in setup.arms:
-            if arm in self.workers and arm not in self.results.data["pair"]:
-                self._started(arm)
+
+        setup.start_in_order(setup.arms, together, start, self._started)
         if STOCK not in self.workers or len(self.workers) < 2:
             raise WorkerError("without stock and another arm there is nothing to compare")
         sums = self.all("checksum")

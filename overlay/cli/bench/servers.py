@@ -167,8 +167,8 @@ def flags(engine: Mapping[str, Any]) -> list[str]:
 class Fleet:
     """What the servers of all arms have in common. `key` is where their results go.
 
-    `engine` has arguments of `vllm.LLM`. `at_once` starts the servers of a group together; where Triton's cache is cold, the first of
-    them fills it alone, for its autotuning must not run twice at once. `seed` is that of random weights, None for a checkpoint's own.
+    `engine` has arguments of `vllm.LLM`. `at_once` starts the servers of a group together (`Setup.start_in_order`). `seed` is that of
+    random weights, None for a checkpoint's own.
     """
 
     setup: Setup
@@ -218,15 +218,13 @@ class Fleet:
     def _running(self, arms: Sequence[str]) -> Iterator[dict[str, Server]]:
         servers: dict[str, Server] = {}
         hurry = True
+
+        def start(arm: str) -> None:
+            servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
+
         with self.setup.in_turn() as alone:
             try:
-                for arm in arms:
-                    servers[arm] = Server(arm, self.setup, self.engine, self.tokenizer, self.seed)
-                    if not (self.at_once and self.setup.triton_is_warm()):
-                        self._wait(servers[arm])
-                for server in servers.values():
-                    if not server.start_seconds:
-                        self._wait(server)
+                self.setup.start_in_order(arms, self.at_once, start, lambda arm: self._wait(servers[arm]))
                 alone()
                 yield servers
                 hurry = False

@@ -181,6 +181,21 @@ class Setup:
         """Whether nothing is left to time. A CPU has no Triton."""
         return self.cpu or self._marker().exists()
 
+    def start_in_order(
+        self, arms: Iterable[str], together: bool, start: Callable[[str], object], wait: Callable[[str], object]
+    ) -> None:
+        """Start arms and wait for them: one after the other, or all at once. Where Triton's cache is cold, the first one fills it alone,
+        for its autotuning must not run twice at once. `wait` marks it as warm."""
+        late = []
+        for arm in arms:
+            start(arm)
+            if together and self.triton_is_warm():
+                late.append(arm)
+            else:
+                wait(arm)
+        for arm in late:
+            wait(arm)
+
     def mark_triton_warm(self) -> None:
         self._marker().parent.mkdir(parents=True, exist_ok=True)
         self._marker().touch()

@@ -199,7 +199,7 @@ def fork(stock: Layer, arm: Layer) -> list[Kernel]:
 
     A kernel is of the fork where it runs beside one of another stream, and in stock beside none. Of two streams the side is the one whose
     longest kernel is later in stock, and where that does not tell them apart, the one with less to do. All that follows on that stream is
-    the side's as well: the segment ends with the join.
+    the side's as well: the segment ends with the join. What stock itself has something beside, to the end of the segment, shows no fork.
     """
     same = _same(arm.kernels, stock.kernels)
     own = [
@@ -228,54 +228,49 @@ def _work(kernels: Iterable[Kernel]) -> float:
     return sum(kernel.duration for kernel in kernels)
 
 
-def with_side(arm: Layer, side: Sequence[Kernel]) -> Layer:
-    """The layer with these kernels on a stream of their own, and what runs beside them on the main one."""
+def with_side(arm: Layer, side: Sequence[Kernel]) -> tuple[Layer, list[Kernel]]:
+    """The layer with these kernels on a stream of their own, and what runs beside them on the main one; and these kernels in it."""
     if not side:
-        return arm
+        return arm, []
     begin = side[0].start
     beside = {kernel.stream for kernel in arm.kernels if kernel.stream != side[0].stream and overlap(kernel, side)}
-    ours = {id(kernel) for kernel in side}
     name = side[0].stream if side[0].stream != MAIN else min(beside)
-    kernels = [
-        replace(kernel, stream=name)
-        if id(kernel) in ours
-        else replace(kernel, stream=MAIN)
-        if kernel.stream in beside and kernel.end > begin
-        else kernel
-        for kernel in arm.kernels
-    ]
-    return replace(arm, kernels=tuple(kernels))
+    ours = {id(kernel): replace(kernel, stream=name) for kernel in side}
+
+    def moved(kernel: Kernel) -> Kernel:
+        main = kernel.stream in beside and kernel.end > begin
+        return ours.get(id(kernel)) or (replace(kernel, stream=MAIN) if main else kernel)
+
+    return replace(arm, kernels=tuple(moved(kernel) for kernel in arm.kernels)), list(ours.values())
 
 
 def against(stock: Layer, arm: Layer, side: Sequence[Kernel]) -> dict[str, Any]:
-    """The numbers of `against_stock`; the module says what they are. `side` is what `fork` has found."""
-    ours = {id(kernel) for kernel in side}
-    others = [kernel for kernel in arm.kernels if id(kernel) not in ours]
+    """The numbers of `against_stock`; the module says what they are. `side` has those kernels of the arm that `fork` has found."""
+    others = [kernel for kernel in arm.kernels if kernel not in side]
     found = counterparts(side, stock.kernels)
-    moved = {id(kernel) for kernel in found if kernel is not None}
+    there = [kernel for kernel in found if kernel is not None]
     pairs = _paired(
-        [kernel for kernel in stock.kernels if kernel.stream == MAIN and id(kernel) not in moved],
-        [kernel for kernel in with_side(arm, side).kernels if kernel.stream == MAIN],
+        [kernel for kernel in stock.kernels if kernel.stream == MAIN and kernel not in there],
+        [kernel for kernel in arm.kernels if kernel.stream == MAIN],
     )
     renamed = [pair for pair in pairs if plain(pair[0].name) != plain(pair[1].name)]
     retuned = [pair for pair in pairs if _is_retuned(*pair, side)]
     gone = _gone(stock.kernels, arm.kernels, [old for old, _ in renamed]) if None in found else []
-    rows, hideable = [], _alone(gone, stock)
-    for kernel, other in zip(side, found, strict=True):
-        rows.append(
-            {
-                "name": kernel.name,
-                "duration": round(kernel.duration, 3),
-                "overlap": round(overlap(kernel, others), 3),
-                "stock": other
-                and {"duration": round(other.duration, 3), "gap": round(gap_before(other, stock.kernels), 3)},
-            }
-        )
-        hideable += _alone([other] if other else [], stock)
-    known = bool(side) and hideable > 0 and (None not in found or bool(gone))
-    beside = [one for one in counterparts([one for one in others if overlap(one, side)], stock.kernels) if one]
-    if beside:  # no more than the shorter branch can be hidden
-        hideable = min(hideable, _alone(beside, stock))
+    hideable = _alone([*gone, *there], stock)
+    known = hideable > 0 and (None not in found or bool(gone))
+    beside = counterparts([kernel for kernel in others if overlap(kernel, side)], stock.kernels)
+    if any(beside):  # no more than the shorter branch can be hidden
+        hideable = min(hideable, _alone(filter(None, beside), stock))
+    rows = [
+        {
+            "name": kernel.name,
+            "duration": round(kernel.duration, 3),
+            "overlap": round(overlap(kernel, others), 3),
+            "stock": other
+            and {"duration": round(other.duration, 3), "gap": round(gap_before(other, stock.kernels), 3)},
+        }
+        for kernel, other in zip(side, found, strict=True)
+    ]
     like = arm.median + _difference(renamed)
     tuned = like + _difference(retuned)
     return {
@@ -304,7 +299,7 @@ def _alone(kernels: Iterable[Kernel], stock: Layer) -> float:
 
 def _gone(stock: Sequence[Kernel], arm: Sequence[Kernel], renamed: Sequence[Kernel]) -> list[Kernel]:
     """Stock's kernels that the arm has not, under another name neither: of several of a name the last ones."""
-    left = [kernel for kernel in stock if all(kernel is not one for one in renamed)]
+    left = [kernel for kernel in stock if kernel not in renamed]
     names = Counter(_only(left, arm))
     same = {name: [kernel for kernel in left if plain(kernel.name) == name][-count:] for name, count in names.items()}
     return [kernel for kernels in same.values() for kernel in kernels]
@@ -366,8 +361,8 @@ def row(requests: int, traces: Mapping[str, Sequence[Sequence[Kernel]]]) -> dict
         if arm == STOCK or stock is None:
             arms[arm] = layer.as_dict()
         else:
-            side = fork(stock, layer)
-            arms[arm] = {**with_side(layer, side).as_dict(), "against_stock": against(stock, layer, side)}
+            seen, side = with_side(layer, fork(stock, layer))
+            arms[arm] = {**seen.as_dict(), "against_stock": against(stock, seen, side)}
     return {"requests": requests, "arms": arms}
 
 

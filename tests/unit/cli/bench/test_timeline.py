@@ -109,6 +109,14 @@ def test_what_stock_has_beside_its_main_stream_is_not_the_arms_doing(took: float
     assert not _row(shared(STOCK), shared(STOCK))["arms"]["overlay"]["against_stock"]["side"]
 
 
+def test_what_stock_has_beside_the_whole_segment_shows_no_fork_and_no_share() -> None:
+    def shared(steps: list[Step]) -> list[Step]:
+        return [*steps[:2], ("experts", 90, 1), *steps[2:]]
+
+    found = _row(shared(OVERLAY), shared(STOCK))["arms"]["overlay"]["against_stock"]
+    assert found["side"] == [] and found["hideable"] is found["hidden_share"] is None
+
+
 def test_of_a_fork_what_stock_runs_first_is_main_whichever_stream_a_replay_gave_it() -> None:
     swapped = [*GDN, ("fp8_gemm", 10.2, 1), ("ba_gemm", 5.5, 0)]
     stock = [step for step in STOCK if step[0] != "copy"]
