@@ -1,10 +1,11 @@
 """One LoRA linear alone, in CUDA graphs: up to how many tokens does the auxiliary stream pay?
 
-vLLM's own punica wrapper and kernels, the overlay's own `apply` and ops, and torch's linear as the base layer. Three ways
-are compared. `serial` is the order of stock: GEMM, shrink, expand in place. `dual` is the overlay's. `both` has the expand beside the GEMM
-as well, and adds its result after the join; vLLM's own switch does the same. `gemm` is the base layer alone: what would be left if everything
-were hidden. Every graph runs over several layers with weights of their own, together larger than the L2 cache. Results are compared
-bit for bit.
+vLLM's own punica wrapper and kernels, the overlay's own `apply` and ops, and torch's linear as the base layer. Two ways are
+compared. `serial` is the order of stock: GEMM, shrink, expand in place. `dual` is the overlay's. `gemm` is the base layer alone: what
+would be left if everything were hidden. Every graph runs over several layers with weights of their own, together larger than the L2
+cache. Results are compared bit for bit.
+
+On an H200 it would not pay to have the expand beside the GEMM as well (benchmarks/results/h200-lora-micro).
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ import torch.nn.functional as functional
 
 from benchmarks.gpu import lora_model
 from benchmarks.gpu.capture import capture, microseconds
-from overlay.vocabulary import DUAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from overlay.report.journal import PatchRecord
-    from overlay.side_work.lane import Lane
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 #: Per tensor-parallel size: linear, input features, columns of each slice (per shard), in the shape of Qwen3-8B.
@@ -84,29 +83,6 @@ def serial(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
     return output
 
 
-def both_beside(layer: Any, x: torch.Tensor, on: Lane | None) -> torch.Tensor:
-    """Shrink and expand beside the base layer, into a buffer that is added to its output; without a lane before it.
-
-    The buffer begins as -0.0, so that a row without an adapter keeps its bits: added to 0.0, -0.0 would become 0.0.
-    """
-    added = x.new_empty((x.shape[0], sum(layer.output_slices)))
-
-    def work() -> None:
-        added.fill_(-0.0)
-        layer.punica_wrapper.add_lora_linear(
-            added, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
-        )
-
-    if on is None:
-        work()
-    else:
-        on.start(added, DUAL, work)
-    output = functional.linear(x, layer.base_layer.weight)
-    if on is not None:
-        on.join(added)
-    return output.add_(added)
-
-
 def overlap(layers: Sequence[LoraLinear]) -> tuple[Callable[..., torch.Tensor], PatchRecord]:
     """The overlay's `apply` for these layers, which takes `serial` for upstream's; and where it counts its calls."""
     from overlay.patches.lora_linear import patch as lora_linear
@@ -116,7 +92,7 @@ def overlap(layers: Sequence[LoraLinear]) -> tuple[Callable[..., torch.Tensor], 
 
     record = PatchRecord()
     ops.define(declares_writes=True)
-    ops.planned[lora_linear.NAME] = ops.PlannedPair(Plan(DUAL, 1 << 20), record)
+    ops.planned[lora_linear.NAME] = ops.PlannedPair(Plan("dual", 1 << 20), record)
     device = layers[0].base_layer.weight.device
     if device.type == "cuda":
         lane.prepare(device)
@@ -147,27 +123,21 @@ def _row(
     stack: list[LoraLinear], dual: Callable[..., torch.Tensor], record: PatchRecord, tokens: int, punica: Any
 ) -> dict[str, Any]:
     """All ways at one number of tokens."""
-    from overlay.side_work import lane
-
     weight = stack[0].base_layer.weight
     device = weight.device
     x = torch.randn(tokens, weight.shape[1], device=device, dtype=weight.dtype)
     punica.token_mapping_meta.prepare_tensors(torch.zeros(tokens, dtype=torch.long, device=device))
-    before, on = record.calls.dual_stream, lane.lane_of(device)
+    before = record.calls.dual_stream
     ways: dict[str, Callable[[], Any]] = {
         "gemm": lambda: [functional.linear(x, layer.base_layer.weight) for layer in stack],
         "serial": lambda: [serial(layer, x, None) for layer in stack],
         "dual": lambda: [dual(layer, x) for layer in stack],
-        "both": lambda: [both_beside(layer, x, on) for layer in stack],
     }
     graphs = {name: capture(work) for name, work in ways.items()}
     calls = record.calls.dual_stream - before
     found = microseconds({name: graph for name, (graph, _) in graphs.items()}, REPLAYS)
-    different = sum(
-        not torch.equal(old.view(torch.int16), new.view(torch.int16))
-        for way in ("dual", "both")
-        for old, new in zip(graphs["serial"][1], graphs[way][1], strict=True)
-    )
+    pairs = zip(graphs["serial"][1], graphs["dual"][1], strict=True)
+    different = sum(not torch.equal(old.view(torch.int16), new.view(torch.int16)) for old, new in pairs)
     times = {name: round(time / len(stack), 2) for name, time in found.items()}
     return {**times, "layers": len(stack), "different": different, "on_two_streams": calls == len(stack)}
 

@@ -11,9 +11,6 @@ from benchmarks.gpu.lora_engines import goal
 from overlay.cli.bench import report
 from overlay.cli.bench.report import table
 
-#: What `lora_micro` measures; results before 2026-11-30 have no `both`.
-WAYS = ("gemm", "serial", "dual", "both")
-
 
 def tables(data: dict[str, Any]) -> list[Any]:
     """Everything that a results file holds, as rich renderables."""
@@ -72,21 +69,18 @@ def _micro(found: dict[str, Any]) -> list[Any]:
         shards, rank = entry["shards"], entry["rank"]
         mine = [row for row in rows if (row["shards"], row["rank"]) == (shards, rank)]
         linears = list(dict.fromkeys(row["linear"] for row in mine))
-        title = f"one linear in a CUDA graph, TP{shards}, rank {rank}: GEMM | serial | dual | both us, torch {found['torch']}"
-        grid = table(title, "tokens", *linears, "layer dual / serial", "both / dual", "different")
+        title = f"one linear in a CUDA graph, TP{shards}, rank {rank}: GEMM | serial | dual us, torch {found['torch']}"
+        grid = table(title, "tokens", *linears, "layer dual / serial", "different")
         for tokens in sorted({row["tokens"] for row in mine}):
             here = {row["linear"]: row for row in mine if row["tokens"] == tokens}
             cells = [
-                " | ".join(f"{here[linear][way]:.1f}" for way in WAYS if way in here[linear]) if linear in here else ""
+                "{gemm:.1f} | {serial:.1f} | {dual:.1f}".format(**here[linear]) if linear in here else ""
                 for linear in linears
             ]
-            known = set(linears) == set(here) and all("both" in row for row in here.values())
-            both = sum(row["both"] for row in here.values()) / sum(row["dual"] for row in here.values()) if known else 0
             whole = entry["ratio"].get(tokens, entry["ratio"].get(str(tokens)))  # JSON has made the numbers strings
             different = sum(row["different"] for row in here.values())
             alone = "" if all(row["on_two_streams"] for row in here.values()) else " NOT ON TWO STREAMS"
-            ratios = ("" if whole is None else f"{whole:.3f}", f"{both:.3f}" if known else "")
-            grid.add_row(str(tokens), *cells, *ratios, f"{different}{alone}")
+            grid.add_row(str(tokens), *cells, "" if whole is None else f"{whole:.3f}", f"{different}{alone}")
         each = ", ".join(f"{linear} {tokens}" for linear, tokens in entry["linears"].items())
         shown += [grid, f"TP{shards}, rank {rank}: not slower up to {entry['layer']} tokens (a layer); {each}"]
     return shown

@@ -16,7 +16,7 @@ from vllm.forward_context import is_forward_context_available
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from overlay.patches.lora_linear.verdict import ANCESTOR, BASE, SHRINK, SWITCH
-from overlay.report.journal import journal
+from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings, outcome
 from overlay.side_work import adoption, gemms, insertion, lane, lowering, ops
 from overlay.side_work.adoption import StaysStock, refuse_modes
@@ -26,8 +26,10 @@ from overlay.verdict import Verdict, class_at
 from overlay.vocabulary import DUAL, LANDED
 
 NAME = "lora_linear"
-#: Tokens; measured on an H200 (benchmarks/results/). At 512 serial wins.
-TOKEN_THRESHOLD = 256
+#: The largest number of tokens at which a layer's linears together are not slower on two streams, and the rank up to which that holds;
+#: the second for higher ranks. bf16, Qwen3-8B's linears whole and as a shard of 4, ranks 8, 16 and 64, an H200
+#: (benchmarks/results/h200-lora-micro).
+SMALL_RANK, TOKENS_OF_SMALL_RANKS, TOKENS = 16, 256, 64
 NO_DEVICE = "dual CUDA streams are only supported on CUDA platforms, this is {device}"
 NO_ADAPTER = "no adapter active in the batch"
 FULLY_SHARDED = "fully_sharded_loras isn't compatible with dual-stream LoRA"
@@ -226,8 +228,15 @@ def make_pair(
     return LoraPair(without_adapters(layer), gate), shown
 
 
-def decide(layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
-    """The pairs of a loaded model's layers, once the lane of their device is ready."""
+def token_threshold(rank: int) -> int:
+    """Up to how many tokens work is forked. `rank` is the one that the kernels run at, whatever an adapter's own rank is."""
+    return TOKENS_OF_SMALL_RANKS if rank <= SMALL_RANK else TOKENS
+
+
+def decide(settings: Settings, record: PatchRecord, layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
+    """The pairs of a loaded model's layers, once they have their plan and the lane of their device is ready."""
+    rank = max((layer.lora_a_stacked[0].shape[-2] for layer, _ in layers), default=0)
+    ops.planned[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(token_threshold(rank))), record)
     on_gpu = [layer.lora_a_stacked[0].device for layer, _ in layers if layer.lora_a_stacked[0].is_cuda]
     for device in on_gpu[:1]:
         lane.use_once(device, functools.partial(_first_use, device))
@@ -251,7 +260,8 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
     ancestor: Any = class_at(module, ".".join(ANCESTOR))
     targets: tuple[Any, ...] = tuple(class_at(module, name) for name, _ in verdict.intercepted())
     record = journal.patch(NAME)
-    waiting: Waiting[LoraPair, LoraPair] = Waiting(NAME, verdict, record, settings, decide)
+    make = functools.partial(decide, settings, record)
+    waiting: Waiting[LoraPair, LoraPair] = Waiting(NAME, verdict, record, settings, make)
 
     def after_set_mapping(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
@@ -270,8 +280,6 @@ def install(module: ModuleType, verdict: Verdict, settings: Settings) -> Verdict
                 raise ValueError(FULLY_SHARDED)
 
     waiting.begin()
-    planned = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(TOKEN_THRESHOLD)), record)
-    ops.planned[NAME] = planned
     setattr(linear_class, PAIR, None)
     for target in targets:
         target.apply = overlap_adapters(target.__dict__["apply"])

@@ -334,16 +334,14 @@ def test_micro_runs_the_overlays_own_apply(monkeypatch: pytest.MonkeyPatch) -> N
     apply, _ = lora_micro.overlap([layer])
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     with override_forward_context(object()):
-        wanted = lora_micro.serial(layer, x, None)
-        assert torch.equal(apply(layer, x), wanted)
-        assert torch.equal(lora_micro.both_beside(layer, x, None), wanted)
+        assert torch.equal(apply(layer, x), lora_micro.serial(layer, x, None))
 
 
 def test_every_table_is_printed(tmp_path: Path) -> None:
     sides = {"stock": [1.0, 2.0], "upstream": [0.98, 1.96], "overlay": [1.1, 2.2]}
     answers = {side: _answer(1, 2) for side in sides}
     traced = {"requests": 8, "rank": 16, **lora_trace.analyse(_trace(True, 4), 1)}
-    micro = {"shards": 1, "rank": 16, "linear": "o", "tokens": 8, "gemm": 7.0, "serial": 12.0, "dual": 8.0, "both": 6.0}
+    micro = {"shards": 1, "rank": 16, "linear": "o", "tokens": 8, "gemm": 7.0, "serial": 12.0, "dual": 8.0}
     data = {
         "states": {"overlay": {"linears": 4, "classes": {"A": 4}, "switch": False}},
         "tokens": [_case(answers)],
@@ -365,7 +363,6 @@ def test_every_table_is_printed(tmp_path: Path) -> None:
         "overlay, decode step, N: slower rank 8, 4",
         "1.100 [1.100..1.100]",
         "0.667",
-        "0.750",
         "PROBLEM overlay: NO CALL ON TWO",
     ):
         assert text in shown

@@ -742,7 +742,7 @@ def test_the_lane_is_used_once_when_a_model_with_a_pair_has_been_loaded(
     lora_linear.install(package, FOUND, PASS)
     layers = [a_layer_of(package, prefix=prefix) for prefix in ("a", "b")]
     for layer in layers:
-        layer.lora_a_stacked = (namespace(is_cuda=True, device=torch.device("cpu")),)
+        layer.lora_a_stacked = (namespace(is_cuda=True, device=torch.device("cpu"), shape=(1, 1, RANK, FEATURES)),)
         layer.output_slices = slices
         layer.set_mapping(Punica())
     assert lanes == []
@@ -751,11 +751,28 @@ def test_the_lane_is_used_once_when_a_model_with_a_pair_has_been_loaded(
 
 
 @pytest.mark.parametrize(
-    ("settings", "plan"), [({"token_threshold": 7}, Plan("dual", 7)), ({"plan": "serial"}, Plan("serial", 256))]
+    ("settings", "rank", "plan"),
+    [
+        ({}, 8, Plan("dual", 256)),
+        ({}, 16, Plan("dual", 256)),
+        ({}, 32, Plan("dual", 64)),
+        ({"token_threshold": 7}, 64, Plan("dual", 7)),
+        ({"token_threshold": 512}, 64, Plan("dual", 512)),
+        ({"plan": "serial"}, 16, Plan("serial", 256)),
+    ],
 )
-def test_settings_make_the_plan(package: Any, settings: dict[str, Any], plan: Plan) -> None:
+def test_the_plan_is_that_of_the_rank_unless_settings_say_another(
+    package: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], rank: int, plan: Plan
+) -> None:
+    monkeypatch.setattr(ops, "planned", {})
     lora_linear.install(package, FOUND, dataclasses.replace(PASS, **settings))
+    layer = a_layer_of(package)
+    layer.lora_a_stacked = (torch.zeros(4, 1, rank, FEATURES),)
+    layer.set_mapping(Punica())
+    assert ops.planned == {}
+    package.load()
     assert ops.planned[lora_linear.NAME].plan == plan
+    assert ops.planned[lora_linear.NAME].record is package.journal.patch("lora_linear")
 
 
 def test_without_cuda_it_is_inert_and_changes_nothing(package: Any) -> None:
