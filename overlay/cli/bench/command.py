@@ -3,6 +3,7 @@
 ``results.json`` (schema 2; times in seconds; written after every step)::
 
     {"schema": 2, "command": ["…"], "cpu": false, "overlay": {"version", "commit", "source"}, "host": {"gpu", "kernel", "date", …},
+     "versions": {"vllm", "torch"},
      "model": {"name", "format", "layers", "linear_attention_layers", "tensor_parallel", "checkpoint"}, "memory": {…},
      "pair": {"stock": {"vllm", "torch", "compile_seconds", "build_seconds", "counters", …}, "overlay": {…},
               "weights_equal": true, "started_together": false, "journals": {"overlay": […]}},
@@ -19,8 +20,9 @@
      "concurrency": {"rows": [{"requests", "metric": "tpot" | "ttft" | "embedding", … as decode …}], "answers": […], …},
      "problems": ["…"], "unfinished": ["…"], "interrupted": true}
 
-`ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its interval; `interval` is "bca" (95 %) or "range" (of
-fewer than six rounds, or of equal ones; results before 2026-11-29 have none, theirs is a percentile bootstrap). The fields beside
+`ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its interval. `interval` is "bca" (95 %), "t" (the same, of
+two to five rounds; before 2026-11-30 those have their range) or "range" (of one round, or of equal ones). Results before 2026-11-29 have
+no `interval`: theirs is a percentile bootstrap. The fields beside
 `arms` are those of the arm `overlay`. `against` is the overlay to another arm. Only with `--phases timeline` is there `timeline`, in
 microseconds; timeline.py says what its rows hold. closed_loop.py says it of `concurrency`.
 """
@@ -429,6 +431,8 @@ def status(data: dict[str, Any]) -> int:
 
 def _describe(settled: Settled, results: Results, progress: Progress) -> None:
     model, options = settled.model, settled.options
+    known = {"vllm": vllms.find(None, None).version, "torch": importlib.metadata.version("torch")}
+    results.put("versions", value=known)
     results.put(
         "model",
         value={

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from overlay.cli.bench.results import CONTROL, overlays_of
+from overlay.cli.bench.results import CONTROL, overlays_of, versions
 from overlay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -123,11 +123,11 @@ def subject(data: Mapping[str, Any], path: Path) -> Subject:
 
 
 def _versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    def versions(data: Mapping[str, Any]) -> str:
-        stock = data.get("pair", {}).get("stock", {})
-        return f"overlay {data['overlay'].get('version')}, vLLM {stock.get('vllm')}, torch {stock.get('torch')}"
+    def of(data: Mapping[str, Any]) -> str:
+        known = versions(data)
+        return f"overlay {data['overlay'].get('version')}, vLLM {known['vllm']}, torch {known['torch']}"
 
-    old, new = versions(before), versions(after)
+    old, new = of(before), of(after)
     return f" ({old})" if old == new else f" ({old}; now {new})"
 
 

@@ -1,9 +1,10 @@
 """Medians and their 95 % intervals: of paired rounds, and of two sets of requests.
 
-The interval is scipy's BCa bootstrap. There is one rule for where it does not hold: fewer than FEWEST values, or no answer from
-scipy (BCa divides by the spread of the values, so it has none for equal ones). Then the interval is the **range**: the smallest
-and the largest value. A median's interval cannot be wider, and n values contain the median with a probability of 1 - 2 / 2^n, which
-reaches 95 % at six. So a range of fewer rounds is less than a 95 % interval, and `interval` says that it is a range.
+The interval of six values or more is scipy's BCa bootstrap. Two to five ratios of paired rounds get Student's t of their logarithms: not
+even the range of so few contains their median with 95 %, for n values do with a probability of 1 - 2 / 2^n.
+
+What is left has its **range**, the smallest and the largest value: one round, a set of fewer than six requests, and values of which so many
+are alike that there is no answer (both methods divide by a spread). `interval` says which one it is.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 #: With fewer values not even their range is a 95 % interval of the median.
 FEWEST = 6
-BCA, RANGE = "bca", "range"
+BCA, T, RANGE = "bca", "t", "range"
 #: Resamples that are held in memory at once, of a set of thousands of requests.
 BATCH = 100
 
 
 @dataclass(frozen=True)
 class Interval:
-    """`kind` is BCA, or RANGE where there are too few values or they are all alike."""
+    """`kind` is BCA, T or RANGE."""
 
     low: float
     high: float
@@ -74,7 +75,18 @@ def interval_of_median(values: Sequence[float]) -> Interval:
 def compare(stock: Sequence[float], overlay: Sequence[float]) -> Comparison:
     """Compare paired rounds: the two engines' times of one round stand at the same index."""
     ratios = [new / old for old, new in zip(stock, overlay, strict=True)]
-    return _comparison(len(ratios), stock, overlay, median(ratios), interval_of_median(ratios))
+    found = _interval_of_few(ratios) if len(ratios) < FEWEST else interval_of_median(ratios)
+    return _comparison(len(ratios), stock, overlay, median(ratios), found)
+
+
+def _interval_of_few(ratios: Sequence[float]) -> Interval:
+    """Student's t of the logarithms."""
+    if len(set(ratios)) < 2:
+        return interval_of_median(ratios)
+    with warnings.catch_warnings():  # scipy warns of values that are almost alike
+        warnings.simplefilter("ignore")
+        found = stats.ttest_1samp(numpy.log(ratios), 0.0).confidence_interval(CONFIDENCE)
+    return Interval(math.exp(found.low), math.exp(found.high), T)
 
 
 def compare_sets(stock: Sequence[float], overlay: Sequence[float]) -> Comparison:

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from overlay.cli.bench import timeline_picture
-from overlay.cli.bench.results import arms_of
+from overlay.cli.bench.results import CONTROL, NEXT, UPSTREAM, arms_of, versions
 
-COLOURS = {"overlay": "tab:blue", "dual": "tab:green", "fused": "tab:orange", "serial": "tab:red", "auto": "tab:purple"}
+#: By arm. What is not the overlay's has a colour of its own as well: matplotlib would give it the overlay's.
+COLOURS = {
+    "overlay": "tab:blue",
+    "auto": "tab:purple",
+    "dual": "tab:green",
+    "serial": "tab:red",
+    CONTROL: "tab:gray",
+    UPSTREAM: "tab:orange",
+    NEXT: "tab:brown",
+}
 
 
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
@@ -111,8 +120,9 @@ def _crowded(places: list[float]) -> bool:
 
 
 def _title(data: dict[str, Any]) -> str:
-    stock = data.get("pair", {}).get("stock", {})
+    stock, known = data.get("pair", {}).get("stock", {}), versions(data)
     model = data.get("model")
-    what = f"{model['name']}, {model['layers']} layers, " if model else ""
-    where = stock.get("device") or (data.get("host", {}).get("gpu") or "CPU").partition(",")[0]
-    return f"{what}vLLM {stock.get('vllm')}, torch {stock.get('torch')}, {where}"
+    parts = [f"{model['name']}, {model.get('format', 'bf16')}, {model['layers']} layers"] if model else []
+    parts += [f"{label} {known[name]}" for name, label in (("vllm", "vLLM"), ("torch", "torch")) if known[name]]
+    parts.append(stock.get("device") or (data.get("host", {}).get("gpu") or "CPU").partition(",")[0])
+    return ", ".join(parts)

@@ -28,7 +28,7 @@ CONCURRENCY = "concurrency"
 #: All that a run without a GPU says about times.
 CPU = "CPU: says nothing about speed, for there are no streams; it shows whether tokens differ"
 #: What stands behind a ratio.
-INTERVALS = "95 % intervals; [range] of fewer than 6 rounds, or of equal ones"
+INTERVALS = "95 % intervals; [range] of one round, or of equal ones"
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference shown"
 
 
@@ -116,7 +116,11 @@ def timed(data: dict[str, Any]) -> list[tuple[str, str, str, list[dict[str, Any]
 
 
 def headline(data: dict[str, Any]) -> str:
-    """The last line of a report: by how much the overlay is faster or slower over all sizes of the first thing that was timed."""
+    """The last line of a report: by how much the overlay is faster or slower over all sizes of the first thing that was timed.
+
+    A size of which there is one round only, as where the time was over, is left out if others have more. Where a second stock was
+    measured, the line says the same of it: so far two processes are apart that do the same.
+    """
     served = [
         {**row, "rate": f"{row['rate']:g}", "arms": {row["arm"]: row}}
         for row in (data.get("serving") or {}).get("rows") or []
@@ -126,9 +130,15 @@ def headline(data: dict[str, Any]) -> str:
         arms = {arm: None for row in rows for arm in overlays_of(row)}
         for arm in sorted(arms, key=lambda one: one != OVERLAY)[:1]:
             own = [row for row in rows if arm in overlays_of(row)]
+            own = [row for row in own if row["rounds"] > 1] or own
             sizes = ", ".join(size(row, key) for row in own) + (", on average" if len(own) > 1 else "")
-            shown = verdict([{"rounds": row["rounds"], **overlays_of(row)[arm]} for row in own])
-            return f"{arm}, {what}: {shown} at {label} = {sizes}"
+            shown = {
+                one: verdict([{"rounds": row["rounds"], **arms_of(row)[one]} for row in own])
+                for one in (arm, CONTROL)
+                if all(one in arms_of(row) for row in own)
+            }
+            control = f"; a second stock: {shown[CONTROL]}" if CONTROL in shown else ""
+            return f"{arm}, {what}: {shown[arm]} at {label} = {sizes}{control}"
     return "nothing was timed"
 
 
@@ -147,7 +157,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     if found == NO_DIFFERENCE:
         return found
     percent = sorted(abs(whole[name] - 1.0) * 100.0 for name in ("low", "high"))
-    few = f" in {fewest} rounds" if any(row.get("interval") == RANGE for row in rows) and fewest < FEWEST else ""
+    few = f" in {fewest} rounds" if fewest < FEWEST else ""
     return f"{found} by {abs(whole['ratio'] - 1.0) * 100.0:.1f} % ({percent[0]:.1f} to {percent[1]:.1f}{few})"
 
 
@@ -217,6 +227,8 @@ def head(data: dict[str, Any]) -> str:
                 f"{found['async_scheduling']}, {found['cudagraph_mode']}, aot loaded "
                 f"{found['counters'].get('num_aot_artifacts_loaded')}"
             )
+    if not pair and data.get("versions"):
+        lines.append(", ".join(f"{name} {version}" for name, version in data["versions"].items()))
     if pair:
         lines.append(f"weights equal: {pair.get('weights_equal')}")
     journals = pair.get("journals") or {OVERLAY: pair.get("journal")}

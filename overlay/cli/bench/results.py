@@ -154,6 +154,12 @@ def journal_problems(folder: Path) -> list[str]:
     return sorted({str(problem) for content in read_journals(folder) for problem in content.get("problems") or ()})
 
 
+def versions(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of vLLM and torch. Results before 2026-11-30 have them where engines ran."""
+    known = data.get("versions") or data.get("pair", {}).get("stock", {})
+    return {name: known.get(name) for name in ("vllm", "torch")}
+
+
 def size(row: Mapping[str, Any], key: str, before: str = "") -> str:
     """What a row is of, in words: its number of requests or length of a prompt, behind its group where there are groups."""
     group = f"{row['group']}, " if row.get("group") else ""

@@ -233,7 +233,9 @@ def token_threshold(rank: int) -> int:
     return TOKENS_OF_SMALL_RANKS if rank <= SMALL_RANK else TOKENS
 
 
-def decide(settings: Settings, record: PatchRecord, layers: Sequence[tuple[Any, LoraPair]], _worker: Any) -> list[LoraPair]:
+def decide(
+    settings: Settings, record: PatchRecord, layers: Sequence[tuple[Any, LoraPair]], _worker: Any
+) -> list[LoraPair]:
     """The pairs of a loaded model's layers, once they have their plan and the lane of their device is ready."""
     rank = max((layer.lora_a_stacked[0].shape[-2] for layer, _ in layers), default=0)
     ops.planned[NAME] = ops.PlannedPair(Plan(settings.forks, settings.tokens_or(token_threshold(rank))), record)

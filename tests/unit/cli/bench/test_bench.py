@@ -805,7 +805,7 @@ def test_each_arm_has_one_line_of_what_was_shown(data: dict[str, Any]) -> None:
 
 
 def _ratios(*ratios: tuple[float, float, float], rounds: int = 18) -> list[dict[str, Any]]:
-    kind = "bca" if rounds >= intervals.FEWEST else "range"
+    kind = "bca" if rounds >= intervals.FEWEST else "t"
     names = ("ratio", "low", "high")
     return [{"rounds": rounds, "interval": kind, **dict(zip(names, one, strict=True))} for one in ratios]
 
@@ -828,6 +828,18 @@ def test_the_last_line_is_one_that_a_person_can_repeat(rows: list[dict[str, Any]
     line = report.headline({"decode": row, "first_token": []})
     assert line.startswith(f"overlay, decode step: {said} at N = 1") and ("on average" in line) == (len(rows) > 1)
     assert report.headline({"tokens": []}) == "nothing was timed"
+
+
+def test_the_last_line_says_how_far_a_second_stock_is_from_the_first() -> None:
+    apart = _ratios((0.959, 0.955, 0.964), rounds=4)[0], _ratios((1.005, 1.004, 1.006), rounds=4)[0]
+    row = {"requests": 1, **apart[0], "arms": dict(zip(("overlay", "control"), apart, strict=True))}
+    said = "overlay, decode step: faster by 4.1 % (3.6 to 4.5 in 4 rounds) at N = 1"
+    assert report.headline({"decode": [row]}) == f"{said}; a second stock: slower by 0.5 % (0.4 to 0.6 in 4 rounds)"
+    # A size that was not finished takes the verdict from the others no more.
+    arms = {arm: {**one, "rounds": 1} for arm, one in row["arms"].items()}
+    alone = {"requests": 8, "rounds": 1, "arms": arms}
+    assert report.headline({"decode": [row, alone]}).startswith(said + ";")
+    assert report.headline({"decode": [alone]}).startswith("overlay, decode step: no difference shown at N = 8")
 
 
 def test_the_last_line_is_of_what_a_person_asks_for_first(data: dict[str, Any]) -> None:
