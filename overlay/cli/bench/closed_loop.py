@@ -31,7 +31,7 @@ from overlay.cli.bench.servers import LEAST_REQUESTS, LEAST_WARM_UP, Fleet, Load
 from overlay.cli.bench.setup import STOCK
 
 KEY = "concurrency"
-#: Embeddings of a wave.
+#: Embeddings of a wave, at least.
 LEAST_EMBEDDINGS = 32
 METRICS = ("tpot", "ttft", "embedding")
 

@@ -1,10 +1,10 @@
 """Medians and their 95 % intervals: of paired rounds, and of two sets of requests.
 
-The interval of six values or more is scipy's BCa bootstrap. Two to five ratios of paired rounds get Student's t of their logarithms: not
-even the range of so few contains their median with 95 %, for n values do with a probability of 1 - 2 / 2^n.
+Six values or more have scipy's BCa bootstrap. Two to five ratios of paired rounds have Student's t of their logarithms. Their range would
+be too narrow: the range of n values contains the median with a probability of 1 - 2 / 2^n, which reaches 95 % at six.
 
-What is left has its **range**, the smallest and the largest value: one round, a set of fewer than six requests, and values of which so many
-are alike that there is no answer (both methods divide by a spread). `interval` says which one it is.
+Everything else has its **range**, the smallest and the largest value: one round, a set of fewer than six requests, and values of which so
+many are alike that there is no answer (both methods divide by a spread). `interval` says which one it is.
 """
 
 from __future__ import annotations

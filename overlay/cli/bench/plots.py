@@ -10,7 +10,8 @@ from typing import Any
 from overlay.cli.bench import timeline_picture
 from overlay.cli.bench.results import CONTROL, NEXT, UPSTREAM, arms_of, versions
 
-#: By arm. What is not the overlay's has a colour of its own as well: matplotlib would give it the overlay's.
+#: By arm; OTHER for one that is no arm any more. To an arm without a colour matplotlib would give the overlay's.
+OTHER = "tab:olive"
 COLOURS = {
     "overlay": "tab:blue",
     "auto": "tab:purple",
@@ -97,7 +98,7 @@ def _draw(panels: list[tuple[dict[str, Points], str, str]], data: dict[str, Any]
                 [max(0.0, found["ratio"] - found["low"]) for _, found in points],
                 [max(0.0, found["high"] - found["ratio"]) for _, found in points],
             ]
-            axis.errorbar(places, ratios, yerr=errors, fmt="o-", capsize=3, label=arm, color=COLOURS.get(arm))
+            axis.errorbar(places, ratios, yerr=errors, fmt="o-", capsize=3, label=arm, color=COLOURS.get(arm, OTHER))
         every = sorted({place for points in series.values() for place, _ in points})
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_xscale("log", base=2)

@@ -118,8 +118,8 @@ def timed(data: dict[str, Any]) -> list[tuple[str, str, str, list[dict[str, Any]
 def headline(data: dict[str, Any]) -> str:
     """The last line of a report: by how much the overlay is faster or slower over all sizes of the first thing that was timed.
 
-    A size of which there is one round only, as where the time was over, is left out if others have more. Where a second stock was
-    measured, the line says the same of it: so far two processes are apart that do the same.
+    A size with one round only is left out where others have more: the time was over. Where a second stock was measured, the line has its
+    outcome as well: two processes that do the same can be so far apart.
     """
     served = [
         {**row, "rate": f"{row['rate']:g}", "arms": {row["arm"]: row}}
@@ -127,19 +127,21 @@ def headline(data: dict[str, Any]) -> str:
         if row["metric"] == "tpot"
     ]
     for what, label, key, rows in [*timed(data), ("time per output token", "requests/s", "rate", served)]:
-        arms = {arm: None for row in rows for arm in overlays_of(row)}
-        for arm in sorted(arms, key=lambda one: one != OVERLAY)[:1]:
-            own = [row for row in rows if arm in overlays_of(row)]
-            own = [row for row in own if row["rounds"] > 1] or own
-            sizes = ", ".join(size(row, key) for row in own) + (", on average" if len(own) > 1 else "")
-            shown = {
-                one: verdict([{"rounds": row["rounds"], **arms_of(row)[one]} for row in own])
-                for one in (arm, CONTROL)
-                if all(one in arms_of(row) for row in own)
-            }
-            control = f"; a second stock: {shown[CONTROL]}" if CONTROL in shown else ""
-            return f"{arm}, {what}: {shown[arm]} at {label} = {sizes}{control}"
+        arms = [arm for row in rows for arm in overlays_of(row)]
+        if not arms:
+            continue
+        arm = OVERLAY if OVERLAY in arms else arms[0]
+        own = [row for row in rows if arm in overlays_of(row)]
+        own = [row for row in own if row["rounds"] > 1] or own
+        sizes = ", ".join(size(row, key) for row in own) + (", on average" if len(own) > 1 else "")
+        said = f"{arm}, {what}: {_verdict_of(arm, own)} at {label} = {sizes}"
+        has_control = all(CONTROL in arms_of(row) for row in own)
+        return f"{said}; a second stock: {_verdict_of(CONTROL, own)}" if has_control else said
     return "nothing was timed"
+
+
+def _verdict_of(arm: str, rows: list[dict[str, Any]]) -> str:
+    return verdict([{"rounds": row["rounds"], **arms_of(row)[arm]} for row in rows])
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
@@ -227,10 +229,10 @@ def head(data: dict[str, Any]) -> str:
                 f"{found['async_scheduling']}, {found['cudagraph_mode']}, aot loaded "
                 f"{found['counters'].get('num_aot_artifacts_loaded')}"
             )
-    if not pair and data.get("versions"):
-        lines.append(", ".join(f"{name} {version}" for name, version in data["versions"].items()))
     if pair:
         lines.append(f"weights equal: {pair.get('weights_equal')}")
+    elif data.get("versions"):
+        lines.append(", ".join(f"{name} {version}" for name, version in data["versions"].items()))
     journals = pair.get("journals") or {OVERLAY: pair.get("journal")}
     lines += [f"{arm}: {journal_line(row)}" for arm, rows in journals.items() for row in rows or []]
     return "\n".join(lines)

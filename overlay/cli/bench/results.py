@@ -155,8 +155,9 @@ def journal_problems(folder: Path) -> list[str]:
 
 
 def versions(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of vLLM and torch. Results before 2026-11-30 have them where engines ran."""
-    known = data.get("versions") or data.get("pair", {}).get("stock", {})
+    """Those of vLLM and torch: what stock's engine says of itself, or else what was installed. Servers' results before 2026-11-30 have
+    neither."""
+    known = data.get("pair", {}).get("stock") or data.get("versions", {})
     return {name: known.get(name) for name in ("vllm", "torch")}
 
 

@@ -178,7 +178,7 @@ class Setup:
         return self.work / "triton" / "autotuned"
 
     def triton_is_warm(self) -> bool:
-        """Whether nothing is left to time. A CPU has no Triton."""
+        """Whether Triton's kernels have been autotuned by an arm before. A CPU has no Triton."""
         return self.cpu or self._marker().exists()
 
     def start_in_order(

@@ -20,11 +20,13 @@ Against stock:
   how much of its duration some other kernel runs at the same time. `stock` is the same kernel in stock's segment, `duration` and
   `gap` (idle time before it); where stock has several of that name, the last ones: the side projection is the last GEMM before the boundary.
 - `hideable`: the sum of these durations and gaps, and of the kernels that only stock has where the side has some that stock has not: a
-  copy that Inductor had fused with another. Where what the side runs beside takes less in stock, that. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`. None where
-  there is no side kernel, or one has no counterpart and stock has nothing else.
+  copy that Inductor had fused with another. No more than the shorter branch can be hidden: if the kernels beside the side take less in
+  stock, `hideable` is their time. `hidden_share`: `(stock's segment - the arm's, like_tuned) / hideable`. None where there is no side kernel,
+  or one has no counterpart and stock has nothing else.
 - `only_stock`, `only_arm`: names that one of them has more often, those of Triton's kernels without their numbers. `renamed`: kernels of the
-  main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's durations for these. `retuned`: Triton kernels of the same name that nothing overlaps and whose durations differ by more
-  than RETUNED: another block size. `like_tuned`: the ratio with stock's durations for both.
+  main stream with another name in the arm: Inductor chose otherwise. `like`: the ratio with stock's durations for these. `retuned`: Triton
+  kernels of the same name that nothing overlaps and whose durations differ by more than RETUNED: another block size. `like_tuned`: the
+  ratio with stock's durations for both.
 """
 
 from __future__ import annotations
@@ -199,7 +201,7 @@ def fork(stock: Layer, arm: Layer) -> list[Kernel]:
 
     A kernel is of the fork where it runs beside one of another stream, and in stock beside none. Of two streams the side is the one whose
     longest kernel is later in stock, and where that does not tell them apart, the one with less to do. All that follows on that stream is
-    the side's as well: the segment ends with the join. What stock itself has something beside, to the end of the segment, shows no fork.
+    the side's as well: the segment ends with the join. Where stock, too, runs something beside the whole segment, no fork is found.
     """
     same = _same(arm.kernels, stock.kernels)
     own = [
@@ -331,8 +333,8 @@ def _is_retuned(old: Kernel, new: Kernel, side: Sequence[Kernel]) -> bool:
 def _paired(old: Sequence[Kernel], new: Sequence[Kernel]) -> list[tuple[Kernel, Kernel]]:
     """Kernels that take each other's place in two sequences.
 
-    They have the same name, or the same number of others stand between such; of unlike numbers those of a kind of Triton's (`triton_per_…`,
-    a reduction) of which both have as many.
+    Kernels of the same name do. Between two such, the others do if both sequences have as many there. If not, those of one kind of Triton's
+    (`triton_per_…`, a reduction) do, of which both have as many.
     """
     matcher = difflib.SequenceMatcher(None, [plain(one.name) for one in old], [plain(one.name) for one in new], False)
     pairs: list[tuple[Kernel, Kernel]] = []

@@ -26,8 +26,8 @@ from overlay.verdict import Verdict, class_at
 from overlay.vocabulary import DUAL, LANDED
 
 NAME = "lora_linear"
-#: Up to so many tokens a layer's linears together are not slower on two streams: TOKENS_OF_SMALL_RANKS up to rank SMALL_RANK, and TOKENS
-#: above. Source: an H200, bf16, Qwen3-8B's linears whole and as a shard of 4, ranks 8, 16 and 64 (benchmarks/results/h200-lora-micro).
+#: The largest number of tokens at which a layer's linears together are not slower on two streams: TOKENS_OF_SMALL_RANKS for a rank up to
+#: SMALL_RANK, TOKENS for a larger one. Source: an H200, bf16, Qwen3-8B's linears whole and as a shard of 4, ranks 8, 16 and 64 (benchmarks/results/h200-lora-micro).
 SMALL_RANK, TOKENS_OF_SMALL_RANKS, TOKENS = 16, 256, 64
 NO_DEVICE = "dual CUDA streams are only supported on CUDA platforms, this is {device}"
 NO_ADAPTER = "no adapter active in the batch"
@@ -228,7 +228,7 @@ def make_pair(
 
 
 def token_threshold(rank: int) -> int:
-    """Up to how many tokens work is forked. `rank` is the one that the kernels run at, whatever an adapter's own rank is."""
+    """The largest number of tokens that forks. The kernels run at `rank`, whatever an adapter's own rank is."""
     return TOKENS_OF_SMALL_RANKS if rank <= SMALL_RANK else TOKENS
 
 
