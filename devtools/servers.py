@@ -37,6 +37,8 @@ STOP_TIMEOUT_SECONDS = 20.0
 HURRIED_STOP_SECONDS = 2.0
 # The overlay writes counters about once a second.
 JOURNAL_DELAY_SECONDS = 2.5
+# As much of a log as a start may write from one stage to the next.
+LOG_LINES = 400
 # Packages that environment.py put beside a vLLM it must not change.
 BESIDE = ROOT / ".cache" / "beside-gpu-vllm"
 
@@ -47,11 +49,13 @@ SMALL_SERVER = (
     *("--seed", "0"),
 )
 
+# vLLM logs this after it has run the model once, without a KV cache. Triton's kernels are chosen by then.
+KV_CACHE_MARK = "KV cache size"
 # What vLLM logs on its way up, the last first.
 STAGES = (
     ("Application startup complete", "answering"),
     ("init engine", "starting the API"),
-    ("KV cache size", "first run of the model"),
+    (KV_CACHE_MARK, "first run of the model"),
     ("Loading weights took", "setting up the KV cache"),
     ("Starting to load model", "building the model"),
     ("Initializing a V1 LLM engine", "starting the worker"),
@@ -109,9 +113,13 @@ class Server:
         except OSError:
             return False
 
+    def has_kv_cache(self) -> bool:
+        """Whether it has got this far; raises ServerError when it ended before."""
+        return self.is_ready() or KV_CACHE_MARK in log_tail(self.log_path, LOG_LINES)
+
     def stage(self) -> str:
         """Where a starting server is, from what it has logged."""
-        log = log_tail(self.log_path, 400)
+        log = log_tail(self.log_path, LOG_LINES)
         return next((name for mark, name in STAGES if mark in log), STAGES[-1][1])
 
     def fail(self, what: str) -> ServerError:
@@ -240,12 +248,28 @@ def wait_until_ready(
     servers: Sequence[Server], on_progress: Progress | None = None, timeout: float = START_TIMEOUT_SECONDS
 ) -> None:
     """Wait until all of them answer, and note for each how long that took."""
+
+    def is_ready(server: Server) -> bool:
+        if ready := server.is_ready():
+            server.start_seconds = time.monotonic() - server.launched
+        return ready
+
+    _wait(servers, is_ready, on_progress, timeout)
+
+
+def wait_for_kv_cache(
+    server: Server, on_progress: Progress | None = None, timeout: float = START_TIMEOUT_SECONDS
+) -> None:
+    """Wait until a starting server has a KV cache. One that starts after it reads what Triton has measured for it."""
+    _wait([server], Server.has_kv_cache, on_progress, timeout)
+
+
+def _wait(
+    servers: Sequence[Server], is_done: Callable[[Server], bool], on_progress: Progress | None, timeout: float
+) -> None:
     waiting = list(servers)
     while True:
-        for server in tuple(waiting):
-            if server.is_ready():
-                server.start_seconds = time.monotonic() - server.launched
-                waiting.remove(server)
+        waiting = [server for server in waiting if not is_done(server)]
         if not waiting:
             return
         seconds = time.monotonic() - waiting[0].launched

@@ -32,7 +32,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from devtools.demo import Progress, has_gpu_engine
-from devtools.servers import ROOT, Server, ServerError, ask_to_stop, cpu_environment, launch, wait_until_ready
+from devtools.servers import (
+    ROOT,
+    START_TIMEOUT_SECONDS,
+    Server,
+    ServerError,
+    ask_to_stop,
+    cpu_environment,
+    launch,
+    wait_for_kv_cache,
+    wait_until_ready,
+)
 from devtools.soak.checkpoint import Recipe
 from devtools.soak.load import Request, Tokens, alone, ask_for, choose_probes, make_pool, put_load, wait_until_idle
 from devtools.soak.memory import Sampler
@@ -56,7 +66,7 @@ def both_servers(
 ) -> Iterator[dict[str, Server]]:
     """Both alive at once, with what they write in `folder`; `more` is for the environment of both.
 
-    On a GPU one starts after the other, so that the second reads what Triton has measured for the first.
+    On a GPU the second starts when the first has run its model once, so that it reads what Triton has measured for the first.
     """
     on_gpu = has_gpu_engine()
     with contextlib.ExitStack() as stack:
@@ -76,10 +86,9 @@ def both_servers(
                     args=workload.arguments(on_gpu),
                 )
             )
-            if on_gpu:
-                wait_until_ready([servers[name]], progress.show, START_SECONDS)
-        if not on_gpu:
-            wait_until_ready(list(servers.values()), progress.show)
+            if on_gpu and name == STOCK:
+                wait_for_kv_cache(servers[name], progress.show, START_SECONDS)
+        wait_until_ready(list(servers.values()), progress.show, START_SECONDS if on_gpu else START_TIMEOUT_SECONDS)
         yield servers
         ask_to_stop(list(servers.values()))
 

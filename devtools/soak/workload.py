@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,27 +63,25 @@ class Workload:
         return (3, 400) if self.recipe.shape == "tiny" else (3, 100, 700, 2000)
 
     def make(self) -> None:
-        """Make what is not there yet, in a process of its own: this one has no use for torch, and the servers have for its memory.
+        """Make what is not there yet, in processes of their own: this one has no use for torch, and the servers have for its memory.
 
         Raises ServerError where it cannot be made.
         """
         recipe = self.recipe
-        for seed in SEEDS:
-            command = [
-                sys.executable,
-                "-m",
-                "devtools.soak.checkpoint",
-                str(self._checkpoint(seed)),
-                "--seed",
-                str(seed),
-            ]
-            command += ["--shape", recipe.shape, "--layers", str(recipe.layers), "--format", recipe.format]
+        environment = {**os.environ, "VLLMOVERLAY": "0", "HF_HUB_OFFLINE": "1"}
+
+        def make(seed: int) -> None:
+            command = [sys.executable, "-m", "devtools.soak.checkpoint", str(self._checkpoint(seed))]
+            command += ["--seed", str(seed), "--shape", recipe.shape, "--layers", str(recipe.layers)]
+            command += ["--format", recipe.format]
             for rank in self.ranks if seed == SEEDS[0] else ():
                 command += ["--rank", str(rank)]
-            environment = {**os.environ, "VLLMOVERLAY": "0", "HF_HUB_OFFLINE": "1"}
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ServerError(f"the checkpoint could not be made:\n{done.stdout}{done.stderr}")
+
+        with ThreadPoolExecutor(len(SEEDS)) as pool:
+            list(pool.map(make, SEEDS))
 
     def arguments(self, on_gpu: bool) -> list[str]:
         """Of `vllm serve`: prompts longer than a step, more requests than a step has room for, a slot for each adapter."""

@@ -111,6 +111,22 @@ def test_two_servers_start_side_by_side(tmp_path: Path) -> None:
         servers.ask_to_stop([one, two])
 
 
+def test_the_second_need_not_wait_until_the_first_answers(tmp_path: Path) -> None:
+    python = stand_in(tmp_path, 'print("GPU KV cache size: 1 tokens", flush=True); time.sleep(600)')
+    with servers.launch(python, tmp_path, overlay=False, folder=tmp_path / "one") as one:
+        servers.wait_for_kv_cache(one, timeout=20)
+        assert not one.is_ready() and one.stage() == "first run of the model"
+
+
+def test_a_server_that_ends_without_a_kv_cache_is_an_error(tmp_path: Path) -> None:
+    python = stand_in(tmp_path, 'sys.exit("no memory")')
+    with (
+        servers.launch(python, tmp_path, overlay=False, folder=tmp_path / "one") as one,
+        pytest.raises(servers.ServerError, match="no memory"),
+    ):
+        servers.wait_for_kv_cache(one, timeout=20)
+
+
 def test_stock_and_overlay_differ_in_the_path_and_the_overlays_settings_alone(tmp_path: Path) -> None:
     base = {
         "PATH": "/bin",
