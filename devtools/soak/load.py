@@ -121,10 +121,10 @@ class Tally:
     sent: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    #: Answers under load by whether they are the reference, or left it where rounding decides, with the margin there; and
-    #: the names of requests that ever had another answer.
+    #: Answers under load by whether they are the reference, or left it where rounding decides, by the margin there; and
+    #: by the name of the request where they left it elsewhere.
     same: int = 0
-    rounded: list[float] = field(default_factory=list)
+    rounded: Counter[float] = field(default_factory=Counter)
     different: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -149,7 +149,7 @@ class Tally:
             )
             margin = margins[request.name][place]
             if margin <= TIE:
-                self.rounded.append(round(margin, 4))
+                self.rounded[round(margin, 4)] += 1
             else:
                 self.different[request.name] += 1
 
@@ -165,7 +165,7 @@ class Tally:
                 "by_kind": dict(self.sent),
                 "tokens": self.tokens,
                 "errors": dict(self.errors),
-                "under_load": {"same": self.same, "rounded": list(self.rounded), "different": dict(self.different)},
+                "under_load": {"same": self.same, "rounded": dict(self.rounded), "different": dict(self.different)},
             }
 
 

@@ -198,7 +198,7 @@ def table(soak: Soak) -> Table:
     row("sent alone: checks, different", lambda side, _: f"{side.compared}, {len(side.different)}")
     row(
         "under load: same, rounded, different",
-        lambda side, _: f"{side.tally.same}, {len(side.tally.rounded)}, {side.tally.different.total()}",
+        lambda side, _: f"{side.tally.same}, {side.tally.rounded.total()}, {side.tally.different.total()}",
     )
     row("processes", lambda side, _: str(side.processes))
     row("resident, MiB: first, last", lambda _, name: _ends(soak.samples["resident"][name]))

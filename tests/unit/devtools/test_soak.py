@@ -144,9 +144,9 @@ def test_an_answer_under_load_may_leave_the_reference_only_where_two_tokens_are_
         tally.finished(load.WHOLE, request, reference()[request.name], other(place), sure)
     assert tally.same == 0
     if margin <= load.TIE:
-        assert tally.rounded == [margin] * len(POOL) and not tally.different
+        assert tally.rounded == {margin: len(POOL)} and not tally.different
     else:
-        assert tally.rounded == [] and set(tally.different) == {one.name for one in POOL}
+        assert not tally.rounded and set(tally.different) == {one.name for one in POOL}
 
 
 def test_other_tokens_under_load_are_counted_by_request(server: servers.Server) -> None:
