@@ -18,7 +18,8 @@ from tests.engine.conftest import Run
 pytestmark = pytest.mark.engine
 
 Engine = Callable[..., Run]
-MODELS = ["qwen3_5_text", "qwen3_next"]
+MODEL = "qwen3_5_text"
+MODELS = [MODEL, "qwen3_next"]
 SHARD_SIZES = {1: {"qkvz": 1536, "ba": 8}, 2: {"qkvz": 768, "ba": 4}}
 
 
@@ -33,8 +34,7 @@ def assert_same_answers(overlay: Run, stock: Run) -> None:
         assert len({token for answer in answers for token in answer}) > 5, "the model says nothing that could differ"
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "compiled"), [(MODEL, False), *((name, True) for name in MODELS)])
 def test_same_tokens_and_every_layer_through_the_op(engine: Engine, name: str, compiled: bool) -> None:
     stock, overlay = (engine(name, overlay=side, compiled=compiled) for side in (False, True))
     assert_same_answers(overlay, stock)
@@ -48,13 +48,12 @@ def test_same_tokens_and_every_layer_through_the_op(engine: Engine, name: str, c
     assert (overlay.fake_calls() > 0) == compiled
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_sizes_are_per_shard_with_two_real_shards(engine: Engine, name: str) -> None:
-    stock, overlay = (engine(name, overlay=side, compiled=True, tensor_parallel_size=2) for side in (False, True))
+def test_sizes_are_per_shard_with_two_real_shards(engine: Engine) -> None:
+    stock, overlay = (engine(MODEL, overlay=side, compiled=True, tensor_parallel_size=2) for side in (False, True))
     assert_same_answers(overlay, stock)
     assert len(overlay.workers) == 2
     for journal, sizes in zip(overlay.workers, gdn_sizes(overlay), strict=True):
-        assert list(sizes.values()) == [SHARD_SIZES[2]] * tiny_models.gdn_layers(name)
+        assert list(sizes.values()) == [SHARD_SIZES[2]] * tiny_models.gdn_layers(MODEL)
         assert journal.calls > 0
         assert journal.raw["loop"] == "WorkerProc.worker_busy_loop"
         frame_stack = journal.raw["patches"]["frame_stack"]
@@ -63,7 +62,7 @@ def test_sizes_are_per_shard_with_two_real_shards(engine: Engine, name: str) -> 
 
 
 def test_every_process_of_the_engine_has_a_journal(engine: Engine) -> None:
-    overlay = engine("qwen3_5_text", overlay=True, compiled=True)
+    overlay = engine(MODEL, overlay=True, compiled=True)
     roles = [journal.role for journal in overlay.journals]
     assert "Main" in roles and any(role.startswith("EngineCore") for role in roles)
     assert {journal.transformers for journal in overlay.journals} == {"imported first"}
@@ -73,9 +72,9 @@ def test_every_process_of_the_engine_has_a_journal(engine: Engine) -> None:
 
 
 def test_vllm_logs_the_overlays_one_line_and_the_overlay_warns_of_nothing(engine: Engine) -> None:
-    overlay = engine("qwen3_5_text", overlay=True, compiled=True)
+    overlay = engine(MODEL, overlay=True, compiled=True)
     (line,) = [line for line in overlay.log.splitlines() if "INFO" in line and f"overlay {__version__}" in line]
-    assert f"gdn: apply, {tiny_models.gdn_layers('qwen3_5_text')} layers patched, op " in line
+    assert f"gdn: apply, {tiny_models.gdn_layers(MODEL)} layers patched, op " in line
     warnings = [line for line in overlay.log.splitlines() if "WARNING" in line and "overlay" in line.lower()]
     assert warnings == []
     assert "Unknown vLLM environment variable" not in overlay.log
