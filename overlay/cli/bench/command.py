@@ -21,7 +21,7 @@
      "problems": ["…"], "unfinished": ["…"], "interrupted": true}
 
 `ratio` is the median of the paired rounds' ratios to stock, `low` and `high` its interval. `interval` is "bca" (95 %), "t" (95 %, of
-two to five rounds; before 2026-11-30 those have their range) or "range" (of one round, or of equal ones). Results before 2026-11-29 have
+two to five rounds; before commit 7a1257d those have their range) or "range" (of one round, or of equal ones). Results before 2026-11-29 have
 no `interval`: theirs is a percentile bootstrap. The fields beside `arms` are those of the arm `overlay`. `against` is the overlay to
 another arm. Only with `--phases timeline` is there `timeline`, in microseconds; timeline.py says what its rows hold. closed_loop.py says
 it of `concurrency`.
