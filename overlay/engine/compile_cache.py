@@ -11,6 +11,7 @@ vLLM takes any graph that is there, so every layer stays stock (`overlay.side_wo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
@@ -22,16 +23,20 @@ from overlay.report.journal import journal
 ENTRY = "VLLMOVERLAY_FINGERPRINT"
 
 _applied: dict[str, str] = {}
-#: By patch: the layers that stay stock.
+#: By patch, of this engine: what of its loaded models shapes their graphs, and the layers that stay stock.
+_shapes: dict[str, str] = {}
 _stock: dict[str, set[str]] = {}
-_source = ""
 
 
 def add(patch: str, detail: Iterable[str]) -> None:
-    """Add an applied patch to the fingerprint. `detail` is what of the patch shapes the graph."""
-    global _source
-    _source = source_hash()
+    """Add an applied patch to the fingerprint. `detail` is what of the patch shapes every graph."""
     _applied[patch] = " ".join(detail)
+    _enter()
+
+
+def note_shapes(patch: str, detail: Iterable[str]) -> None:
+    """Note what of this engine's models, of which the last one has been loaded, shapes their graphs."""
+    _shapes[patch] = " ".join(detail)
     _enter()
 
 
@@ -49,6 +54,14 @@ def remove(patch: str) -> None:
     _enter()
 
 
+def begin_engine() -> None:
+    """A new engine of this process begins: forget the layers of the last one. Else its key would depend on what came before."""
+    _shapes.clear()
+    _stock.clear()
+    if _applied:
+        _enter()
+
+
 def _enter() -> None:
     """Write the fingerprint to vLLM's table and to the journal. Nothing else writes it. Without a patch there is none."""
     entries = sys.modules["vllm.envs"].environment_variables
@@ -62,14 +75,18 @@ def _enter() -> None:
 
 def _fingerprint() -> str:
     """A hash of the overlay's source, of the patches that are applied in this process, and of the layers that stay stock."""
-    digest = hashlib.sha256(_source.encode())
+    digest = hashlib.sha256(source_hash().encode())
     for patch, detail in sorted(_applied.items()):
-        digest.update("\0".join(("", patch, detail, *sorted(_stock.get(patch, ())))).encode())
+        digest.update("\0".join(("", patch, detail, _shapes.get(patch, ""), *sorted(_stock.get(patch, ())))).encode())
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def source_hash() -> str:
-    """A hash of every .py file of the overlay except the command line's. A changed op body or shape makes another graph."""
+    """A hash of every .py file of the overlay except the command line's. A changed op body or shape makes another graph.
+
+    The first call, before the first patch is imported, decides for the process: files that change later are not what runs.
+    """
     digest = hashlib.sha256()
     folder = os.path.dirname(os.path.abspath(overlay.__file__))
     if not os.path.isdir(folder):  # in a zip: the hash of no file would be the same for every version

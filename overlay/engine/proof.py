@@ -19,6 +19,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from overlay.engine import compile_cache
 from overlay.report import summary
 from overlay.report.journal import PatchRecord, journal
 from overlay.settings import Settings
@@ -60,6 +61,7 @@ def prove_after_warm_up(module: ModuleType, settings: Settings, judge: Callable[
 
     def before_device(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
         journal.begin_engine()
+        compile_cache.begin_engine()
         return wrapped(*args, **kwargs)
 
     def after_warm_up(wrapped: Callable[..., Any], worker: Any, args: Any, kwargs: Any) -> Any:

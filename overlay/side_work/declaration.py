@@ -253,12 +253,15 @@ class TwoLinears:
 
         def after_init(wrapped: Callable[..., None], layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
             wrapped(*args, **kwargs)
-            if self.is_candidate(layer):
-                waiting.adopt(layer, getattr(layer, self.name), lambda: (check(layer),) * 2)
-            else:
-                setattr(
-                    layer, PAIR, None
-                )  # each step asks for it, and a module is slow to say that it has no attribute
+            try:
+                candidate = self.is_candidate(layer)
+            except AttributeError:
+                candidate = True  # what is missing is for check to say
+            if candidate:
+                name = getattr(layer, self.name, type(layer).__name__)
+                waiting.adopt(layer, name, lambda: (check(layer),) * 2)
+            else:  # each step asks for it, and a module is slow to say that it has no attribute
+                setattr(layer, PAIR, None)
 
         def check(layer: torch.nn.Module) -> dict[str, int]:
             kind = type(layer)

@@ -13,7 +13,7 @@ Cause: two things in Inductor depend on what is in the graph, and where.
   writes to its gate (`overlay.side_work.locality`).
 
 Fix: all of Inductor's passes, and vLLM's, see stock's graph, with stock's call in the place of the join. When they are done, start
-goes behind its input, and join before the first reader of what start writes to. Inductor knows start beforehand, as it knows
+goes behind its input and what writes to that, and join before the first reader of what start writes to. Inductor knows start beforehand, as it knows
 stock's op by then, and start's input has to be in memory when start is lowered. Where it is not, such as behind an activation of
 one value, the graph is compiled again and keeps stock's calls. So does the first graph of a process that has a start: it has one
 layer's linears. vLLM compiles a graph once in stock, and once for each range here. Each time Inductor knows what it knew the
@@ -22,6 +22,7 @@ first time.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -205,7 +206,10 @@ def _insert_last(wrapped: Callable[..., None], _: object, args: Any, kwargs: Any
 
 
 def _insert(graph: torch.fx.Graph, known: Known, call: torch.fx.Node, gate: torch.fx.Node, name: str) -> None:
-    """Put start behind its input, and join before the first reader of what start writes to. Stock's call goes."""
+    """Put start behind its input and all that writes to that, and join before the first reader of what start writes to.
+
+    Stock's call goes.
+    """
     read, written = call.args[0], call.args[known.written]
     assert isinstance(read, torch.fx.Node) and isinstance(written, torch.fx.Node)
     reader = min((node for node in written.users if call < node), default=None)
@@ -217,7 +221,7 @@ def _insert(graph: torch.fx.Graph, known: Known, call: torch.fx.Node, gate: torc
     made = read
     while _is_view(made):
         made = made.all_input_nodes[0]
-    place = max(made, *_inputs(graph))
+    place = max(made, *_inputs(graph), *_writers(graph, read, call))
     for node in _needed_after(place, call):
         if not (_is_view(node) or node.target is torch.ops.aten.empty.memory_format or _is_size(node)):
             raise NotInsertedError(f"{known.stock} needs {node.target} after its input")
@@ -241,6 +245,35 @@ def _needed_after(place: torch.fx.Node, call: torch.fx.Node) -> list[torch.fx.No
             found.add(node)
             waiting += node.all_input_nodes
     return sorted(found)
+
+
+def _writers(graph: torch.fx.Graph, read: torch.fx.Node, call: torch.fx.Node) -> Iterable[torch.fx.Node]:
+    """The nodes before `call` that may write to the memory of `read`.
+
+    vLLM's last pass has made its ops write in place. So what a node gives may get its values later: an all-reduce with its norm
+    writes into the GEMM's result that it was given, and a norm or an attention into a buffer.
+    """
+    memory = _memory(read)
+    return [node for node in graph.nodes if node < call and any(_memory(one) is memory for one in _written(node))]
+
+
+def _memory(node: torch.fx.Node) -> torch.fx.Node:
+    """The node that has made the memory of a node. A tuple counts as one."""
+    while _is_view(node) or node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """What a node may write to: all that it is given where it does not say what."""
+    found: list[Any] = []
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        found += node.all_input_nodes
+    for place in ops.places_written(node.target):
+        name = node.target._schema.arguments[place].name
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+        found += given if isinstance(given, (list, tuple)) else [given]
+    return [one for one in found if isinstance(one, torch.fx.Node)]
 
 
 def _is_view(node: torch.fx.Node) -> bool:

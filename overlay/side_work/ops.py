@@ -36,6 +36,7 @@ encode_layer_name = getattr(torch_utils, "_encode_layer_name", str)
 resolve_layer_name = getattr(torch_utils, "_resolve_layer_name", str)
 
 _libraries: list[torch.library.Library] = []  # an op lives as long as its library object
+_defined = False  #: whether all ops are there
 
 
 def register(
@@ -172,9 +173,10 @@ def define(declares_writes: bool) -> None:
 
     `declares_writes`: whether start and join declare the writes that give them their place. A device without a second stream
     needs none, and vLLM's graph pass for ops that write asks for kernels that its build for a CPU does not have.
+    Raises where an op cannot be defined; then every later try does.
     """
-
-    if _libraries:
+    global _defined
+    if _defined:
         return
 
     def fake_start(x, weight, gate, columns, name):  # type: ignore[no-untyped-def]
@@ -197,18 +199,18 @@ def define(declares_writes: bool) -> None:
     register("start_layer", _start_layer, fake_start_layer, gate)
     join = register("join", _join, fake_join, result)
     lowering.register(join, above=_lower_join)
-    if not declares_writes:
-        return
-    locality.keep(LIBRARY)
-    start_into = register("start_into", _start_into, fake_start_into, ["results", "gate"])
-    join_into = register("join_into", _join_into, fake_join, ["results"])
+    if declares_writes:
+        locality.keep(LIBRARY)
+        start_into = register("start_into", _start_into, fake_start_into, ["results", "gate"])
+        join_into = register("join_into", _join_into, fake_join, ["results"])
 
-    def take_followers(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-        found = followers.find(node, start, join)
-        if found is not None:
-            followers.take(graph, node, found, start_into, join_into)
+        def take_followers(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+            found = followers.find(node, start, join)
+            if found is not None:
+                followers.take(graph, node, found, start_into, join_into)
 
-    lowering.register(start, captured=take_followers)
+        lowering.register(start, captured=take_followers)
+    _defined = True
 
 
 def define_start_of(stock: Any, name: str, idle: Callable[[Sequence[Any]], str | None]) -> lowering.Edit:

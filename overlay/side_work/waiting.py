@@ -53,8 +53,6 @@ class Waiting(Generic[Given, Pair]):
         self._settings = settings
         self._make = make
         self._layers: list[tuple[weakref.ref[Any], str, Given]] = []
-        #: By name of each decided layer: what shapes its graph.
-        self._shapes: dict[str, str] = {}
         self._unexpected = False
 
     def begin(self) -> None:
@@ -117,11 +115,11 @@ class Waiting(Generic[Given, Pair]):
                 self._record.patched.pop(name, None)
                 self._record.refuse(name, pair)
             shapes.setdefault(name, set()).add("stock" if isinstance(pair, str) else pair.shape)
-        self._shapes |= {name: " and ".join(sorted(them)) for name, them in shapes.items()}
+        self._record.shapes |= {name: " and ".join(sorted(them)) for name, them in shapes.items()}
         if self._verdict.shapes_graph:
-            shaping = sorted(f"{name}={shape}" for name, shape in self._shapes.items())
+            shaping = sorted(f"{name}={shape}" for name, shape in self._record.shapes.items())
             ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
-            compile_cache.add(self._patch, (*self._verdict.methods, *shaping, ranges))
+            compile_cache.note_shapes(self._patch, (*shaping, ranges))
         journal.write()
 
     def _split_ranges(self, worker: Any) -> None:

@@ -18,6 +18,7 @@ def define() -> None:
     for library in ops._libraries:
         library._destroy()
     ops._libraries.clear()
+    ops._defined = False
     lowering._above.clear()
     lowering._captured.clear()
     ops.define(declares_writes=True)

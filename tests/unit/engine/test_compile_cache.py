@@ -36,6 +36,8 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> Entries:
     monkeypatch.setitem(sys.modules, "vllm.envs", module)
     monkeypatch.setattr(compile_cache, "_applied", {})
     monkeypatch.setattr(compile_cache, "_stock", {})
+    monkeypatch.setattr(compile_cache, "_shapes", {})
+    compile_cache.source_hash.cache_clear()
     monkeypatch.setattr(compile_cache, "journal", OwnJournal())
     return table
 
@@ -177,7 +179,23 @@ def test_the_overlays_own_source_counts(
     before = key_after(entries, compile_cache.add, "gdn", ["forward"])
     assert key_after(entries, compile_cache.add, "gdn", ["forward"]) == before
     source.write_text("2")
+    assert key_after(entries, compile_cache.add, "gdn", ["forward"]) == before, "what runs is what was there at first"
+    compile_cache.source_hash.cache_clear()  # the next process
     assert key_after(entries, compile_cache.add, "gdn", ["forward"]) != before
+
+
+def test_a_key_does_not_depend_on_the_engines_before(entries: Entries) -> None:
+    compile_cache.add("gdn", ["forward"])
+
+    def engine(name: str) -> object:
+        compile_cache.begin_engine()
+        compile_cache.note_layer("gdn", f"{name}.1", stock=True)
+        return key_after(entries, compile_cache.note_shapes, "gdn", [f"{name}.0=by weight"])
+
+    alone = engine("b")
+    assert engine("a") != alone == engine("b")
+    compile_cache.begin_engine()
+    assert compile_cache._stock == compile_cache._shapes == {}
 
 
 def test_the_source_is_that_of_the_whole_overlay_without_its_command_line(
@@ -186,16 +204,17 @@ def test_the_source_is_that_of_the_whole_overlay_without_its_command_line(
     package = pathlib.Path(overlay.__file__).parent
     copy = tmp_path / "overlay"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    here = compile_cache.source_hash()
+    hash_now = compile_cache.source_hash.__wrapped__
+    here = hash_now()
     monkeypatch.setattr(overlay, "__file__", str(copy / "__init__.py"))
-    assert compile_cache.source_hash() == here
+    assert hash_now() == here
     sources = sorted(copy.rglob("*.py"))
     assert len(sources) > 40
     for path in sources:
         text = path.read_bytes()
         path.write_bytes(text + b"#")
         counts = "cli" not in path.relative_to(copy).parts
-        assert (compile_cache.source_hash() != here) == counts, path
+        assert (hash_now() != here) == counts, path
         path.write_bytes(text)
 
 

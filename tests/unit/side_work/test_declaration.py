@@ -412,7 +412,7 @@ class Deciding:
             monkeypatch.setattr(module, "journal", self.journal)
         monkeypatch.setattr(pairs, "settle", self._settle)
         monkeypatch.setattr(lowering, "split_ranges", self._split)
-        monkeypatch.setattr(compile_cache, "add", lambda patch, detail: self.identities.append(tuple(detail)))
+        monkeypatch.setattr(compile_cache, "note_shapes", lambda patch, detail: self.identities.append(tuple(detail)))
 
     def _settle(self, found: Any, of_vllm: Any, settings: Settings, record: PatchRecord, default: Plan) -> None:
         assert record is self.record and default == Plan("dual", THRESHOLD)
@@ -439,6 +439,24 @@ class Deciding:
 @pytest.fixture
 def deciding(monkeypatch: pytest.MonkeyPatch) -> Deciding:
     return Deciding(monkeypatch)
+
+
+def test_ops_that_could_not_be_defined_are_missing_for_the_next_patch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def register(name: str, *_: Any) -> object:
+        asked.append(name)
+        if name == "join":
+            raise ValueError("not on this vLLM")
+        return object()
+
+    monkeypatch.setattr(ops, "_defined", False)
+    monkeypatch.setattr(ops, "register", register)
+    monkeypatch.setattr(lowering, "register", lambda *_, **__: None)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not on this vLLM"):
+            ops.define(declares_writes=False)
+    assert asked.count("join") == 2 and not ops._defined
 
 
 def test_every_waiting_layer_gets_its_pair_once(deciding: Deciding) -> None:
@@ -468,10 +486,10 @@ def test_what_shapes_the_graph_is_in_the_compile_caches_key(deciding: Deciding) 
     hook(second.in_proj_ba)
     undecided.decide(worker(first))
     (detail,) = deciding.identities
-    assert detail == ("forward", f"a={getattr(first, PAIR).name} by weight", "b=stock", "ranges=[8, 8192]")
+    assert detail == (f"a={getattr(first, PAIR).name} by weight", "b=stock", "ranges=[8, 8192]")
     third = deciding.add(undecided, "c")
     undecided.decide(worker(third))
-    assert [part for part in deciding.identities[-1] if part[:2] in ("a=", "b=", "c=")][:2] == [*detail[1:3]]
+    assert [part for part in deciding.identities[-1] if part[:2] in ("a=", "b=", "c=")][:2] == [*detail[:2]]
 
 
 def test_without_a_layer_nothing_is_done(deciding: Deciding) -> None:
@@ -522,7 +540,7 @@ def test_a_failure_leaves_all_stock_with_a_warning(deciding: Deciding, caplog: p
     assert [getattr(layer, PAIR) for layer in layers] == [None, None] and deciding.record.patched == {}
     assert deciding.record.refused == dict.fromkeys(("a", "b"), waiting.FAILED)
     assert deciding.record.plans == [{"shape": "of another engine"}]
-    assert deciding.identities[-1][1:3] == ("a=stock", "b=stock")
+    assert deciding.identities[-1][:2] == ("a=stock", "b=stock")
     (problem,) = deciding.journal.problems
     assert "OutOfMemoryError: no memory for a plan" in problem and "runs stock" in problem
     assert [one.levelname for one in caplog.records if "no memory" in one.getMessage()] == ["WARNING"]

@@ -46,10 +46,12 @@ def adapters(toy: None) -> Iterator[Any]:
     for name, schema, run in (
         ("shrink", "(Tensor x, Tensor[] a, Tensor(a!) buffer, Tensor mapping) -> ()", _shrink),
         ("expand", "(Tensor buffer, Tensor b, Tensor(a!) out) -> ()", _expand),
+        ("norm_into", "(Tensor(a!) out, Tensor values, Tensor weight) -> ()", _norm_into),
+        ("norm_in_place", "(Tensor weight, *, Tensor(a!) values) -> ()", _norm_in_place),
     ):
         library.define(f"{name}{schema}")
         library.impl(name, run, "CPU")
-        torch.library.register_fake(f"overlay_order_test::{name}", lambda *given: None, lib=library)
+        torch.library.register_fake(f"overlay_order_test::{name}", lambda *given, **named: None, lib=library)
     before = dict(edits._above)
     edit = ops.define_start_of(torch.ops.overlay_order_test.shrink, "test_start", lambda given: None)
     ours = ops._libraries.pop()
@@ -66,6 +68,14 @@ def _shrink(x: torch.Tensor, a: list[torch.Tensor], buffer: torch.Tensor, mappin
 
 def _expand(buffer: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     out.add_((buffer @ b.float().t()).to(out.dtype))
+
+
+def _norm_into(out: torch.Tensor, values: torch.Tensor, weight: torch.Tensor) -> None:
+    out.copy_(rms_norm(values, weight))
+
+
+def _norm_in_place(weight: torch.Tensor, *, values: torch.Tensor) -> None:
+    values.copy_(rms_norm(values, weight))
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +100,27 @@ def require(edit: Any, strict: bool = True) -> None:
 def rms_norm(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     values = values.float()
     return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def into_a_buffer(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As vLLM's own norms and attention."""
+    out = torch.empty_like(values)
+    torch.ops.overlay_order_test.norm_into(out, values, weight)
+    return out
+
+
+def into_the_gemm_s_result(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As FlashInfer's all-reduce with its norm, which is on by default on several Hopper GPUs."""
+    out = torch.mm(values, values.t() @ values)
+    torch.ops.overlay_order_test.norm_in_place(weight, values=out)
+    return out
+
+
+def through_a_view(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Written to in another shape than it is read in."""
+    out = torch.mm(values, values.t() @ values)
+    torch.ops.overlay_order_test.norm_in_place(weight, values=out.view(2, -1, HIDDEN))
+    return out.view(-1, HIDDEN)
 
 
 def activation(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -183,6 +214,23 @@ def test_the_first_graph_has_stocks_calls_and_every_graph_stocks_kernels(
     for ours, theirs in zip(codes, plain, strict=True):
         assert order.texts(ours) and order.texts(ours) == order.texts(theirs)
     assert as_in_a_new_process.calls.lowered == 2
+
+
+@pytest.mark.parametrize("made_by", [into_a_buffer, into_the_gemm_s_result, through_a_view])
+def test_start_comes_behind_what_writes_its_input_in_place(adapters: Any, made_by: Norm) -> None:
+    expected, plain = stock(made_by)
+    require(adapters)
+    result, codes = run(made_by, with_ops=True)
+    assert expected.isfinite().all() and torch.equal(result, expected)
+    assert [forks(code) for code in codes] == [False, True, True]
+    for code in codes[1:]:
+        found = [
+            call for call in order.calls(code) if call in ("norm_into", "norm_in_place", "test_start", "scaled_mm")
+        ]
+        norm = "norm_into" if made_by is into_a_buffer else "norm_in_place"
+        assert found == 2 * [norm, "test_start", "scaled_mm"]
+    for ours, theirs in zip(codes, plain, strict=True):
+        assert order.texts(ours) == order.texts(theirs)
 
 
 @pytest.mark.parametrize("above", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any
 
@@ -318,6 +319,28 @@ def test_a_layer_without_the_child_is_neither_patched_nor_refused(installed: Ins
     installed.load()
     assert getattr(layer, PAIR) is None
     assert installed.record.patched == installed.record.refused == {}
+
+
+@pytest.mark.parametrize(("field", "named"), [("name", "renamed"), ("side", "renamed.side")])
+def test_a_layer_without_an_attribute_that_is_read_stays_stock(installed: Installed, field: str, named: str) -> None:
+    """The verdict reads the methods that run, and not the one that makes the layer."""
+
+    class Renamed(Layer):
+        def __init__(self) -> None:
+            super().__init__("a", True)
+            installed.context["a"] = self
+
+        forward = Layer.forward
+
+    module = types.ModuleType("vllm.dsa")
+    module.Layer = Renamed  # type: ignore[attr-defined]
+    declared = dataclasses.replace(DECLARED, **{field: named})  # type: ignore[arg-type]
+    declared.install(module, VERDICT, Settings(serial_pass_through=True))
+    layer = Renamed()
+    assert getattr(layer, PAIR) is None
+    ((name, reason),) = installed.record.refused.items()
+    assert name == ("Renamed" if field == "name" else "a") and "'renamed'" in reason
+    assert any("'renamed'" in problem for problem in installed.journal.problems)
 
 
 def test_a_class_with_a_method_of_its_own_stays_stock(installed: Installed) -> None:
