@@ -260,7 +260,7 @@ def _table(found: Look) -> Table:
     table.add_column("process", overflow="fold", min_width=16)
     for name in ("patch", "verdict"):
         table.add_column(name, no_wrap=True)
-    for name in ("layers", "dual", "fused", "serial", "traced"):
+    for name in ("layers", "dual", "serial", "traced"):
         table.add_column(name, justify="right", no_wrap=True)
     for process in found.processes:
         journal = process.journal
@@ -273,7 +273,6 @@ def _table(found: Look) -> Table:
                 verdict_text(patch.verdict),
                 _layers(patch),
                 str(patch.dual_stream_calls or ""),
-                str(patch.fused_calls or ""),
                 str(sum(patch.serial_calls.values()) or ""),
                 str(patch.fake_calls or ""),
             )

@@ -112,8 +112,8 @@ def test_the_table_for_people(journal_folder: pathlib.Path, monkeypatch: pytest.
     for text in ("EngineCore_DP0", "VllmWorker-1", "vLLM 0.33.0", "0123456789abcdef", "2 of 4", "landed"):
         assert text in table
     title, numbers = (next(line.split() for line in table.splitlines() if word in line) for word in ("dual", "1234"))
-    shown = [numbers[title.index(name) - len(title)] for name in ("dual", "fused", "serial", "traced")]
-    assert shown == ["1234", "789", "56", "4"], "each under its own title"
+    shown = [numbers[title.index(name) - len(title)] for name in ("dual", "serial", "traced")]
+    assert shown == ["1234", "56", "4"], "each under its own title"
     notes = " ".join(result.stdout.split())
     pids = f"{os.getpid()}, {os.getpid()}"
     assert f"{pids}: gdn: 2 layers stay stock: quantized" in notes, "what several processes say is said once"
