@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from overlay.cli.bench.shapes import EXPERT_COUNTS
 from overlay.cli.failure import CommandError
 from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown, unquantized
 from overlay.side_work.rules import (
@@ -51,6 +50,8 @@ DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 POOLING = re.compile(r"(ForTextEncoding|For\w*Classification|ForRewardModeling|(?<!Chat)(?<!LMHead)Model)$")
 #: What a folder of Sentence Transformers has: then vLLM pools, whatever the architecture.
 POOLS = "modules.json"
+#: Fields that say how many routed experts there are, by family.
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 #: Fields of models with latent attention, whose linears have other names.
 OTHER_LINEARS = ("q_lora_rank", "kv_lora_rank", "compress_ratios")
 ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}

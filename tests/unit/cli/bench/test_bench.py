@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,11 +119,38 @@ def test_a_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
         model.with_layers(4)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"num_hidden_layers": 0}'])
-def test_no_configuration_is_bad_input(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CommandError, match="no model's configuration"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no JSON that can be read"),
+        ("[" * 200_000, "nested too deep"),
+        ("[]", "a list and no object"),
+        ("{}", "num_hidden_layers is None; allowed is a whole number from 1"),
+        ('{"num_hidden_layers": 0}', "num_hidden_layers is 0; allowed"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048'; allowed is a whole number from 1"),
+        ({"hidden_size": float("nan")}, "hidden_size is nan; allowed"),
+        ({"vocab_size": None}, "vocab_size is None; allowed"),
+        ({"intermediate_size": None}, "intermediate_size is None; allowed"),
+        ({"head_dim": "32"}, "head_dim is '32'; allowed is a whole number from 0"),
+        ({"num_attention_heads": 65}, "num_attention_heads is 65; allowed is a whole number from 1 to 64"),
+        ({"num_experts": 8}, "moe_intermediate_size is None; allowed"),
+        ({"kv_lora_rank": 512}, "qk_rope_head_dim is None; allowed"),
+        ({"linear_conv_kernel_dim": True}, "linear_conv_kernel_dim is True; allowed"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'; allowed is a list"),
+        ({"quantization_config": []}, "quantization_config is a list; allowed is an object"),
+    ],
+)
+def test_no_configuration_is_bad_input(content: str | dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A file as it is, or what differs from the tiny shape."""
+    file = tmp_path / "config.json"
+    text = shapes.find("tiny", None).text
+    file.write_text(content if isinstance(content, str) else json.dumps({**text, **content}))
+    with pytest.raises(CommandError, match=re.escape(message)) as found:
         shapes.find(str(tmp_path), None)
+    assert str(file) in str(found.value)
+
+
+def test_an_unknown_model_names_the_shapes() -> None:
     with pytest.raises(CommandError, match=r"Qwen3\.5-35B-A3B"):
         shapes.find("no-such-model", None)
 
