@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from overlay.cli.failure import CommandError
+from overlay.cli.options import MOST_LAYERS
 from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown, unquantized
 from overlay.side_work.rules import (
     ADAPTERS,
@@ -35,7 +36,6 @@ STOCK, UNKNOWN = "stock", "unknown"
 WHEN_SERVED = "when served with --enable-lora"
 #: A configuration is a few kilobytes, with the names of all layers some hundred.
 LARGEST_FILE = 16 << 20
-MOST_LAYERS = 1_000
 CONFIG, MODELOPT_CONFIG, INDEX = "config.json", "hf_quant_config.json", "model.safetensors.index.json"
 ALLOWED = "allowed are a checkpoint's folder and its config.json"
 

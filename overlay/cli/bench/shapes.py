@@ -287,13 +287,14 @@ class Model:
             raise CommandError(
                 f"--layers={layers} goes with a named shape or a config.json; {self.checkpoint} has its own weights"
             )
-        if layers < 1 or layers % self.pattern:
+        pattern = self.pattern
+        if layers < 1 or layers % pattern:
             raise CommandError(
-                f"--layers={layers}: the layers of {self.name} repeat every {self.pattern}; allowed are multiples of it"
+                f"--layers={layers}: the layers of {self.name} repeat every {pattern}; allowed are {pattern} and multiples of it"
             )
         text = {**self.text, "num_hidden_layers": layers}
         if text.get("layer_types"):
-            text["layer_types"] = [text["layer_types"][index % self.pattern] for index in range(layers)]
+            text["layer_types"] = [text["layer_types"][index % pattern] for index in range(layers)]
         if self.config.get("text_config"):
             return replace(self, config={**self.config, "text_config": text})
         return replace(self, config=text)

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from overlay.cli.app import app
 from overlay.cli.bench import (
     closed_loop,
     command,
@@ -96,8 +97,20 @@ def test_fewer_layers_keep_the_pattern() -> None:
     model = shapes.find("Qwen3.5-27B", 8)
     assert model.text["layer_types"] == [*["linear_attention"] * 3, "full_attention"] * 2
     assert model.text["num_hidden_layers"] == model.layers == 8
-    with pytest.raises(CommandError, match=r"every 4.*multiples"):
-        shapes.find("Qwen3.5-27B", 6)
+
+
+@pytest.mark.parametrize("layers", [-4, 0, 1, 6])
+def test_layers_that_break_the_pattern_are_refused(layers: int) -> None:
+    with pytest.raises(CommandError, match=rf"--layers={layers}: .* every 4; allowed are 4 and multiples of it"):
+        shapes.find("Qwen3.5-27B", layers)
+
+
+def test_more_layers_than_any_model_has_are_refused_by_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["bench", "--layers", "1004"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err  # the words are those of the installed typer
+    assert "--layers" in said and re.search(r"\b1000\b", said)
 
 
 @pytest.mark.parametrize("nested", [True, False])
