@@ -12,6 +12,7 @@ import typer.core
 
 from overlay import __version__
 from overlay.cli import failure
+from overlay.cli.options import MOST_LAYERS
 
 
 class _Commands(typer.core.TyperGroup):
@@ -189,7 +190,8 @@ def bench(
         ),
     ] = "bf16",
     layers: Annotated[
-        int | None, typer.Option(help="Layers of that shape; as many as fit when left out.", show_default=False)
+        int | None,
+        typer.Option(max=MOST_LAYERS, help="Layers of that shape; as many as fit when left out.", show_default=False),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs per engine.")] = 1,
     arms: Annotated[

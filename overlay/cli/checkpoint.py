@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from overlay.cli.bench.shapes import EXPERT_COUNTS
 from overlay.cli.failure import CommandError
+from overlay.cli.options import MOST_LAYERS
 from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown, unquantized
 from overlay.side_work.rules import (
     ADAPTERS,
@@ -36,7 +36,6 @@ STOCK, UNKNOWN = "stock", "unknown"
 WHEN_SERVED = "when served with --enable-lora"
 #: A configuration is a few kilobytes, with the names of all layers some hundred.
 LARGEST_FILE = 16 << 20
-MOST_LAYERS = 1_000
 CONFIG, MODELOPT_CONFIG, INDEX = "config.json", "hf_quant_config.json", "model.safetensors.index.json"
 ALLOWED = "allowed are a checkpoint's folder and its config.json"
 
@@ -51,6 +50,8 @@ DEEPSEEK_V4 = re.compile(r"DeepseekV4For(CausalLM|ConditionalGeneration)")
 POOLING = re.compile(r"(ForTextEncoding|For\w*Classification|ForRewardModeling|(?<!Chat)(?<!LMHead)Model)$")
 #: What a folder of Sentence Transformers has: then vLLM pools, whatever the architecture.
 POOLS = "modules.json"
+#: Fields that say how many routed experts there are, by family.
+EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 #: Fields of models with latent attention, whose linears have other names.
 OTHER_LINEARS = ("q_lora_rank", "kv_lora_rank", "compress_ratios")
 ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench import memory
 from overlay.cli.bench.results import REPOSITORY
-from overlay.cli.bench.shapes import EXPERT_COUNTS, Model
+from overlay.cli.bench.shapes import Model
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError
-from overlay.cli.checkpoint import CONFIG, MODELOPT_CONFIG, Checkpoint, Group, Shape
+from overlay.cli.checkpoint import CONFIG, EXPERT_COUNTS, MODELOPT_CONFIG, Checkpoint, Group, Shape
 from overlay.cli.failure import CommandError
 from overlay.vocabulary import SERIAL
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from overlay.cli.failure import CommandError
 
+#: No model has as many layers.
+MOST_LAYERS = 1_000
+
 
 def parse_words(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     """Words by comma, each one of those allowed, in the order given. Raises CommandError that names the option."""

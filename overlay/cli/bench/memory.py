@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench.formats import FORMATS
-from overlay.cli.bench.shapes import EXPERT_COUNTS, WEIGHT_FILES
+from overlay.cli.bench.shapes import WEIGHT_FILES
+from overlay.cli.checkpoint import EXPERT_COUNTS
 from overlay.cli.failure import CommandError
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def _activations(text: Mapping[str, Any], load: Load, tensor_parallel: int) -> i
         key, value = _linear_sizes(text)
         wide = 6 * (2 * key + 2 * value)
     if _experts(text):
-        wide += text.get("num_experts_per_tok", 1) * 2 * (2 * text["moe_intermediate_size"] + hidden)
+        wide += (text.get("num_experts_per_tok") or 1) * 2 * (2 * text["moe_intermediate_size"] + hidden)
     else:
         wide += 3 * text["intermediate_size"]
     per_token = WIDTH * (16 * hidden + wide // tensor_parallel)

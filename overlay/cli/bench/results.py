@@ -157,7 +157,7 @@ def journal_problems(folder: Path) -> list[str]:
 def versions(data: Mapping[str, Any]) -> dict[str, Any]:
     """Those of vLLM and torch: what stock's engine says of itself, or else what was installed. Servers' results before 2026-11-30 have
     neither."""
-    known = data.get("pair", {}).get("stock") or data.get("versions", {})
+    known = (data.get("pair") or {}).get("stock") or data.get("versions") or {}
     return {name: known.get(name) for name in ("vllm", "torch")}
 
 

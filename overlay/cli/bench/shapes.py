@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from overlay.cli import checkpoint
 from overlay.cli.bench import formats
+from overlay.cli.checkpoint import EXPERT_COUNTS
 from overlay.cli.failure import CommandError
 
 #: Layer shape of Qwen3.5-35B-A3B, without its experts.
@@ -125,8 +127,33 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 DEFAULT_SHAPE = "Qwen3.5-35B-A3B"
 #: Where there is no GPU: larger shapes take hours there to say nothing about speed.
 CPU_SHAPE = "tiny"
-#: Fields that say how many routed experts there are, by family.
-EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
+#: The sizes that memory.py counts by: those of every model, of latent attention and of linear attention, and those that may be missing.
+SIZES = ("vocab_size", "hidden_size")
+LATENT_SIZES = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+LINEAR_SIZES = (
+    "linear_num_key_heads",
+    "linear_key_head_dim",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
+OPTIONAL_SIZES = (
+    *EXPERT_COUNTS,
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "first_k_dense_replace",
+    "head_dim",
+    "num_key_value_heads",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "index_n_heads",
+    "index_head_dim",
+    "full_attention_interval",
+    "max_position_embeddings",
+)
 
 
 def layer_types(layers: int) -> list[str]:
@@ -189,7 +216,7 @@ class Model:
     def _layers(self) -> formats.Layers:
         text = self.text
         return formats.Layers(
-            prefix="model.language_model.layers" if "text_config" in self.config else "model.layers",
+            prefix="model.language_model.layers" if self.config.get("text_config") else "model.layers",
             kinds=tuple(text.get("layer_types") or ["full_attention"] * self.layers),
             mixture=self.mixture,
             shared=bool(text.get("shared_expert_intermediate_size")),
@@ -223,7 +250,7 @@ class Model:
     @property
     def text(self) -> Mapping[str, Any]:
         """The language model's part of the configuration."""
-        part: Mapping[str, Any] = self.config.get("text_config", self.config)
+        part: Mapping[str, Any] = self.config.get("text_config") or self.config
         return part
 
     @property
@@ -239,7 +266,7 @@ class Model:
         """The number of layers after which their kinds repeat."""
         types = self.text.get("layer_types")
         if not types:
-            return int(self.text.get("full_attention_interval", 1))
+            return int(self.text.get("full_attention_interval") or 1)
         return next(
             step
             for step in range(1, len(types) + 1)
@@ -260,14 +287,15 @@ class Model:
             raise CommandError(
                 f"--layers={layers} goes with a named shape or a config.json; {self.checkpoint} has its own weights"
             )
-        if layers < 1 or layers % self.pattern:
+        pattern = self.pattern
+        if layers < 1 or layers % pattern:
             raise CommandError(
-                f"--layers={layers}: the layers of {self.name} repeat every {self.pattern}; allowed are multiples of it"
+                f"--layers={layers}: the layers of {self.name} repeat every {pattern}; allowed are {pattern} and multiples of it"
             )
         text = {**self.text, "num_hidden_layers": layers}
         if text.get("layer_types"):
-            text["layer_types"] = [text["layer_types"][index % self.pattern] for index in range(layers)]
-        if "text_config" in self.config:
+            text["layer_types"] = [text["layer_types"][index % pattern] for index in range(layers)]
+        if self.config.get("text_config"):
             return replace(self, config={**self.config, "text_config": text})
         return replace(self, config=text)
 
@@ -303,15 +331,35 @@ def _local(path: Path) -> Model:
         raise CommandError(
             f"--model={str(path)!r} is neither a named shape ({', '.join(SHAPES)}) nor a config.json nor a checkpoint's folder"
         )
-    try:
-        config = json.loads(file.read_text())
-        model = Model(file.resolve().parent.name, config)
-        if model.layers < 1:
-            raise ValueError("no layers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"--model={str(path)!r}: {file} is no model's configuration: {error!r}") from error
+    config = checkpoint.read(str(path))
+    model = Model(file.resolve().parent.name, config.content)
+    _check(config, model)
     has_weights = path.is_dir() and any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES)
     return replace(model, checkpoint=path.resolve()) if has_weights else model
+
+
+def _check(config: checkpoint.Configuration, model: Model) -> None:
+    """Raise CommandError for a value that memory.py cannot count with, or that is missing."""
+    config.kinds()  # the layers, too
+    _ = config.quantization
+    for key in OPTIONAL_SIZES:
+        config.size_or(key, 0, least=0)
+    for key in _needed(model):
+        config.size(key)
+    config.size("num_attention_heads", most=config.size("hidden_size"))
+
+
+def _needed(model: Model) -> list[str]:
+    """The sizes that this model has to have."""
+    text = model.text
+    found = [*SIZES, "moe_intermediate_size" if model.mixture else "intermediate_size"]
+    if text.get("kv_lora_rank"):
+        found += LATENT_SIZES
+    if model.linear_layers() or "linear_num_value_heads" in text:
+        found += LINEAR_SIZES
+    if text.get("first_k_dense_replace"):
+        found.append("intermediate_size")
+    return found
 
 
 def write_tokenizer(parent: Path, vocabulary: int) -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from overlay.cli.app import app
 from overlay.cli.bench import (
     closed_loop,
     command,
@@ -95,8 +97,20 @@ def test_fewer_layers_keep_the_pattern() -> None:
     model = shapes.find("Qwen3.5-27B", 8)
     assert model.text["layer_types"] == [*["linear_attention"] * 3, "full_attention"] * 2
     assert model.text["num_hidden_layers"] == model.layers == 8
-    with pytest.raises(CommandError, match=r"every 4.*multiples"):
-        shapes.find("Qwen3.5-27B", 6)
+
+
+@pytest.mark.parametrize("layers", [-4, 0, 1, 6])
+def test_layers_that_break_the_pattern_are_refused(layers: int) -> None:
+    with pytest.raises(CommandError, match=rf"--layers={layers}: .* every 4; allowed are 4 and multiples of it"):
+        shapes.find("Qwen3.5-27B", layers)
+
+
+def test_more_layers_than_any_model_has_are_refused_by_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(["bench", "--layers", "1004"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err  # the words are those of the installed typer
+    assert "--layers" in said and re.search(r"\b1000\b", said)
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -118,11 +132,38 @@ def test_a_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
         model.with_layers(4)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"num_hidden_layers": 0}'])
-def test_no_configuration_is_bad_input(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CommandError, match="no model's configuration"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no JSON that can be read"),
+        ("[" * 200_000, "nested too deep"),
+        ("[]", "a list and no object"),
+        ("{}", "num_hidden_layers is None; allowed is a whole number from 1"),
+        ('{"num_hidden_layers": 0}', "num_hidden_layers is 0; allowed"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048'; allowed is a whole number from 1"),
+        ({"hidden_size": float("nan")}, "hidden_size is nan; allowed"),
+        ({"vocab_size": None}, "vocab_size is None; allowed"),
+        ({"intermediate_size": None}, "intermediate_size is None; allowed"),
+        ({"head_dim": "32"}, "head_dim is '32'; allowed is a whole number from 0"),
+        ({"num_attention_heads": 65}, "num_attention_heads is 65; allowed is a whole number from 1 to 64"),
+        ({"num_experts": 8}, "moe_intermediate_size is None; allowed"),
+        ({"kv_lora_rank": 512}, "qk_rope_head_dim is None; allowed"),
+        ({"linear_conv_kernel_dim": True}, "linear_conv_kernel_dim is True; allowed"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'; allowed is a list"),
+        ({"quantization_config": []}, "quantization_config is a list; allowed is an object"),
+    ],
+)
+def test_no_configuration_is_bad_input(content: str | dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A file as it is, or what differs from the tiny shape."""
+    file = tmp_path / "config.json"
+    text = shapes.find("tiny", None).text
+    file.write_text(content if isinstance(content, str) else json.dumps({**text, **content}))
+    with pytest.raises(CommandError, match=re.escape(message)) as found:
         shapes.find(str(tmp_path), None)
+    assert str(file) in str(found.value)
+
+
+def test_an_unknown_model_names_the_shapes() -> None:
     with pytest.raises(CommandError, match=r"Qwen3\.5-35B-A3B"):
         shapes.find("no-such-model", None)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +152,54 @@ def test_what_cannot_be_compared_is_refused(changes: dict[str, Any], tmp_path: P
         _compare(tmp_path, _results(), _results(**changes))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"host": {}}'])
-def test_no_results_file_is_bad_input(content: str, tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(content)
-    with pytest.raises(CommandError, match=r"results\.json"):
-        compare.subject(compare.read(tmp_path / "results.json"), tmp_path / "results.json")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read as results"),
+        ("[" * 200_000, "nested too deep"),
+        ("[]", "it holds a list and no object"),
+        ("{}", "host is missing"),
+        ('{"host": {}}', "does not say which model"),
+        ({"host": None}, "host is None; allowed is an object"),
+        ({"host": {"gpu": 5}}, "host.gpu is 5; allowed is a text or null"),
+        ({"overlay": None}, "overlay is None; allowed is an object"),
+        ({"pair": {"stock": "x"}}, "pair.stock is 'x'; allowed"),
+        ({"model": "x"}, "model is 'x'; allowed"),
+        ({"model": {"layers": 4, "tensor_parallel": 1}}, "model.name is missing; allowed is a text"),
+        ({"model": {"name": "m", "layers": None, "tensor_parallel": 1}}, "model.layers is None; allowed"),
+        ({"model": None, "arguments": {"architecture": "a"}}, "arguments.layers is missing; allowed"),
+        ({"model": None, "arguments": {"architecture": "a", "layers": "x"}}, "arguments.layers is 'x'; allowed"),
+        ({"decode": "abc"}, "decode is 'abc'; allowed is a list or null"),
+        ({"decode": ["abc"]}, "decode has a row that is no object"),
+        ({"decode": [{"ratio": 1.0, "requests": 1}]}, "decode: overlay is missing"),
+        ({"decode": [{**_row("requests", 1, 1.0), "requests": "1"}]}, "decode: requests is '1'; allowed is a number"),
+        ({"decode": [_row("requests", 1, float("nan"))]}, "decode: overlay: ratio is nan; allowed is a number"),
+        ({"decode": [_row("requests", 1, float("inf"))]}, "decode: overlay: ratio is inf; allowed is a number"),
+        ({"decode": [_row("requests", 1, 0.0)]}, "decode: overlay: ratio is 0.0; allowed is a number above 0"),
+        ({"decode": [{"requests": 1, "arms": {"overlay": 1.0}}]}, "decode: overlay is 1.0; allowed is an object"),
+        ({"decode": [{"requests": 1, "arms": None}]}, "decode: arms is None; allowed is an object"),
+        ({"serving": {"rows": [{"metric": "tpot"}]}}, "serving.rows: arm is missing; allowed is a text"),
+        ({"concurrency": {"rows": [{}]}}, "concurrency.rows: metric is missing; allowed is a text"),
+        (
+            {"tokens": [{**_tokens(0)[0], "stock_repeats_itself": 1}]},
+            "tokens: stock_repeats_itself is 1; allowed is true",
+        ),
+    ],
+)
+def test_no_results_file_is_bad_input(content: str | dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A file as it is, or what differs from one of bench; as the old one and as the new one."""
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(_results()))
+    bad.write_text(content if isinstance(content, str) else json.dumps(_results(**content)))
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(CommandError, match=re.escape(message)) as found:
+            compare.run(*pair, Console(file=io.StringIO()))
+        assert str(bad) in str(found.value)
+
+
+@pytest.mark.parametrize("changes", [{"pair": None}, {"versions": None}, {"serving": None, "tokens": None}])
+def test_what_was_not_measured_is_no_fault(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert _compare(tmp_path, _results(**changes), _results(**changes))[0] == 0
 
 
 def test_the_reference_results_can_be_read(tmp_path: Path) -> None:
