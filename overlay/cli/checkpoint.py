@@ -188,7 +188,10 @@ class Configuration:
 
     @property
     def dtype(self) -> object:
-        return self.text.get("dtype") or self.text.get("torch_dtype") or self.content.get("torch_dtype")
+        """Where vLLM looks for it, in that order (`get_torch_dtype`)."""
+        inner = (self.content.get(key) for key in ("vision_config", "encoder_config"))
+        places = (place for place in (self.content, self.text, *inner) if isinstance(place, Mapping))
+        return next((found for place in places if (found := place.get("dtype") or place.get("torch_dtype"))), None)
 
     def kinds(self) -> list[str]:
         """The kind of each layer, as in `layer_types`."""

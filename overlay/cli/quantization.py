@@ -18,7 +18,8 @@ from overlay.side_work.rules import MARLIN, OTHER, TORCH, Linear
 
 #: What a class of vLLM's linears is called, in small letters: a target of compressed-tensors such as "Linear" may be a part of it.
 CLASSES = ("columnparallellinear", "mergedcolumnparallellinear", "qkvparallellinear", "rowparallellinear")
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+#: vLLM serves 32 bits as 16 (`_resolve_auto_dtype`): bf16, or fp16 on a GPU without bf16 and in a pooling model.
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "16-bit", "float": "16-bit"}
 #: Of ModelOpt: what a `quant_algo` is.
 ALGORITHMS = {
     "FP8": "FP8 per tensor",

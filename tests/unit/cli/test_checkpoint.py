@@ -191,6 +191,28 @@ def test_the_dense_one_and_next_are_read_as_well(name: str, tmp_path: Path) -> N
         assert group[2].startswith(f"in_proj_ba is {'4-bit' if name == 'w4' else 'bf16'} beside ")
 
 
+@pytest.mark.parametrize(
+    ("top", "text", "said"),
+    [
+        ({"dtype": "bfloat16"}, {}, "bf16"),
+        ({"dtype": "float16"}, {"dtype": "bfloat16"}, "fp16"),
+        ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, "fp16"),
+        ({}, {"torch_dtype": "bfloat16"}, "bf16"),
+        ({"vision_config": {"dtype": "float16"}}, {}, "fp16"),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, "16-bit"),
+        ({"vision_config": 7}, {}, "unquantized"),
+    ],
+)
+def test_the_type_is_read_where_vllm_reads_it(
+    top: dict[str, Any], text: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    base = BASE["Qwen3.5-35B-A3B"]
+    inner = {key: value for key, value in base["text_config"].items() if "dtype" not in key}
+    outer = {key: value for key, value in base.items() if "dtype" not in key and key != "vision_config"}
+    found = judged(tmp_path, {**outer, **top, "text_config": {**inner, **text}})
+    assert gdn(found) == [(3, APPLY, f"in_proj_ba is {said} beside {said}")]
+
+
 def test_layers_of_several_kinds_are_several_groups(tmp_path: Path) -> None:
     names = [name for name in named("in_proj_b", "in_proj_a") if ".1." not in name]
     quantized = {**of_format("fp8-block"), "modules_to_not_convert": names}
