@@ -16,7 +16,19 @@ from typing import Any
 
 from overlay.cli.bench.shapes import EXPERT_COUNTS
 from overlay.cli.failure import CommandError
-from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown, unquantized
+from overlay.cli.quantization import (
+    EXLLAMA,
+    Dropped,
+    Format,
+    Names,
+    Torn,
+    Unknown,
+    Unusable,
+    bits,
+    find,
+    shown,
+    unquantized,
+)
 from overlay.side_work.rules import (
     ADAPTERS,
     MARLIN,
@@ -267,7 +279,9 @@ def judge(
         notes += form.notes
         name = form.name
     except Unusable as error:
-        raise CommandError(f"--model: {config.file}: quantization_config: {error}") from error
+        if not (isinstance(error, Dropped) and source_of(EXLLAMA)):
+            raise CommandError(f"--model: {config.file}: quantization_config: {error}") from error
+        name = f"unknown: gptq, {str(error).partition(';')[0]}"
     except Unknown as unknown:
         name = f"unknown: {unknown}"
     asked = _Asked(

@@ -30,12 +30,18 @@ ALGORITHMS = {
     "MXFP8": "MXFP8",
 }
 MIXED_PRECISION = "MIXED_PRECISION"
+#: vLLM's second module for GPTQ, up to 0.21: it takes what Marlin does not.
+EXLLAMA = "vllm.model_executor.layers.quantization.gptq"
 #: A key of AutoRound's with one of these is a pattern.
 PATTERN_LETTERS = frozenset("*+?^$()[]{}|\\")
 
 
 class Unusable(ValueError):
     """A configuration that no vLLM takes. The message names the key, its value and what is allowed."""
+
+
+class Dropped(Unusable):
+    """The same of a configuration that only releases with `EXLLAMA` take."""
 
 
 class Unknown(Exception):
@@ -320,6 +326,9 @@ def _scheme(group: Mapping[str, Any], form: str) -> Linear:
 
 def _awq(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
     bits = _number(config, "w_bit", "bits", default=4)
+    if bits != 4:
+        key = "bits" if config.get("w_bit") is None else "w_bit"
+        raise Unusable(f"{key} is {bits}; allowed with awq is 4")
     skipped = [names.mapped(name) for name in _list(config, "modules_to_not_convert")]
     packed = _weights_only(bits)
 
@@ -330,7 +339,11 @@ def _awq(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str
 
 
 def _gptq(config: Mapping[str, Any], plain: Linear, names: Names, quantized: Iterable[str] | None) -> Format:
-    bits = _number(config, "bits")
+    bits, symmetric = _number(config, "bits"), config.get("sym", True)
+    if bits not in (4, 8):
+        raise Dropped(f"bits is {bits}; allowed with gptq is 4 or 8")
+    if symmetric is not True:
+        raise Dropped(f"sym is {shown(symmetric)}; allowed with gptq is true")
     listed = _list(config, "modules_in_block_to_quantize")
     by_name = [names.mapped(name) for name in listed or quantized or ()]
     rules = [

@@ -37,6 +37,8 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 
 def sources(module: str) -> str:
     """Of a vLLM that has every model, keeps ba whole, and compiles by ranges of tokens."""
+    if module == quantization.EXLLAMA:
+        return ""
     every = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3NextForCausalLM", *OTHERS)
     return " ".join(f'"{name}"' for name in every) + checkpoint.WHOLE_SIDE + checkpoint.DSA_PACKAGE + checkpoint.RANGES
 
@@ -282,6 +284,24 @@ def test_before_vllm_compiles_by_ranges_a_base_layer_that_quantizes_stays_stock(
     groups = [group for group in found.groups if group.patch == "lora_linear"]
     assert [group.state for group in groups] == ["stock", APPLY]
     assert "FP8 in blocks may quantize its input" in groups[0].reason
+
+
+@pytest.mark.parametrize(
+    ("quantized", "said"),
+    [
+        ({"quant_method": "awq", "w_bit": 8}, "w_bit is 8; allowed with awq is 4"),
+        ({"quant_method": "awq", "bits": 8}, "bits is 8; allowed with awq is 4"),
+        ({"quant_method": "gptq", "bits": 4, "sym": False}, "sym is False; allowed with gptq is true"),
+        ({"quant_method": "gptq", "bits": 3}, "bits is 3; allowed with gptq is 4 or 8"),
+    ],
+)
+def test_bits_that_vllm_refuses_are_bad_input(quantized: dict[str, Any], said: str, tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": quantized}
+    with pytest.raises(CommandError, match=f"quantization_config: {said}"):
+        judged(tmp_path, content)
+    if quantized["quant_method"] == "gptq":  # up to 0.21 it has a kernel of its own
+        found = checkpoint.judge(str(tmp_path), APPLIES, lambda module: sources("") + module, 1, False)
+        assert gdn(found)[0][1] == "unknown" and found.format == f"unknown: gptq, {said.partition(';')[0]}"
 
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32}
