@@ -215,15 +215,15 @@ class Configuration:
             raise self.wrong("layer_types", types, f"a list of {count} kinds of layers")
         return types[:count]
 
-    def packed(self) -> list[str] | None:
-        """The linears with packed weights, by the index of the weight files; None where there is none."""
+    def weights(self) -> list[str] | None:
+        """The names of the tensors, by the index of the weight files; None where there is none."""
         index = self.file.parent / INDEX
         if not index.is_file():
             return None
         names = _json(index).get("weight_map")
         if not isinstance(names, Mapping):
             raise CommandError(f"--model: {index} has no weight_map; {ALLOWED}")
-        return [name.rpartition(".")[0] for name in names if name.endswith(".qweight")]
+        return list(names)
 
 
 def read(given: str) -> Configuration:
@@ -275,7 +275,7 @@ def judge(
     notes: list[str] = []
     form: Format | None = None
     try:
-        form = find(config.quantization, config.dtype, names, config.packed())
+        form = find(config.quantization, config.dtype, names, config.weights())
         notes += form.notes
         name = form.name
     except Unusable as error:

@@ -228,14 +228,25 @@ def test_old_modelopt_checkpoints_have_a_file_of_their_own(tmp_path: Path) -> No
     assert judged(tmp_path, BASE["Qwen3.5-35B-A3B"]).format == "modelopt, NVFP4"
 
 
-def test_gptq_without_a_list_is_read_from_the_index_of_its_weights(tmp_path: Path) -> None:
-    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_4_bit_without_a_list_is_read_from_the_index_of_its_weights(method: str, tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": {"quant_method": method, "bits": 4}}
     alone = judged(tmp_path, content)
     assert gdn(alone)[0][2].startswith("in_proj_ba is 4-bit") and "asks the weight files" in alone.notes[0]
-    packed = {f"{name}.qweight": "a" for name in named("in_proj_qkv", "in_proj_z")}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**packed, "x.weight": "a"}}))
+    packed = [f"{name}.{part}" for name in named("in_proj_qkv", "in_proj_z") for part in ("qweight", "scales")]
+    plain = [f"{name}.weight" for name in (*named("in_proj_a", "in_proj_b"), "x")]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(packed + plain)}))
     found = judged(tmp_path, content)
     assert gdn(found) == [(3, APPLY, "in_proj_ba is bf16 beside 4-bit")] and found.notes == ()
+
+
+def test_awq_takes_the_owner_of_a_tensor_for_a_layer_that_is_not_quantized(tmp_path: Path) -> None:
+    """As vLLM does: a part of a name is enough, and `linear_attn.A_log` makes one of all its linears."""
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    names = [f"{name}.qweight" for name in named("in_proj_qkv", "in_proj_z")]
+    names += [f"{PREFIX}.{index}.linear_attn.A_log" for index in LAYERS]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names)}))
+    assert gdn(judged(tmp_path, content)) == [(3, APPLY, "in_proj_ba is bf16 beside bf16")]
 
 
 def test_sizes_are_those_of_a_shard(tmp_path: Path) -> None:
