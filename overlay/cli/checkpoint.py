@@ -65,6 +65,8 @@ POOLING = re.compile(r"(ForTextEncoding|For\w*Classification|ForRewardModeling|(
 POOLS = "modules.json"
 #: Fields of models with latent attention, whose linears have other names.
 OTHER_LINEARS = ("q_lora_rank", "kv_lora_rank", "compress_ratios")
+#: The kinds of layers that a model with linear attention has; vLLM refuses others.
+KINDS = FULL, LINEAR = "full_attention", "linear_attention"
 ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 MLP = {"gate_up_proj": ("gate_proj", "up_proj")}
 GDN = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
@@ -210,9 +212,12 @@ class Configuration:
         count, types = self.layers, self.text.get("layer_types")
         if types is None:
             every = self.size_or("full_attention_interval", 4)
-            return ["full_attention" if (index + 1) % every == 0 else "linear_attention" for index in range(count)]
+            return [FULL if (index + 1) % every == 0 else LINEAR for index in range(count)]
         if not isinstance(types, list) or len(types) < count or not all(isinstance(one, str) for one in types):
             raise self.wrong("layer_types", types, f"a list of {count} kinds of layers")
+        unknown = next((one for one in types[:count] if one not in KINDS), None)
+        if unknown is not None:
+            raise self.wrong("an entry of layer_types", unknown, " or ".join(KINDS))
         return types[:count]
 
     def weights(self) -> list[str] | None:
@@ -375,7 +380,7 @@ class _Asked:
         sizes = (("hidden", hidden), ("qkvz", sum(main)), ("ba", sum(side)))
         if NEXT.fullmatch(config.architecture):  # its checkpoint has each of the two as one weight
             main, side = (sum(main),), (sum(side),)
-        layers = [index for index, kind in enumerate(config.kinds()) if kind == "linear_attention"]
+        layers = [index for index, kind in enumerate(config.kinds()) if kind == LINEAR]
         off = self._off("gdn")
         names = [f"{self.prefix}.{index}.linear_attn" for index in layers]
         rows = [((STOCK, off) if off is not None else self._of_pair(name, hidden)) + (sizes, name) for name in names]
@@ -501,13 +506,13 @@ class _Asked:
     def _linears(self) -> Iterable[str]:
         config = self.config
         is_hybrid = "linear_num_value_heads" in config.text
-        kinds = config.kinds() if is_hybrid else ["full_attention"] * config.layers
+        kinds = config.kinds() if is_hybrid else [FULL] * config.layers
         mixture = self._is_mixture()
         shared = bool(config.text.get("shared_expert_intermediate_size"))
         inner = ("mlp.shared_expert.",) if shared else () if mixture else ("mlp.",)
         for index, kind in enumerate(kinds):
             own = (f"linear_attn.{MAIN}", f"linear_attn.{SIDE}", "linear_attn.out_proj")
-            attention = own if kind == "linear_attention" else ("self_attn.qkv_proj", "self_attn.o_proj")
+            attention = own if kind == LINEAR else ("self_attn.qkv_proj", "self_attn.o_proj")
             for name in itertools.chain(
                 attention, (f"{part}{one}" for part in inner for one in ("gate_up_proj", "down_proj"))
             ):

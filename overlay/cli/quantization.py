@@ -192,7 +192,9 @@ def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]
 
 
 def shown(value: object) -> str:
-    """A value in a message: a number or a text as it is, cut to 80 letters; of anything else its kind."""
+    """A value in a message: a number or a text as it is, cut to 80 letters; of a list its length; of anything else its kind."""
+    if isinstance(value, list):
+        return f"a list of length {len(value)}"
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -264,6 +264,20 @@ def test_sizes_are_those_of_a_shard(tmp_path: Path) -> None:
         judged(tmp_path, content, shards=4)
 
 
+@pytest.mark.parametrize(
+    ("types", "said"),
+    [
+        (["linear_attention", "full_attention"], "layer_types is a list of length 2; allowed is a list of 4 kinds"),
+        (["foo"] * 4, "an entry of layer_types is 'foo'; allowed is full_attention or linear_attention"),
+    ],
+)
+def test_wrong_kinds_of_layers_have_one_message(types: list[str], said: str, tmp_path: Path) -> None:
+    content = copy.deepcopy(BASE["Qwen3.5-35B-A3B"])
+    content["text_config"]["layer_types"] = types
+    with pytest.raises(CommandError, match=said):
+        judged(tmp_path, content)
+
+
 def test_what_this_vllm_does_decides_first(tmp_path: Path) -> None:
     content = BASE["Qwen3.5-35B-A3B"]
     landed = {**APPLIES, "gdn": Verdict(LANDED, "upstream does it")}
@@ -437,7 +451,8 @@ def test_pooling_models_are_known_by_the_end_of_their_name(name: str, pools: boo
         (b"[]", "holds a list and no object"),
         (b"null", "holds a NoneType"),
         (b"{}", "architectures is None; allowed is a list"),
-        (b'{"architectures": [[]]}', "architectures is a list"),
+        (b'{"architectures": [[]]}', "architectures is a list of length 1; allowed is a list"),
+        (b'{"architectures": []}', "architectures is a list of length 0; allowed is a list"),
         (b'{"architectures": ["Qwen3_5ForCausalLM"]}', "hidden_size is None; allowed is a whole number"),
         (b'{"architectures": ["A"], "text_config": 7}', "text_config is 7; allowed is an object"),
         (
