@@ -308,17 +308,18 @@ def judge(
         groups += asked.dsa()
     if DEEPSEEK_V4.fullmatch(architecture):
         groups += asked.deepseek_v4()
+    unjudged = None
     if POOLING.search(architecture) or (config.file.parent / POOLS).is_file():
         groups += asked.pooling()
+        unjudged = "it is not judged for a pooling model" if lora else None
     elif any(config.text.get(key) is not None for key in OTHER_LINEARS):
-        notes.append(
-            f"lora_linear: how {architecture} names its linears is not known here; the journal of a server tells"
-        )
+        unjudged = f"how {architecture} names its linears is not known here"
     else:
         groups += asked.lora_linear()
+    notes += [f"lora_linear: {unjudged}; the journal of a server tells"] if unjudged else []
     states = {group.state for group in groups}
     if not states & {APPLY, UNKNOWN}:
-        notes.append(f"no patch applies to this checkpoint ({architecture}, {name})")
+        notes.append(f"no {'other ' if unjudged else ''}patch applies to this checkpoint ({architecture}, {name})")
     elif {group.patch for group in groups if group.state == APPLY} == {"lora_linear"} and not lora:
         notes.append(f"no patch applies to {architecture} but lora_linear, {WHEN_SERVED}")
     # pooling asks for none of them: it forks nothing.
@@ -340,12 +341,15 @@ class _Asked:
     prefix: str
 
     def _off(self, patch: str) -> str | None:
-        """Why a patch does nothing in this vLLM, whatever the model."""
+        """Why a patch does nothing in this vLLM, whatever the model is."""
         found = self.verdicts[patch]
-        if found.state != APPLY:
-            return f"{found.state} in this vLLM: {found.reason}"
+        return None if found.state == APPLY else f"{found.state} in this vLLM: {found.reason}"
+
+    def _off_here(self, patch: str) -> str | None:
+        """The same of a patch of the model's own layers."""
         name = self.config.architecture
-        return None if f'"{name}"' in self.source_of(REGISTRY) else f"this vLLM has no {name} of its own"
+        is_known = f'"{name}"' in self.source_of(REGISTRY)
+        return self._off(patch) or (None if is_known else f"this vLLM has no {name} of its own")
 
     def divided(self, key: str) -> int:
         """A size per shard. Raises CommandError where it cannot be divided: vLLM would not start."""
@@ -381,7 +385,7 @@ class _Asked:
         if NEXT.fullmatch(config.architecture):  # its checkpoint has each of the two as one weight
             main, side = (sum(main),), (sum(side),)
         layers = [index for index, kind in enumerate(config.kinds()) if kind == LINEAR]
-        off = self._off("gdn")
+        off = self._off_here("gdn")
         names = [f"{self.prefix}.{index}.linear_attn" for index in layers]
         rows = [((STOCK, off) if off is not None else self._of_pair(name, hidden)) + (sizes, name) for name in names]
         return [
@@ -434,7 +438,7 @@ class _Asked:
 
     def dsa(self) -> list[Group]:
         """The first projections of the layers that have an indexer. The others have nothing to overlap, and are not counted."""
-        config, off = self.config, self._off("dsa")
+        config, off = self.config, self._off_here("dsa")
         if off is None and DSA_PACKAGE not in self.source_of(REGISTRY):
             off = self.verdicts["dsa"].reason
         latent = sum(config.size(key) for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"))
@@ -471,7 +475,7 @@ class _Asked:
 
     def deepseek_v4(self) -> list[Group]:
         """The GEMMs before the attention: layers with a compressor."""
-        config, off = self.config, self._off("deepseek_v4")
+        config, off = self.config, self._off_here("deepseek_v4")
         ratios = config.text.get("compress_ratios")
         count = config.layers
         if not isinstance(ratios, list) or len(ratios) < count or not all(type(ratio) is int for ratio in ratios):
@@ -489,13 +493,14 @@ class _Asked:
         return self._grouped("deepseek_v4", rows)
 
     def pooling(self) -> list[Group]:
+        """The copy of the pooler's output. vLLM's runner makes it, so the model does not matter."""
         off = self._off("pooling")
         reason = "where async scheduling is off (--no-async-scheduling, or an option that excludes it)"
         return [Group("pooling", 1, STOCK if off else APPLY, off or reason)]
 
     def lora_linear(self) -> list[Group]:
         """The linears of the language model's layers, as far as their names are those of most models."""
-        off = self._off("lora_linear")
+        off = self._off_here("lora_linear")
         rows: list[tuple[Any, ...]] = []
         for linear in self._linears() if self.config.text.get("num_hidden_layers") is not None else ():
             state, reason = (STOCK, off) if off is not None else self._of_base(linear)

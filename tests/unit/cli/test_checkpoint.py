@@ -343,6 +343,13 @@ def test_other_models(tmp_path: Path) -> None:
     (pooling,) = judged(tmp_path, bert).groups
     assert (pooling.patch, pooling.layers, pooling.state) == ("pooling", 1, APPLY) and "async" in pooling.reason
     assert judged(tmp_path, bert).modes == () and judged(tmp_path, LLAMA).modes == rules.MODES
+    classifier = {"architectures": ["Qwen3ForSequenceClassification"]}  # vLLM has it as Qwen3ForCausalLM, with a pooler
+    assert [(one.patch, one.state) for one in judged(tmp_path, classifier).groups] == [("pooling", APPLY)]
+    off = {**APPLIES, "pooling": Verdict(LANDED, "upstream does it")}
+    assert judged(tmp_path, classifier, verdicts=off).groups[0].reason == "landed in this vLLM: upstream does it"
+    assert "no other patch applies" in judged(tmp_path, classifier, lora=True, verdicts=off).notes[1]
+    assert "lora_linear: it is not judged for a pooling model" in judged(tmp_path, bert, lora=True).notes[0]
+    assert judged(tmp_path, bert).notes == ()
     (tmp_path / "modules.json").write_text("[]")
     assert [one.patch for one in judged(tmp_path, LLAMA).groups] == ["pooling"]
 
