@@ -75,7 +75,7 @@ MAIN, SIDE = "in_proj_qkvz", "in_proj_ba"
 WHOLE_SIDE = "disable_tp_for_ba_proj"
 #: The module of vLLM that names all architectures.
 REGISTRY = "vllm.model_executor.models.registry"
-#: Where vLLM says how it compiles, and what it has there from 0.19 on: then starts are put into graphs last.
+#: Where vLLM says how it compiles, and what it has there from 0.18 on: then starts are put into graphs last.
 COMPILATION, RANGES = "vllm.config.compilation", "compile_ranges_endpoints"
 
 
