@@ -73,8 +73,9 @@ GDN = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b",
 LATENT = {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 MAIN, SIDE = "in_proj_qkvz", "in_proj_ba"
 WHOLE_SIDE = "disable_tp_for_ba_proj"
-#: The module of vLLM that names all architectures.
-REGISTRY = "vllm.model_executor.models.registry"
+#: vLLM's models, and the module that names all architectures.
+MODELS = "vllm.model_executor.models"
+REGISTRY = f"{MODELS}.registry"
 #: Where vLLM says how it compiles, and what it has there from 0.18 on: then starts are put into graphs last.
 COMPILATION, RANGES = "vllm.config.compilation", "compile_ranges_endpoints"
 
@@ -312,7 +313,7 @@ def judge(
     if POOLING.search(architecture) or (config.file.parent / POOLS).is_file():
         groups += asked.pooling()
         unjudged = "it is not judged for a pooling model" if lora else None
-    elif any(config.text.get(key) is not None for key in OTHER_LINEARS):
+    elif not asked.has_usual_linears():
         unjudged = f"how {architecture} names its linears is not known here"
     else:
         groups += asked.lora_linear()
@@ -497,6 +498,24 @@ class _Asked:
         off = self._off("pooling")
         reason = "where async scheduling is off (--no-async-scheduling, or an option that excludes it)"
         return [Group("pooling", 1, STOCK if off else APPLY, off or reason)]
+
+    def has_usual_linears(self) -> bool:
+        """Whether the linears are called as those of most models, or this vLLM has no class of which to ask that.
+
+        A model's module says so where it names what is fused (`packed_modules_mapping`), or builds on Llama's class.
+        """
+        if any(self.config.text.get(key) is not None for key in OTHER_LINEARS):
+            return False
+        entry = re.search(
+            rf'"{re.escape(self.config.architecture)}":\s*\(\s*"([\w.]+)",\s*"(\w+)"', self.source_of(REGISTRY)
+        )
+        if entry is None:
+            return True
+        source = self.source_of(entry[1] if "." in entry[1] else f"{MODELS}.{entry[1]}")
+        if f"class {entry[2]}(LlamaForCausalLM" in source:
+            return True
+        needed = ATTENTION if self._is_mixture() else {**ATTENTION, **MLP}
+        return "self.mixer" not in source and all(f'"{name}"' in source for name in needed)
 
     def lora_linear(self) -> list[Group]:
         """The linears of the language model's layers, as far as their names are those of most models."""

@@ -368,6 +368,36 @@ def test_other_models(tmp_path: Path) -> None:
     assert [one.state for one in unknown.groups] == ["unknown"] and unknown.notes == ()
 
 
+FUSED = 'packed_modules_mapping = {"qkv_proj": ["q_proj"], "gate_up_proj": ["gate_proj"]}'
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "fields", "is_known"),
+    [
+        ("x", FUSED, {}, True),
+        ("vllm.models.x", FUSED, {}, True),
+        ("x", "class X(LlamaForCausalLM): pass", {}, True),
+        ("x", '{"qkv_proj": ["q_proj"]}', {"num_experts": 8}, True),  # of experts no linear is named
+        ("x", '{"qkv_proj": ["q_proj"]}', {}, False),  # OPT
+        ("x", '{"self_attn.qkv_proj": ["self_attn.q_proj"]}', {}, False),  # Whisper
+        ("x", f"{FUSED}; self.mixer = Mixer()", {}, False),  # Nemotron-H
+        ("x", "", {}, False),  # Mamba
+        ("x", FUSED, {"kv_lora_rank": 512}, False),
+    ],
+)
+def test_linears_are_named_only_where_the_models_source_names_them(
+    module: str, text: str, fields: dict[str, Any], is_known: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **fields}))
+    texts = {
+        checkpoint.REGISTRY: f'"LlamaForCausalLM": ("{module}", "X"),',
+        module if "." in module else f"{checkpoint.MODELS}.{module}": text,
+    }
+    found = checkpoint.judge(str(tmp_path), APPLIES, lambda name: texts.get(name, ""), 1, True)
+    assert [one.state for one in found.groups] == [APPLY] * is_known
+    assert any("names its linears is not known here" in note for note in found.notes) != is_known
+
+
 #: DeepSeek-V3.2, as its `config.json` says it, with few layers.
 V32 = {
     "architectures": ["DeepseekV32ForCausalLM"], "torch_dtype": "bfloat16", "num_hidden_layers": 6, "hidden_size": 7168,
