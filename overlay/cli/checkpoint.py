@@ -16,7 +16,19 @@ from typing import Any
 
 from overlay.cli.failure import CommandError
 from overlay.cli.options import MOST_LAYERS
-from overlay.cli.quantization import Format, Names, Torn, Unknown, Unusable, bits, find, shown, unquantized
+from overlay.cli.quantization import (
+    EXLLAMA,
+    Dropped,
+    Format,
+    Names,
+    Torn,
+    Unknown,
+    Unusable,
+    bits,
+    find,
+    shown,
+    unquantized,
+)
 from overlay.side_work.rules import (
     ADAPTERS,
     MARLIN,
@@ -54,15 +66,18 @@ POOLS = "modules.json"
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
 #: Fields of models with latent attention, whose linears have other names.
 OTHER_LINEARS = ("q_lora_rank", "kv_lora_rank", "compress_ratios")
+#: The kinds of layers that a model with linear attention has; vLLM refuses others.
+KINDS = FULL, LINEAR = "full_attention", "linear_attention"
 ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 MLP = {"gate_up_proj": ("gate_proj", "up_proj")}
 GDN = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 LATENT = {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
 MAIN, SIDE = "in_proj_qkvz", "in_proj_ba"
 WHOLE_SIDE = "disable_tp_for_ba_proj"
-#: The module of vLLM that names all architectures.
-REGISTRY = "vllm.model_executor.models.registry"
-#: Where vLLM says how it compiles, and what it has there from 0.19 on: then starts are put into graphs last.
+#: vLLM's models, and the module that names all architectures.
+MODELS = "vllm.model_executor.models"
+REGISTRY = f"{MODELS}.registry"
+#: Where vLLM says how it compiles, and what it has there from 0.18 on: then starts are put into graphs last.
 COMPILATION, RANGES = "vllm.config.compilation", "compile_ranges_endpoints"
 
 
@@ -189,27 +204,38 @@ class Configuration:
 
     @property
     def dtype(self) -> object:
-        return self.text.get("dtype") or self.text.get("torch_dtype") or self.content.get("torch_dtype")
+        """Where vLLM looks for it, in that order (`get_torch_dtype`)."""
+        inner = (self.content.get(key) for key in ("vision_config", "encoder_config"))
+        places = (place for place in (self.content, self.text, *inner) if isinstance(place, Mapping))
+        return next((found for place in places if (found := place.get("dtype") or place.get("torch_dtype"))), None)
 
     def kinds(self) -> list[str]:
         """The kind of each layer, as in `layer_types`."""
         count, types = self.layers, self.text.get("layer_types")
         if types is None:
             every = self.size_or("full_attention_interval", 4)
-            return ["full_attention" if (index + 1) % every == 0 else "linear_attention" for index in range(count)]
+            return [FULL if (index + 1) % every == 0 else LINEAR for index in range(count)]
         if not isinstance(types, list) or len(types) < count or not all(isinstance(one, str) for one in types):
             raise self.wrong("layer_types", types, f"a list of {count} kinds of layers")
         return types[:count]
 
-    def packed(self) -> list[str] | None:
-        """The linears with packed weights, by the index of the weight files; None where there is none."""
+    def hybrid_kinds(self) -> list[str]:
+        """The same of a model with linear attention, of which vLLM knows two kinds."""
+        kinds = self.kinds()
+        unknown = next((one for one in kinds if one not in KINDS), None)
+        if unknown is not None:
+            raise self.wrong("an entry of layer_types", unknown, " or ".join(KINDS))
+        return kinds
+
+    def weights(self) -> list[str] | None:
+        """The names of the tensors, by the index of the weight files; None where there is none."""
         index = self.file.parent / INDEX
         if not index.is_file():
             return None
         names = _json(index).get("weight_map")
         if not isinstance(names, Mapping):
             raise CommandError(f"--model: {index} has no weight_map; {ALLOWED}")
-        return [name.rpartition(".")[0] for name in names if name.endswith(".qweight")]
+        return list(names)
 
 
 def read(given: str) -> Configuration:
@@ -261,11 +287,13 @@ def judge(
     notes: list[str] = []
     form: Format | None = None
     try:
-        form = find(config.quantization, config.dtype, names, config.packed())
+        form = find(config.quantization, config.dtype, names, config.weights())
         notes += form.notes
         name = form.name
     except Unusable as error:
-        raise CommandError(f"--model: {config.file}: quantization_config: {error}") from error
+        if not (isinstance(error, Dropped) and source_of(EXLLAMA)):
+            raise CommandError(f"--model: {config.file}: quantization_config: {error}") from error
+        name = f"unknown: gptq, {str(error).partition(';')[0]}"
     except Unknown as unknown:
         name = f"unknown: {unknown}"
     asked = _Asked(
@@ -287,17 +315,18 @@ def judge(
         groups += asked.dsa()
     if DEEPSEEK_V4.fullmatch(architecture):
         groups += asked.deepseek_v4()
+    unjudged = None
     if POOLING.search(architecture) or (config.file.parent / POOLS).is_file():
         groups += asked.pooling()
-    elif any(config.text.get(key) is not None for key in OTHER_LINEARS):
-        notes.append(
-            f"lora_linear: how {architecture} names its linears is not known here; the journal of a server tells"
-        )
+        unjudged = "it is not judged for a pooling model" if lora else None
+    elif not asked.has_usual_linears():
+        unjudged = f"how {architecture} names its linears is not known here"
     else:
         groups += asked.lora_linear()
+    notes += [f"lora_linear: {unjudged}; the journal of a server tells"] if unjudged else []
     states = {group.state for group in groups}
     if not states & {APPLY, UNKNOWN}:
-        notes.append(f"no patch applies to this checkpoint ({architecture}, {name})")
+        notes.append(f"no {'other ' if unjudged else ''}patch applies to this checkpoint ({architecture}, {name})")
     elif {group.patch for group in groups if group.state == APPLY} == {"lora_linear"} and not lora:
         notes.append(f"no patch applies to {architecture} but lora_linear, {WHEN_SERVED}")
     # pooling asks for none of them: it forks nothing.
@@ -319,12 +348,15 @@ class _Asked:
     prefix: str
 
     def _off(self, patch: str) -> str | None:
-        """Why a patch does nothing in this vLLM, whatever the model."""
+        """Why a patch does nothing in this vLLM, whatever the model is."""
         found = self.verdicts[patch]
-        if found.state != APPLY:
-            return f"{found.state} in this vLLM: {found.reason}"
+        return None if found.state == APPLY else f"{found.state} in this vLLM: {found.reason}"
+
+    def _off_here(self, patch: str) -> str | None:
+        """The same of a patch of the model's own layers."""
         name = self.config.architecture
-        return None if f'"{name}"' in self.source_of(REGISTRY) else f"this vLLM has no {name} of its own"
+        is_known = f'"{name}"' in self.source_of(REGISTRY)
+        return self._off(patch) or (None if is_known else f"this vLLM has no {name} of its own")
 
     def divided(self, key: str) -> int:
         """A size per shard. Raises CommandError where it cannot be divided: vLLM would not start."""
@@ -359,8 +391,8 @@ class _Asked:
         sizes = (("hidden", hidden), ("qkvz", sum(main)), ("ba", sum(side)))
         if NEXT.fullmatch(config.architecture):  # its checkpoint has each of the two as one weight
             main, side = (sum(main),), (sum(side),)
-        layers = [index for index, kind in enumerate(config.kinds()) if kind == "linear_attention"]
-        off = self._off("gdn")
+        layers = [index for index, kind in enumerate(config.hybrid_kinds()) if kind == LINEAR]
+        off = self._off_here("gdn")
         names = [f"{self.prefix}.{index}.linear_attn" for index in layers]
         rows = [((STOCK, off) if off is not None else self._of_pair(name, hidden)) + (sizes, name) for name in names]
         return [
@@ -413,7 +445,7 @@ class _Asked:
 
     def dsa(self) -> list[Group]:
         """The first projections of the layers that have an indexer. The others have nothing to overlap, and are not counted."""
-        config, off = self.config, self._off("dsa")
+        config, off = self.config, self._off_here("dsa")
         if off is None and DSA_PACKAGE not in self.source_of(REGISTRY):
             off = self.verdicts["dsa"].reason
         latent = sum(config.size(key) for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"))
@@ -450,7 +482,7 @@ class _Asked:
 
     def deepseek_v4(self) -> list[Group]:
         """The GEMMs before the attention: layers with a compressor."""
-        config, off = self.config, self._off("deepseek_v4")
+        config, off = self.config, self._off_here("deepseek_v4")
         ratios = config.text.get("compress_ratios")
         count = config.layers
         if not isinstance(ratios, list) or len(ratios) < count or not all(type(ratio) is int for ratio in ratios):
@@ -468,13 +500,32 @@ class _Asked:
         return self._grouped("deepseek_v4", rows)
 
     def pooling(self) -> list[Group]:
+        """The copy of the pooler's output. vLLM's runner makes it, so the model does not matter."""
         off = self._off("pooling")
         reason = "where async scheduling is off (--no-async-scheduling, or an option that excludes it)"
         return [Group("pooling", 1, STOCK if off else APPLY, off or reason)]
 
+    def has_usual_linears(self) -> bool:
+        """Whether the linears are called as those of most models, or this vLLM has no class of which to ask that.
+
+        A model's module says so where it names what is fused (`packed_modules_mapping`), or builds on Llama's class.
+        """
+        if any(self.config.text.get(key) is not None for key in OTHER_LINEARS):
+            return False
+        entry = re.search(
+            rf'"{re.escape(self.config.architecture)}":\s*\(\s*"([\w.]+)",\s*"(\w+)"', self.source_of(REGISTRY)
+        )
+        if entry is None:
+            return True
+        source = self.source_of(entry[1] if "." in entry[1] else f"{MODELS}.{entry[1]}")
+        if f"class {entry[2]}(LlamaForCausalLM" in source:
+            return True
+        needed = ATTENTION if self._is_mixture() else {**ATTENTION, **MLP}
+        return "self.mixer" not in source and all(f'"{name}"' in source for name in needed)
+
     def lora_linear(self) -> list[Group]:
         """The linears of the language model's layers, as far as their names are those of most models."""
-        off = self._off("lora_linear")
+        off = self._off_here("lora_linear")
         rows: list[tuple[Any, ...]] = []
         for linear in self._linears() if self.config.text.get("num_hidden_layers") is not None else ():
             state, reason = (STOCK, off) if off is not None else self._of_base(linear)
@@ -485,13 +536,13 @@ class _Asked:
     def _linears(self) -> Iterable[str]:
         config = self.config
         is_hybrid = "linear_num_value_heads" in config.text
-        kinds = config.kinds() if is_hybrid else ["full_attention"] * config.layers
+        kinds = config.hybrid_kinds() if is_hybrid else [FULL] * config.layers
         mixture = self._is_mixture()
         shared = bool(config.text.get("shared_expert_intermediate_size"))
         inner = ("mlp.shared_expert.",) if shared else () if mixture else ("mlp.",)
         for index, kind in enumerate(kinds):
             own = (f"linear_attn.{MAIN}", f"linear_attn.{SIDE}", "linear_attn.out_proj")
-            attention = own if kind == "linear_attention" else ("self_attn.qkv_proj", "self_attn.o_proj")
+            attention = own if kind == LINEAR else ("self_attn.qkv_proj", "self_attn.o_proj")
             for name in itertools.chain(
                 attention, (f"{part}{one}" for part in inner for one in ("gate_up_proj", "down_proj"))
             ):

@@ -18,7 +18,8 @@ from overlay.side_work.rules import MARLIN, OTHER, TORCH, Linear
 
 #: What a class of vLLM's linears is called, in small letters: a target of compressed-tensors such as "Linear" may be a part of it.
 CLASSES = ("columnparallellinear", "mergedcolumnparallellinear", "qkvparallellinear", "rowparallellinear")
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+#: vLLM serves 32 bits as 16 (`_resolve_auto_dtype`): bf16, or fp16 on a GPU without bf16 and in a pooling model.
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "16-bit", "float": "16-bit"}
 #: Of ModelOpt: what a `quant_algo` is.
 ALGORITHMS = {
     "FP8": "FP8 per tensor",
@@ -29,12 +30,18 @@ ALGORITHMS = {
     "MXFP8": "MXFP8",
 }
 MIXED_PRECISION = "MIXED_PRECISION"
+#: vLLM's second module for GPTQ, up to 0.21: it takes what Marlin does not.
+EXLLAMA = "vllm.model_executor.layers.quantization.gptq"
 #: A key of AutoRound's with one of these is a pattern.
 PATTERN_LETTERS = frozenset("*+?^$()[]{}|\\")
 
 
 class Unusable(ValueError):
     """A configuration that no vLLM takes. The message names the key, its value and what is allowed."""
+
+
+class Dropped(Unusable):
+    """The same of a configuration that only releases with `EXLLAMA` take."""
 
 
 class Unknown(Exception):
@@ -111,11 +118,10 @@ def _weights_only(bits: int) -> Linear:
     return Linear(f"{bits}-bit", MARLIN, reads_input=True) if bits in (4, 8) else _quantized(f"{bits}-bit")
 
 
-def find(config: Mapping[str, Any] | None, dtype: object, names: Names, quantized: Iterable[str] | None) -> Format:
+def find(config: Mapping[str, Any] | None, dtype: object, names: Names, weights: Sequence[str] | None) -> Format:
     """The format of a checkpoint with this `quantization_config`; None for a checkpoint without.
 
-    `quantized`: the linears that have packed weights in the checkpoint's files, None where there are no files. Raises Unknown,
-    and Unusable.
+    `weights`: the names of the tensors in the checkpoint's files, None where there are no files. Raises Unknown, and Unusable.
     """
     plain = unquantized(dtype)
     if config is None:
@@ -124,7 +130,7 @@ def find(config: Mapping[str, Any] | None, dtype: object, names: Names, quantize
     make = _FORMATS.get(method) or _FORMATS.get(method.partition("_")[0] if method.startswith("modelopt") else "")
     if make is None:
         raise Unknown(method)
-    return make(config, plain, names, quantized)
+    return make(config, plain, names, weights)
 
 
 def _method(config: Mapping[str, Any]) -> str:
@@ -186,7 +192,9 @@ def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]
 
 
 def shown(value: object) -> str:
-    """A value in a message: a number or a text as it is, cut to 80 letters; of anything else its kind."""
+    """A value in a message: a number or a text as it is, cut to 80 letters; of a list its length; of anything else its kind."""
+    if isinstance(value, list):
+        return f"a list of length {len(value)}"
     text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -208,7 +216,7 @@ def _one_of(entries: Sequence[str]) -> Callable[[str], bool]:
 # ---------------------------------------------------------------- the formats
 
 
-def _fp8(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
+def _fp8(config: Mapping[str, Any], plain: Linear, names: Names, _: Sequence[str] | None) -> Format:
     skipped = {names.mapped(name) for name in _list(config, "ignored_layers", "modules_to_not_convert")}
     block = config.get("weight_block_size")
     if block is None:
@@ -222,7 +230,7 @@ def _fp8(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str
     )
 
 
-def _modelopt(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
+def _modelopt(config: Mapping[str, Any], plain: Linear, names: Names, _: Sequence[str] | None) -> Format:
     inner = config.get("quantization", config)
     if not isinstance(inner, Mapping):
         raise Unusable(f"quantization is {shown(inner)}; allowed is an object")
@@ -267,7 +275,7 @@ def _modelopt(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterabl
     return Format("modelopt, mixed precision", read)
 
 
-def _compressed_tensors(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
+def _compressed_tensors(config: Mapping[str, Any], plain: Linear, names: Names, _: Sequence[str] | None) -> Format:
     def mapped(entries: Iterable[str]) -> list[str]:
         return [names.mapped(one) if "." in one and not one.startswith("re:") else one for one in entries]
 
@@ -317,32 +325,50 @@ def _scheme(group: Mapping[str, Any], form: str) -> Linear:
     return _quantized(f"INT{bits}" + ("" if inputs else ", weights only"))
 
 
-def _awq(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
+def _layers(weights: Sequence[str] | None, packed: bool) -> list[str]:
+    """The layers that have packed weights, or those that have others only."""
+    layers: dict[str, bool] = {}
+    for name in weights or ():
+        layer = name.rsplit(".", 1)[0]
+        layers[layer] = layers.get(layer, False) or name.endswith(".qweight")
+    return [layer for layer, is_packed in layers.items() if is_packed == packed]
+
+
+def _asks_the_files(key: str, is_known: bool) -> tuple[str, ...]:
+    """The note for a configuration without this key; none where its list or the files' index is known."""
+    said = f"{key} is not there, so vLLM asks the weight files; without them all linears count as quantized"
+    return () if is_known else (said,)
+
+
+def _awq(config: Mapping[str, Any], plain: Linear, names: Names, weights: Sequence[str] | None) -> Format:
     bits = _number(config, "w_bit", "bits", default=4)
-    skipped = [names.mapped(name) for name in _list(config, "modules_to_not_convert")]
+    if bits != 4:
+        key = "bits" if config.get("w_bit") is None else "w_bit"
+        raise Unusable(f"{key} is {bits}; allowed with awq is 4")
+    listed = _list(config, "modules_to_not_convert")
+    skipped = [names.mapped(name) for name in listed or _layers(weights, packed=False)]
+    notes = _asks_the_files("modules_to_not_convert", bool(listed) or weights is not None)
     packed = _weights_only(bits)
 
     def is_skipped(name: str) -> bool:
         return any(part in name for part in skipped)
 
-    return Format(f"awq, {bits} bits", lambda name: plain if names.is_left_alone(name, is_skipped) else packed)
+    return Format(f"awq, {bits} bits", lambda name: plain if names.is_left_alone(name, is_skipped) else packed, notes)
 
 
-def _gptq(config: Mapping[str, Any], plain: Linear, names: Names, quantized: Iterable[str] | None) -> Format:
-    bits = _number(config, "bits")
+def _gptq(config: Mapping[str, Any], plain: Linear, names: Names, weights: Sequence[str] | None) -> Format:
+    bits, symmetric = _number(config, "bits"), config.get("sym", True)
+    if bits not in (4, 8):
+        raise Dropped(f"bits is {bits}; allowed with gptq is 4 or 8")
+    if symmetric is not True:
+        raise Dropped(f"sym is {shown(symmetric)}; allowed with gptq is true")
     listed = _list(config, "modules_in_block_to_quantize")
-    by_name = [names.mapped(name) for name in listed or quantized or ()]
+    by_name = [names.mapped(name) for name in listed or _layers(weights, packed=True)]
     rules = [
         (_pattern(re.sub(r"^[-+]:", "", text)), None if text.startswith("-:") else _number(rule, "bits", default=bits))
         for text, rule in _mapping(config, "dynamic").items()
     ]
-    notes = (
-        ()
-        if listed or quantized is not None
-        else (
-            "modules_in_block_to_quantize is not there, so vLLM asks the weight files; without them all linears count as quantized",
-        )
-    )
+    notes = _asks_the_files("modules_in_block_to_quantize", bool(listed) or weights is not None)
 
     def is_quantized(name: str) -> bool:
         return any(part in name for part in by_name)
@@ -357,7 +383,7 @@ def _gptq(config: Mapping[str, Any], plain: Linear, names: Names, quantized: Ite
     return Format(f"gptq, {bits} bits", read, notes)
 
 
-def _autoround(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
+def _autoround(config: Mapping[str, Any], plain: Linear, names: Names, _: Sequence[str] | None) -> Format:
     bits, kind = _number(config, "bits"), _text(config, "data_type", "int")
     extra = {
         names.mapped(name): _number(value, "bits", default=bits)
@@ -395,11 +421,11 @@ def _autoround(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterab
     return Format(f"auto-round, {bits} bits", read)
 
 
-def _mxfp4(config: Mapping[str, Any], plain: Linear, names: Names, _: Iterable[str] | None) -> Format:
+def _mxfp4(config: Mapping[str, Any], plain: Linear, names: Names, _: Sequence[str] | None) -> Format:
     return Format("mxfp4, experts only", lambda _name: plain)
 
 
-_FORMATS: dict[str, Callable[[Mapping[str, Any], Linear, Names, Iterable[str] | None], Format]] = {
+_FORMATS: dict[str, Callable[[Mapping[str, Any], Linear, Names, Sequence[str] | None], Format]] = {
     "fp8": _fp8,
     "modelopt": _modelopt,
     "compressed-tensors": _compressed_tensors,

@@ -9,7 +9,7 @@ limit, an op that is written in Python delays the first token in each layer. It 
 
 Cause: vLLM traces once, and one compiled graph serves every number of tokens.
 
-Fix: vLLM compiles one graph for each range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.19.0 on).
+Fix: vLLM compiles one graph for each range of tokens if it is given endpoints (``compile_ranges_endpoints``, from 0.18.0 on).
 The largest captured size becomes an endpoint, unless the model's hidden size is above WIDEST_ROW. Before the range above it is
 compiled, stock's calls take the place of each op that is registered here, in a copy of the graph that Dynamo traced. So
 everything behind it (Inductor, vLLM's passes and caches) sees what it sees in stock. A cold start pays for a second pass through

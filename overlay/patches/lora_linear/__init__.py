@@ -8,7 +8,7 @@ Cause: nothing orders the shrink and the base layer. Both read the layer's input
 
 Fix: start launches the shrink on an auxiliary stream. The base layer runs as vLLM runs it. Join waits, and then upstream's
 own expand adds to the base layer's output (overlay.side_work). Start and join are put into a compiled graph last, so all
-else in it is stock's (`overlay.side_work.insertion`). In vLLM before 0.19 that cannot be done, and a base layer that quantizes
+else in it is stock's (`overlay.side_work.insertion`). In vLLM before 0.18 that cannot be done, and a base layer that quantizes
 its input stays stock. All of it is upstream's code:
 
 * Its `add_lora_linear` runs with a stand-in for the punica wrapper, which notes the arguments of shrink and expand.

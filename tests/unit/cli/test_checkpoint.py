@@ -37,6 +37,8 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 
 def sources(module: str) -> str:
     """Of a vLLM that has every model, keeps ba whole, and compiles by ranges of tokens."""
+    if module == quantization.EXLLAMA:
+        return ""
     every = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3NextForCausalLM", *OTHERS)
     return " ".join(f'"{name}"' for name in every) + checkpoint.WHOLE_SIDE + checkpoint.DSA_PACKAGE + checkpoint.RANGES
 
@@ -191,6 +193,28 @@ def test_the_dense_one_and_next_are_read_as_well(name: str, tmp_path: Path) -> N
         assert group[2].startswith(f"in_proj_ba is {'4-bit' if name == 'w4' else 'bf16'} beside ")
 
 
+@pytest.mark.parametrize(
+    ("top", "text", "said"),
+    [
+        ({"dtype": "bfloat16"}, {}, "bf16"),
+        ({"dtype": "float16"}, {"dtype": "bfloat16"}, "fp16"),
+        ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, "fp16"),
+        ({}, {"torch_dtype": "bfloat16"}, "bf16"),
+        ({"vision_config": {"dtype": "float16"}}, {}, "fp16"),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, "16-bit"),
+        ({"vision_config": 7}, {}, "unquantized"),
+    ],
+)
+def test_the_type_is_read_where_vllm_reads_it(
+    top: dict[str, Any], text: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    base = BASE["Qwen3.5-35B-A3B"]
+    inner = {key: value for key, value in base["text_config"].items() if "dtype" not in key}
+    outer = {key: value for key, value in base.items() if "dtype" not in key and key != "vision_config"}
+    found = judged(tmp_path, {**outer, **top, "text_config": {**inner, **text}})
+    assert gdn(found) == [(3, APPLY, f"in_proj_ba is {said} beside {said}")]
+
+
 def test_layers_of_several_kinds_are_several_groups(tmp_path: Path) -> None:
     names = [name for name in named("in_proj_b", "in_proj_a") if ".1." not in name]
     quantized = {**of_format("fp8-block"), "modules_to_not_convert": names}
@@ -204,14 +228,25 @@ def test_old_modelopt_checkpoints_have_a_file_of_their_own(tmp_path: Path) -> No
     assert judged(tmp_path, BASE["Qwen3.5-35B-A3B"]).format == "modelopt, NVFP4"
 
 
-def test_gptq_without_a_list_is_read_from_the_index_of_its_weights(tmp_path: Path) -> None:
-    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_4_bit_without_a_list_is_read_from_the_index_of_its_weights(method: str, tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": {"quant_method": method, "bits": 4}}
     alone = judged(tmp_path, content)
     assert gdn(alone)[0][2].startswith("in_proj_ba is 4-bit") and "asks the weight files" in alone.notes[0]
-    packed = {f"{name}.qweight": "a" for name in named("in_proj_qkv", "in_proj_z")}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**packed, "x.weight": "a"}}))
+    packed = [f"{name}.{part}" for name in named("in_proj_qkv", "in_proj_z") for part in ("qweight", "scales")]
+    plain = [f"{name}.weight" for name in (*named("in_proj_a", "in_proj_b"), "x")]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(packed + plain)}))
     found = judged(tmp_path, content)
     assert gdn(found) == [(3, APPLY, "in_proj_ba is bf16 beside 4-bit")] and found.notes == ()
+
+
+def test_awq_takes_the_owner_of_a_tensor_for_a_layer_that_is_not_quantized(tmp_path: Path) -> None:
+    """As vLLM does: a part of a name is enough, and `linear_attn.A_log` makes one of all its linears."""
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    names = [f"{name}.qweight" for name in named("in_proj_qkv", "in_proj_z")]
+    names += [f"{PREFIX}.{index}.linear_attn.A_log" for index in LAYERS]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names)}))
+    assert gdn(judged(tmp_path, content)) == [(3, APPLY, "in_proj_ba is bf16 beside bf16")]
 
 
 def test_sizes_are_those_of_a_shard(tmp_path: Path) -> None:
@@ -227,6 +262,20 @@ def test_sizes_are_those_of_a_shard(tmp_path: Path) -> None:
     content["text_config"]["linear_num_value_heads"] = 30
     with pytest.raises(CommandError, match="--tp=4: the model's linear_num_value_heads is 30"):
         judged(tmp_path, content, shards=4)
+
+
+@pytest.mark.parametrize(
+    ("types", "said"),
+    [
+        (["linear_attention", "full_attention"], "layer_types is a list of length 2; allowed is a list of 4 kinds"),
+        (["foo"] * 4, "an entry of layer_types is 'foo'; allowed is full_attention or linear_attention"),
+    ],
+)
+def test_wrong_kinds_of_layers_have_one_message(types: list[str], said: str, tmp_path: Path) -> None:
+    content = copy.deepcopy(BASE["Qwen3.5-35B-A3B"])
+    content["text_config"]["layer_types"] = types
+    with pytest.raises(CommandError, match=said):
+        judged(tmp_path, content)
 
 
 def test_what_this_vllm_does_decides_first(tmp_path: Path) -> None:
@@ -262,6 +311,24 @@ def test_before_vllm_compiles_by_ranges_a_base_layer_that_quantizes_stays_stock(
     assert "FP8 in blocks may quantize its input" in groups[0].reason
 
 
+@pytest.mark.parametrize(
+    ("quantized", "said"),
+    [
+        ({"quant_method": "awq", "w_bit": 8}, "w_bit is 8; allowed with awq is 4"),
+        ({"quant_method": "awq", "bits": 8}, "bits is 8; allowed with awq is 4"),
+        ({"quant_method": "gptq", "bits": 4, "sym": False}, "sym is False; allowed with gptq is true"),
+        ({"quant_method": "gptq", "bits": 3}, "bits is 3; allowed with gptq is 4 or 8"),
+    ],
+)
+def test_bits_that_vllm_refuses_are_bad_input(quantized: dict[str, Any], said: str, tmp_path: Path) -> None:
+    content = BASE["Qwen3.5-35B-A3B"] | {"quantization_config": quantized}
+    with pytest.raises(CommandError, match=f"quantization_config: {said}"):
+        judged(tmp_path, content)
+    if quantized["quant_method"] == "gptq":  # up to 0.21 it has a kernel of its own
+        found = checkpoint.judge(str(tmp_path), APPLIES, lambda module: sources("") + module, 1, False)
+        assert gdn(found)[0][1] == "unknown" and found.format == f"unknown: gptq, {said.partition(';')[0]}"
+
+
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32}
 
 
@@ -276,6 +343,13 @@ def test_other_models(tmp_path: Path) -> None:
     (pooling,) = judged(tmp_path, bert).groups
     assert (pooling.patch, pooling.layers, pooling.state) == ("pooling", 1, APPLY) and "async" in pooling.reason
     assert judged(tmp_path, bert).modes == () and judged(tmp_path, LLAMA).modes == rules.MODES
+    classifier = {"architectures": ["Qwen3ForSequenceClassification"]}  # vLLM has it as Qwen3ForCausalLM, with a pooler
+    assert [(one.patch, one.state) for one in judged(tmp_path, classifier).groups] == [("pooling", APPLY)]
+    off = {**APPLIES, "pooling": Verdict(LANDED, "upstream does it")}
+    assert judged(tmp_path, classifier, verdicts=off).groups[0].reason == "landed in this vLLM: upstream does it"
+    assert "no other patch applies" in judged(tmp_path, classifier, lora=True, verdicts=off).notes[1]
+    assert "lora_linear: it is not judged for a pooling model" in judged(tmp_path, bert, lora=True).notes[0]
+    assert judged(tmp_path, bert).notes == ()
     (tmp_path / "modules.json").write_text("[]")
     assert [one.patch for one in judged(tmp_path, LLAMA).groups] == ["pooling"]
 
@@ -292,6 +366,36 @@ def test_other_models(tmp_path: Path) -> None:
 
     unknown = judged(tmp_path, LLAMA | {"quantization_config": {"quant_method": "quark"}})
     assert [one.state for one in unknown.groups] == ["unknown"] and unknown.notes == ()
+
+
+FUSED = 'packed_modules_mapping = {"qkv_proj": ["q_proj"], "gate_up_proj": ["gate_proj"]}'
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "fields", "is_known"),
+    [
+        ("x", FUSED, {}, True),
+        ("vllm.models.x", FUSED, {}, True),
+        ("x", "class X(LlamaForCausalLM): pass", {}, True),
+        ("x", '{"qkv_proj": ["q_proj"]}', {"num_experts": 8}, True),  # of experts no linear is named
+        ("x", '{"qkv_proj": ["q_proj"]}', {}, False),  # OPT
+        ("x", '{"self_attn.qkv_proj": ["self_attn.q_proj"]}', {}, False),  # Whisper
+        ("x", f"{FUSED}; self.mixer = Mixer()", {}, False),  # Nemotron-H
+        ("x", "", {}, False),  # Mamba
+        ("x", FUSED, {"kv_lora_rank": 512}, False),
+    ],
+)
+def test_linears_are_named_only_where_the_models_source_names_them(
+    module: str, text: str, fields: dict[str, Any], is_known: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **fields}))
+    texts = {
+        checkpoint.REGISTRY: f'"LlamaForCausalLM": ("{module}", "X"),',
+        module if "." in module else f"{checkpoint.MODELS}.{module}": text,
+    }
+    found = checkpoint.judge(str(tmp_path), APPLIES, lambda name: texts.get(name, ""), 1, True)
+    assert [one.state for one in found.groups] == [APPLY] * is_known
+    assert any("names its linears is not known here" in note for note in found.notes) != is_known
 
 
 #: DeepSeek-V3.2, as its `config.json` says it, with few layers.
@@ -384,7 +488,8 @@ def test_pooling_models_are_known_by_the_end_of_their_name(name: str, pools: boo
         (b"[]", "holds a list and no object"),
         (b"null", "holds a NoneType"),
         (b"{}", "architectures is None; allowed is a list"),
-        (b'{"architectures": [[]]}', "architectures is a list"),
+        (b'{"architectures": [[]]}', "architectures is a list of length 1; allowed is a list"),
+        (b'{"architectures": []}', "architectures is a list of length 0; allowed is a list"),
         (b'{"architectures": ["Qwen3_5ForCausalLM"]}', "hidden_size is None; allowed is a whole number"),
         (b'{"architectures": ["A"], "text_config": 7}', "text_config is 7; allowed is an object"),
         (

@@ -157,7 +157,7 @@ def test_what_cannot_be_compared_is_refused(changes: dict[str, Any], tmp_path: P
     [
         ("", "cannot be read as results"),
         ("[" * 200_000, "nested too deep"),
-        ("[]", "it holds a list and no object"),
+        ("[]", "it holds a list of length 0 and no object"),
         ("{}", "host is missing"),
         ('{"host": {}}', "does not say which model"),
         ({"host": None}, "host is None; allowed is an object"),

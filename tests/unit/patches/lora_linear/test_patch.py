@@ -314,7 +314,7 @@ def test_a_base_layer_with_its_own_forward_is_refused(engine: Any) -> None:
 def test_starts_are_put_in_last_where_vllm_itself_compiles(
     engine: Any, monkeypatch: pytest.MonkeyPatch, mode: int, knows_ranges: bool, quantizes: bool
 ) -> None:
-    """From 0.19 on. Elsewhere a base layer that may quantize its input stays stock, unless nothing is compiled: then nobody rounds."""
+    """From 0.18 on. Elsewhere a base layer that may quantize its input stays stock, unless nothing is compiled: then nobody rounds."""
     config = engine()
     config.compilation_config.mode = mode
     if not knows_ranges:
