@@ -151,7 +151,7 @@ _LINKS = {
 }
 
 
-def _is_service_link(name: str, value: str) -> bool:
+def is_service_link(name: str, value: str) -> bool:
     """Whether Kubernetes made this variable. The value counts too, so that a misspelt setting does not pass as a link."""
     return any(link.fullmatch(name) and form.fullmatch(value) for link, form in _LINKS.items())
 
@@ -174,7 +174,7 @@ def load(environ: Mapping[str, str]) -> Settings:
     """
     found: dict[str, Any] = {}
     for name, value in environ.items():
-        if not name.startswith((FAMILY, HABITUAL)) or _is_service_link(name, value):
+        if not name.startswith((FAMILY, HABITUAL)) or is_service_link(name, value):
             continue
         if name.startswith(HABITUAL):
             allowed = f"the family is {FAMILY}…; did you mean {FAMILY}{name.removeprefix(HABITUAL)}?"

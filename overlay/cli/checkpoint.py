@@ -308,6 +308,7 @@ def judge(
     )
     if config.text.get("num_attention_heads") is not None:
         asked.divided("num_attention_heads")
+    asked.check_key_value_heads()
     groups: list[Group] = []
     if NEXT.fullmatch(architecture) or QWEN3_5.fullmatch(architecture):
         groups += asked.gdn()
@@ -364,6 +365,15 @@ class _Asked:
         if size % self.shards:
             raise CommandError(f"--tp={self.shards}: the model's {key} is {size}; allowed is a number that divides it")
         return size // self.shards
+
+    def check_key_value_heads(self) -> None:
+        """Raise CommandError where vLLM's attention cannot divide them, or copy each to as many shards. A latent one has none."""
+        count = self.config.size_or("num_key_value_heads", 1)
+        latent = any(self.config.text.get(key) is not None for key in OTHER_LINEARS)
+        if count % self.shards and self.shards % count and not latent:
+            raise CommandError(
+                f"--tp={self.shards}: the model's num_key_value_heads is {count}; allowed is a number that divides it, or a multiple of it"
+            )
 
     def _grouped(self, patch: str, rows: Iterable[tuple[Any, ...]], linears: bool = False) -> list[Group]:
         """Rows (state, reason, sizes[, linear]) that are alike as one group, in the order in which they come."""

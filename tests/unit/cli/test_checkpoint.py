@@ -262,6 +262,10 @@ def test_sizes_are_those_of_a_shard(tmp_path: Path) -> None:
     content["text_config"]["linear_num_value_heads"] = 30
     with pytest.raises(CommandError, match="--tp=4: the model's linear_num_value_heads is 30"):
         judged(tmp_path, content, shards=4)
+    content = copy.deepcopy(BASE["Qwen3.5-35B-A3B"])
+    content["text_config"]["num_key_value_heads"] = 3
+    with pytest.raises(CommandError, match="--tp=2: the model's num_key_value_heads is 3; allowed is a number that"):
+        judged(tmp_path, content, shards=2)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,10 @@ def test_settings_that_stop_it(container: Container) -> None:
     found = container.find(VLLMOVERLAY_PLAN="fast")
     assert set(needs(found)) == {"settings"} and "VLLMOVERLAY_PLAN='fast'" in found["settings"][0][1]
     assert container.find(VLLMOVERLAY_STRICT="1")["settings"][0][1].endswith("VLLMOVERLAY_STRICT=1")
+    service = {"VLLMOVERLAY_PORT": "tcp://10.0.0.1:80", "VLLMOVERLAY_SERVICE_HOST": "10.0.0.1"}
+    assert "10.0.0.1" not in container.find(**service)["settings"][0][1], (
+        "Kubernetes made them, and they are no settings"
+    )
 
 
 def test_who_shadows_whom(container: Container) -> None:
