@@ -37,7 +37,7 @@ STOP_TIMEOUT_SECONDS = 20.0
 HURRIED_STOP_SECONDS = 2.0
 # The overlay writes counters about once a second.
 JOURNAL_DELAY_SECONDS = 2.5
-# As much of a log as a start may write from one stage to the next.
+# A start writes fewer lines than this from one stage to the next.
 LOG_LINES = 400
 # Packages that environment.py put beside a vLLM it must not change.
 BESIDE = ROOT / ".cache" / "beside-gpu-vllm"
@@ -114,7 +114,7 @@ class Server:
             return False
 
     def has_kv_cache(self) -> bool:
-        """Whether it has got this far; raises ServerError when it ended before."""
+        """Whether vLLM has logged that the server has a KV cache, or the server answers; raises ServerError when it has ended."""
         return self.is_ready() or KV_CACHE_MARK in log_tail(self.log_path, LOG_LINES)
 
     def stage(self) -> str:

@@ -150,8 +150,11 @@ def _settings() -> Iterator[Finding]:
     if not found.enabled:
         yield Finding("settings", DO, f"{settings.FAMILY} switches the overlay off", f"unset {settings.FAMILY}")
         return
-    family = {name: value for name, value in os.environ.items() if name.startswith(settings.FAMILY)}
-    given = sorted(name for name, value in family.items() if not settings.is_service_link(name, value))
+    given = sorted(
+        name
+        for name, value in os.environ.items()
+        if name.startswith(settings.FAMILY) and not settings.is_service_link(name, value)
+    )
     yield Finding("settings", OK, ", ".join(f"{name}={os.environ[name]}" for name in given) or "all at their defaults")
     for line in found.retired:
         yield Finding("settings", NOTE, line, "remove it")

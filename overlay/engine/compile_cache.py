@@ -15,7 +15,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import overlay
 from overlay.report.journal import journal
@@ -23,8 +23,8 @@ from overlay.report.journal import journal
 ENTRY = "VLLMOVERLAY_FINGERPRINT"
 
 _applied: dict[str, str] = {}
-#: By patch, of this engine: what of its loaded models shapes their graphs, and the layers that stay stock.
-_shapes: dict[str, str] = {}
+#: By patch, of this engine: what shapes the graphs of its loaded models, by layer; and the layers that stay stock.
+_shapes: dict[str, dict[str, str]] = {}
 _stock: dict[str, set[str]] = {}
 
 
@@ -34,9 +34,9 @@ def add(patch: str, detail: Iterable[str]) -> None:
     _enter()
 
 
-def note_shapes(patch: str, detail: Iterable[str]) -> None:
-    """Note what of this engine's models, of which the last one has been loaded, shapes their graphs."""
-    _shapes[patch] = " ".join(detail)
+def note_shapes(patch: str, shapes: Mapping[str, str]) -> None:
+    """Note what shapes the graph of a model that has been loaded, by layer. This engine's earlier models still count."""
+    _shapes.setdefault(patch, {}).update(shapes)
     _enter()
 
 
@@ -55,7 +55,7 @@ def remove(patch: str) -> None:
 
 
 def begin_engine() -> None:
-    """A new engine of this process begins: forget the layers of the last one. Else its key would depend on what came before."""
+    """A new engine of this process begins: forget the layers of the last one, so that the key is that of an engine alone."""
     _shapes.clear()
     _stock.clear()
     if _applied:
@@ -77,7 +77,8 @@ def _fingerprint() -> str:
     """A hash of the overlay's source, of the patches that are applied in this process, and of the layers that stay stock."""
     digest = hashlib.sha256(source_hash().encode())
     for patch, detail in sorted(_applied.items()):
-        digest.update("\0".join(("", patch, detail, _shapes.get(patch, ""), *sorted(_stock.get(patch, ())))).encode())
+        shapes = (f"{layer_name}={shape}" for layer_name, shape in sorted(_shapes.get(patch, {}).items()))
+        digest.update("\0".join(("", patch, detail, *shapes, *sorted(_stock.get(patch, ())))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -71,8 +71,6 @@ class PatchRecord:
     calls: Calls = field(default_factory=Calls)
     #: One entry for each shape of this patch's layers: what was measured or read from disk (overlay.side_work.pairs).
     plans: list[dict[str, Any]] = field(default_factory=list)
-    #: By name of each layer that was decided on (overlay.side_work.waiting): what shapes its graph.
-    shapes: dict[str, str] = field(default_factory=dict)
     #: Whether vLLM's own warm-up has to call the op. If not, the first step has to.
     runs_in_warm_up: bool = True
     #: Whether the patch has neither layers nor an op (`Verdict.without_layers`). Then its reason says what it does.
@@ -109,7 +107,7 @@ class PatchRecord:
 
     def begin_engine(self) -> None:
         """A new engine of this process begins: forget what belongs to the last one."""
-        self.patched, self.refused, self.calls, self.plans, self.shapes = {}, {}, Calls(), [], {}
+        self.patched, self.refused, self.calls, self.plans = {}, {}, Calls(), []
         if self._before_overruled is not None:
             (self.verdict, self.reason), self._before_overruled = self._before_overruled, None
 

@@ -13,11 +13,11 @@ Cause: two things in Inductor depend on what is in the graph, and where.
   writes to its gate (`overlay.side_work.locality`).
 
 Fix: all of Inductor's passes, and vLLM's, see stock's graph, with stock's call in the place of the join. When they are done, start
-goes behind its input and what writes to that, and join before the first reader of what start writes to. Inductor knows start beforehand, as it knows
-stock's op by then, and start's input has to be in memory when start is lowered. Where it is not, such as behind an activation of
-one value, the graph is compiled again and keeps stock's calls. So does the first graph of a process that has a start: it has one
-layer's linears. vLLM compiles a graph once in stock, and once for each range here. Each time Inductor knows what it knew the
-first time.
+goes behind its input and what writes to that, and join before the first reader of what start writes to. Inductor knows start
+beforehand, as it knows stock's op by then, and start's input has to be in memory when start is lowered. Where it is not, such as
+behind an activation of one value, the graph is compiled again and keeps stock's calls. So does the first graph of a process that
+has a start: it has one layer's linears. vLLM compiles a graph once in stock, and once for each range here. Each time Inductor
+knows what it knew the first time.
 """
 
 from __future__ import annotations
@@ -218,10 +218,7 @@ def _insert(graph: torch.fx.Graph, known: Known, call: torch.fx.Node, gate: torc
         raise NotInsertedError(
             f"no op follows {known.stock} that reads what it writes to, and writes to something else"
         )
-    made = read
-    while _is_view(made):
-        made = made.all_input_nodes[0]
-    place = max(made, *_inputs(graph), *_writers(graph, read, call))
+    place = max(_memory(read), *_inputs(graph), *_writers(graph, read, call))
     for node in _needed_after(place, call):
         if not (_is_view(node) or node.target is torch.ops.aten.empty.memory_format or _is_size(node)):
             raise NotInsertedError(f"{known.stock} needs {node.target} after its input")
@@ -250,22 +247,22 @@ def _needed_after(place: torch.fx.Node, call: torch.fx.Node) -> list[torch.fx.No
 def _writers(graph: torch.fx.Graph, read: torch.fx.Node, call: torch.fx.Node) -> Iterable[torch.fx.Node]:
     """The nodes before `call` that may write to the memory of `read`.
 
-    vLLM's last pass has made its ops write in place. So what a node gives may get its values later: an all-reduce with its norm
-    writes into the GEMM's result that it was given, and a norm or an attention into a buffer.
+    vLLM's last pass makes its ops write in place. So a node's memory may get its values from a later node: an all-reduce with its
+    norm writes into a GEMM's result, and a norm or an attention into a buffer.
     """
     memory = _memory(read)
     return [node for node in graph.nodes if node < call and any(_memory(one) is memory for one in _written(node))]
 
 
 def _memory(node: torch.fx.Node) -> torch.fx.Node:
-    """The node that has made the memory of a node. A tuple counts as one."""
-    while _is_view(node) or node.target is operator.getitem:
+    """The node whose result a node is a view of, or the node itself. The parts of a tuple count as views of it."""
+    while _is_view(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """What a node may write to: all that it is given where it does not say what."""
+    """What a node may write to. A higher-order op does not say what it writes to, so all its inputs count."""
     found: list[Any] = []
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         found += node.all_input_nodes
@@ -277,7 +274,8 @@ def _written(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def _is_view(node: torch.fx.Node) -> bool:
-    return node.target is torch.ops.aten.reshape.default or bool(getattr(node.target, "is_view", False))
+    named = torch.ops.aten.reshape.default, operator.getitem
+    return node.target in named or bool(getattr(node.target, "is_view", False))
 
 
 def _is_size(node: torch.fx.Node) -> bool:

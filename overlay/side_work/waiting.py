@@ -115,11 +115,10 @@ class Waiting(Generic[Given, Pair]):
                 self._record.patched.pop(name, None)
                 self._record.refuse(name, pair)
             shapes.setdefault(name, set()).add("stock" if isinstance(pair, str) else pair.shape)
-        self._record.shapes |= {name: " and ".join(sorted(them)) for name, them in shapes.items()}
         if self._verdict.shapes_graph:
-            shaping = sorted(f"{name}={shape}" for name, shape in self._record.shapes.items())
-            ranges = f"ranges={getattr(compilation, 'compile_ranges_endpoints', None)}"
-            compile_cache.note_shapes(self._patch, (*shaping, ranges))
+            shaping = {name: " and ".join(sorted(them)) for name, them in shapes.items()}
+            shaping["ranges"] = str(getattr(compilation, "compile_ranges_endpoints", None))
+            compile_cache.note_shapes(self._patch, shaping)
         journal.write()
 
     def _split_ranges(self, worker: Any) -> None:

@@ -190,7 +190,7 @@ def test_a_key_does_not_depend_on_the_engines_before(entries: Entries) -> None:
     def engine(name: str) -> object:
         compile_cache.begin_engine()
         compile_cache.note_layer("gdn", f"{name}.1", stock=True)
-        return key_after(entries, compile_cache.note_shapes, "gdn", [f"{name}.0=by weight"])
+        return key_after(entries, compile_cache.note_shapes, "gdn", {f"{name}.0": "by weight"})
 
     alone = engine("b")
     assert engine("a") != alone == engine("b")

@@ -412,7 +412,8 @@ class Deciding:
             monkeypatch.setattr(module, "journal", self.journal)
         monkeypatch.setattr(pairs, "settle", self._settle)
         monkeypatch.setattr(lowering, "split_ranges", self._split)
-        monkeypatch.setattr(compile_cache, "note_shapes", lambda patch, detail: self.identities.append(tuple(detail)))
+        monkeypatch.setattr(compile_cache, "_shapes", {})
+        monkeypatch.setattr(compile_cache, "_enter", self._enter)
 
     def _settle(self, found: Any, of_vllm: Any, settings: Settings, record: PatchRecord, default: Plan) -> None:
         assert record is self.record and default == Plan("dual", THRESHOLD)
@@ -420,6 +421,9 @@ class Deciding:
         if self.fails:
             record.plans.append({"shape": "of layers that run stock"})
             raise self.fails
+
+    def _enter(self) -> None:
+        self.identities.append(tuple(f"{name}={shape}" for name, shape in sorted(compile_cache._shapes[NAME].items())))
 
     def _split(self, config: Any, strict: bool) -> bool:
         self.split.append(1)

@@ -598,7 +598,13 @@ def package(monkeypatch: pytest.MonkeyPatch, engine: Any) -> Any:
     monkeypatch.setattr("overlay.side_work.waiting.journal", journal)
     monkeypatch.setattr(loaded, "_waiting", waiting)
     monkeypatch.setattr(lowering, "intercept_compiler", lambda strict: None)
-    monkeypatch.setattr(compile_cache, "note_shapes", lambda patch, detail: entered.append(tuple(detail)))
+    shapes: dict[str, dict[str, str]] = {}
+    monkeypatch.setattr(compile_cache, "_shapes", shapes)
+    monkeypatch.setattr(
+        compile_cache,
+        "_enter",
+        lambda: entered.append(tuple(f"{name}={shape}" for name, shape in sorted(shapes["lora_linear"].items()))),
+    )
     ancestor = type("BaseLayerWithLoRA", (torch.nn.Module,), {"set_mapping": BaseLayerWithLoRA.set_mapping})
     body = {name: value for name, value in BaseLinearLayerWithLoRA.__dict__.items() if name in ("apply", "_apply_sync")}
     linear = type("BaseLinearLayerWithLoRA", (ancestor,), body)
