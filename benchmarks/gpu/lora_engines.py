@@ -128,9 +128,12 @@ class LoraEngines(engines.Engines):
                 self.results.problem(f"{arm}: upstream's switch is {state['switch']}")
         overlay = states.get(OVERLAY)
         if overlay is not None:
-            faults = journal_faults(overlay["patch"], overlay["linears"], self.setup.cpu)
-            for text in [*faults, *(overlay["problems"] or [])]:
-                self.results.problem(f"overlay: {text}")
+            if not overlay["ranks"]:
+                self.results.problem("overlay: no journal: NOTHING WAS PATCHED")
+            for number, rank in enumerate(overlay["ranks"]):
+                faults = journal_faults(rank["patch"], overlay["linears"], self.setup.cpu)
+                for text in [*faults, *rank["problems"]]:
+                    self.results.problem(f"overlay, rank {number}: {text}")
 
     # ---- phases
 

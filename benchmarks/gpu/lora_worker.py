@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from bench_engine.worker import EngineWorker
@@ -18,21 +17,19 @@ class Worker(EngineWorker):
     _number = 100
 
     def do_lora_state(self) -> dict[str, Any]:
-        """LoRA linears of the model by class, upstream's switch, and what the overlay's journal says of its patch."""
+        """LoRA linears of a rank by class, upstream's switch, and what each rank's journal says of the overlay's patch."""
         from vllm import envs
 
-        classes: dict[str, int] = {}
-        for module in self._model().modules():
-            if any(base.__name__ == LINEAR for base in type(module).__mro__):
-                classes[type(module).__name__] = classes.get(type(module).__name__, 0) + 1
-        journal = sys.modules.get("overlay.report.journal")
-        found = journal.journal.as_dict() if journal is not None else None
+        classes: dict[str, int] = self._llm.collective_rpc("bench_classes", args=(LINEAR,))[0]
         return {
             "linears": sum(classes.values()),
             "classes": classes,
             "switch": bool(getattr(envs, "VLLM_LORA_ENABLE_DUAL_STREAM", False)),
-            "patch": found and found["patches"].get("lora_linear"),
-            "problems": found and found["problems"],
+            "ranks": [
+                {"patch": found["patches"].get("lora_linear"), "problems": found["problems"]}
+                for found in self._llm.collective_rpc("bench_journal")
+                if found is not None
+            ],
         }
 
     def _load(self, name: str, path: str) -> str:

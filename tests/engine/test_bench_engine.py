@@ -67,7 +67,14 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "overlay.start.import_hooks" in pair["overlay"]["overlay_modules"] and list(pair["journals"]) == ["overlay"]
     assert pair["journal"][0]["patched"] == found["model"]["linear_attention_layers"] == 3
     assert pair["journal"][0]["calls"]["serial"]["serial pass-through"] > 0
-    assert [row["case"] for row in found["tokens"]] == ["N=1", "N=2", "prompt 8", "prompt 100", "mixed prompts"]
+    assert [row["case"] for row in found["tokens"]] == [
+        "N=1",
+        "N=2",
+        "prompt 8",
+        "prompt 100",
+        "mixed prompts",
+        "4 requests for 2 seats",
+    ]
     for row in found["tokens"]:
         assert row["different_requests"] == 0 and row["logprobs_equal"] and row["stock_repeats_itself"], row
         assert row["distinct"] > row["generated"] // 2, "tokens that are all the same prove nothing"

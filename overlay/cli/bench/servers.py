@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overlay.cli.bench.engines import RESERVE_SECONDS
-from overlay.cli.bench.outside.bench_engine.extension import NAME, WEIGHT_SEED
+from overlay.cli.bench.outside.bench_engine import weights
 from overlay.cli.bench.results import Results, journal_summary
 from overlay.cli.bench.setup import STOCK, WITH_OVERLAY, Setup
 from overlay.cli.bench.workers import SCRIPT, Worker, WorkerError, halves, move_group, tail
@@ -83,8 +83,8 @@ class Server:
         command += ["--tokenizer", str(tokenizer)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *flags(engine)]
         if seed is not None:
-            environment[WEIGHT_SEED] = str(seed)
-            command += ["--worker-extension-cls", NAME]
+            environment[weights.SEED] = str(seed)
+            command += ["--worker-extension-cls", weights.EXTENSION]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

@@ -1,21 +1,19 @@
-"""Random weights in vLLM's own worker processes: tensor parallelism and `vllm serve`.
+"""What the bench needs where a model is: in the engine's process, or in vLLM's own with tensor parallelism and `vllm serve`.
 
 vLLM imports the class that `worker_extension_cls` names in every worker, before the model is loaded, whether the process
-was forked or spawned. That import is the point: it replaces the dummy loader there.
+was forked or spawned. That import replaces the dummy loader there, so that the random weights matter.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from . import weights
 
-WEIGHT_SEED = "BENCH_WEIGHT_SEED"
-NAME = "bench_engine.extension.BenchWorker"
-
-if os.environ.get(WEIGHT_SEED):
-    weights.replace_dummy_weights(int(os.environ[WEIGHT_SEED]))
+if os.environ.get(weights.SEED):
+    weights.replace_dummy_weights(int(os.environ[weights.SEED]))
 
 
 class BenchWorker:
@@ -24,3 +22,16 @@ class BenchWorker:
     def bench_checksum(self: Any) -> str:
         """The checksum of this rank's weights."""
         return weights.checksum(self.get_model())
+
+    def bench_classes(self: Any, base: str) -> dict[str, int]:
+        """How many of this rank's modules have a base class of that name, by their class."""
+        found: dict[str, int] = {}
+        for module in self.get_model().modules():
+            if any(one.__name__ == base for one in type(module).__mro__):
+                found[type(module).__name__] = found.get(type(module).__name__, 0) + 1
+        return found
+
+    def bench_journal(self: Any) -> dict[str, Any] | None:
+        """The overlay's journal of this rank's process; None without the overlay."""
+        module = sys.modules.get("overlay.report.journal")
+        return None if module is None else dict(module.journal.as_dict())

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+#: The environment variable of the seed, and the class that vLLM's workers are given: with both they have these weights.
+SEED, EXTENSION = "BENCH_WEIGHT_SEED", "bench_engine.extension.BenchWorker"
 #: int32 with eight 4-bit values of 7 and 8: the zero points of a symmetric GPTQ checkpoint.
 _SYMMETRIC_ZERO_POINTS = 0x77777777
 #: Standard deviations of random 4-bit values: GPTQ's minus 8, of which none is -8, and NVFP4's (0 to 6, and a sign).

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import extension, replies, weights
+from . import replies, weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,11 +90,8 @@ class EngineWorker:
 
         imported = time.perf_counter()
         if weight_seed is not None:
-            weights.replace_dummy_weights(weight_seed)
-            if engine.get("tensor_parallel_size", 1) > 1:  # the models are in processes of vLLM's own
-                os.environ[extension.WEIGHT_SEED] = str(weight_seed)
-                engine = {**engine, "worker_extension_cls": extension.NAME}
-        self._llm = LLM(**engine)
+            os.environ[weights.SEED] = str(weight_seed)
+        self._llm = LLM(**engine, worker_extension_cls=weights.EXTENSION)
         self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
         ready = time.perf_counter()
         return {"import_seconds": imported - begin, "build_seconds": ready - imported, **self.do_describe()}
@@ -143,12 +140,7 @@ class EngineWorker:
 
     def do_checksum(self) -> str:
         """A checksum over the weights, after vLLM has repacked them; of all ranks by comma."""
-        if self._llm.llm_engine.vllm_config.parallel_config.world_size > 1:
-            return ",".join(self._llm.collective_rpc("bench_checksum"))
-        return weights.checksum(self._model())
-
-    def _model(self) -> Any:
-        return self._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        return ",".join(self._llm.collective_rpc("bench_checksum"))
 
     # ---- requests
 
