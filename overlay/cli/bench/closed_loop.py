@@ -13,16 +13,17 @@ embeddings of a few prompts that are sent alone.
 `results.json` gets `concurrency`::
 
     {"rows": [{"requests": 8, "metric": "tpot" | "ttft" | "embedding", "requests_per_second": {"stock", …}, … as a row of decode …}],
-     "answers": [{"requests": 8, "arms": {"stock": {"different", "of"}, "overlay": {"different", "of"}}}],
+     "answers": [{"requests": 8, "arms": {"stock": {"different", "of", "new", "asked"}, "overlay": {…}}}],
      "together": true, "prompt": 512, "output": 128, "start_seconds": {"stock"}, "journals": {"overlay": […]}}
 
 `requests` is the number of clients. `different` counts answers, over all rounds, that are not those of stock's first round. A server's
-batches depend on the moment, so above one client an answer may differ by rounding; stock's own count is the control.
+batches depend on the moment, so above one client an answer may differ by rounding, and often all answers of a round do. `new` counts
+those of all `asked` that stock has given in no other round; it is there where stock has several. Stock's own counts are the control.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from overlay.cli.bench.engines import paired_row
@@ -100,7 +101,7 @@ def rows_of(runs: Runs) -> list[dict[str, Any]]:
 
 
 def answers_of(runs: Runs) -> list[dict[str, Any]]:
-    """How many answers of each arm are not those of stock's first round; stock's own are of its later rounds."""
+    """How many answers of each arm are not those of stock's first round, and how many stock has given in no other round."""
     rows = []
     for clients, by_arm in _begun(runs):
         stock = by_arm[STOCK]
@@ -110,6 +111,18 @@ def answers_of(runs: Runs) -> list[dict[str, Any]]:
         for arm, rounds in by_arm.items():
             found = [run["answers"] for turn, run in rounds.items() if arm != STOCK or turn != first]
             different = sum(old != new for texts in found for old, new in zip(wanted, texts, strict=True))
-            arms[arm] = {"different": different, "of": len(wanted) * len(found)}
+            arms[arm] = {"different": different, "of": len(wanted) * len(found), **_new(rounds, stock)}
         rows.append({"requests": clients, "arms": arms})
     return rows
+
+
+def _new(rounds: Mapping[int, dict[str, Any]], stock: Mapping[int, dict[str, Any]]) -> dict[str, int]:
+    """How many answers of these rounds stock has given in none of its own rounds but the same one: all arms get as many chances."""
+    if len(stock) < 2:
+        return {}
+    new = asked = 0
+    for turn, run in rounds.items():
+        of_stock = zip(*(other["answers"] for one, other in stock.items() if one != turn), strict=True)
+        new += sum(answer not in given for answer, given in zip(run["answers"], of_stock, strict=True))
+        asked += len(run["answers"])
+    return {"new": new, "asked": asked}

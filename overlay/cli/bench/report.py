@@ -402,12 +402,16 @@ def closed_loop(found: dict[str, Any]) -> Table:
 
 
 def answers(data: dict[str, Any]) -> list[Text]:
-    """How many answers differ from those of stock's first round, with stock's own later rounds as the control."""
+    """How many answers are not stock's: of its first round, and of any other one. Stock's own numbers are the control."""
     found = data.get(CONCURRENCY) or {}
     lines = [] if found.get("together", True) else ["the servers were alive one after the other"]
     for row in found.get("answers") or []:
         counts = ", ".join(f"{arm} {one['different']} of {one['of']}" for arm, one in row["arms"].items())
         lines.append(f"clients {row['requests']}: answers that are not those of stock's first round: {counts}")
+        counted = {arm: one for arm, one in row["arms"].items() if "new" in one}  # results of before 2026-12 have none
+        if counted:
+            counts = ", ".join(f"{arm} {one['new']} of {one['asked']}" for arm, one in counted.items())
+            lines.append(f"clients {row['requests']}: answers that stock has given in no other round: {counts}")
     return [Text("\n".join(lines))] if lines else []
 
 

@@ -907,7 +907,10 @@ def test_a_closed_loop_is_paired_by_round_and_its_answers_have_a_control(data: d
     assert [(row["requests"], row["metric"], row["rounds"]) for row in (tpot, ttft)] == [(1, "tpot", 2), (1, "ttft", 2)]
     assert tpot["ratio"] == pytest.approx(0.9) and tpot["interval"] == "range"
     answers = closed_loop.answers_of(runs)
-    assert answers[0]["arms"] == {"stock": {"different": 1, "of": 4}, "overlay": {"different": 1, "of": 4}}
+    assert answers[0]["arms"] == {
+        "stock": {"different": 1, "of": 4, "new": 1, "asked": 6},
+        "overlay": {"different": 1, "of": 4, "new": 1, "asked": 4},
+    }
     assert set(answers[1]["arms"]) == {"stock"}
     # The arm whose turn never came takes nothing from the others.
     with_control = {1: {**runs[1], "control": {}}}
@@ -918,7 +921,12 @@ def test_a_closed_loop_is_paired_by_round_and_its_answers_have_a_control(data: d
     assert different(data) == []  # stock does not repeat itself here
     report.show(data, Console(width=120, file=(tmp_path / "terminal").open("w")), tmp_path / "report.txt")
     shown = (tmp_path / "report.txt").read_text()
-    for text in ("first round: stock 1 of 4, overlay 1 of 4", "one after the other", "output token, clients: faster 1"):
+    for text in (
+        "first round: stock 1 of 4, overlay 1 of 4",
+        "in no other round: stock 1 of 6, overlay 1 of 4",
+        "one after the other",
+        "output token, clients: faster 1",
+    ):
         assert text in shown
     pytest.importorskip("matplotlib")
     assert "concurrency.png" in [path.name for path in plots.write(data, tmp_path)]
@@ -934,6 +942,17 @@ def test_one_client_must_get_stocks_answers(clients: int) -> None:
     assert different({"concurrency": {"answers": answers}}) == said
     once = closed_loop.answers_of({clients: {"stock": {0: same[0]}, "overlay": other}})
     assert different({"concurrency": {"answers": once}}) == []
+
+
+def test_an_answer_is_new_where_stock_gave_it_in_no_other_round() -> None:
+    """Rounds have one of two kinds of batches here, in another order on each side. The overlay's last answer is its own."""
+    stock = {0: _loop_run(1.0, "a", "b"), 1: _loop_run(1.0, "A", "B"), 2: _loop_run(1.0, "a", "b")}
+    overlay = {0: _loop_run(1.0, "A", "B"), 1: _loop_run(1.0, "a", "b"), 2: _loop_run(1.0, "A", "c")}
+    (row,) = closed_loop.answers_of({32: {"stock": stock, "overlay": overlay}})
+    assert row["arms"]["overlay"] == {"different": 4, "of": 6, "new": 1, "asked": 6}
+    assert row["arms"]["stock"] == {"different": 2, "of": 4, "new": 2, "asked": 6}
+    (row,) = closed_loop.answers_of({32: {"stock": {0: stock[0]}, "overlay": overlay}})
+    assert row["arms"] == {"stock": {"different": 0, "of": 0}, "overlay": {"different": 4, "of": 6}}
 
 
 class Moved:

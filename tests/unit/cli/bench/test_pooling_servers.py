@@ -84,7 +84,8 @@ def test_embeddings_are_timed_in_pairs_and_compared() -> None:
     assert (row["metric"], row["rounds"]) == ("embedding", 2) and row["ratio"] == pytest.approx(0.9)
     assert row["requests_per_second"] == {"stock": 6.0, "overlay": pytest.approx(6.0 / 0.9)}
     (answers,) = closed_loop.answers_of(runs)
-    assert answers["arms"] == {"stock": {"different": 0, "of": 2}, "overlay": {"different": 1, "of": 4}}
+    assert answers["arms"]["stock"] == {"different": 0, "of": 2, "new": 0, "asked": 4}
+    assert answers["arms"]["overlay"] == {"different": 1, "of": 4, "new": 1, "asked": 4}
     said = report.headline({"concurrency": {"rows": [row]}})
     assert said == "overlay, time per embedding: faster by 10.0 % (10.0 to 10.0 in 2 rounds) at clients = 4"
 
