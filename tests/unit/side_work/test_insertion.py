@@ -124,7 +124,7 @@ def through_a_view(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def by_vllms_kernel(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `custom_ops=["+rms_norm"]`: vLLM's last pass has it write in place, into a GEMM's result."""
+    """As vLLM's own norm (up to 0.20 `custom_ops`, from 0.21 on `ir_op_priority`): its last pass has it write into a GEMM's result."""
     out = torch.mm(values, values.t() @ values)
     torch.ops._C.fused_add_rms_norm(out, values * 1, weight.to(values.dtype), 1e-6)
     return out
