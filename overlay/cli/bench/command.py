@@ -98,6 +98,8 @@ class Effort:
 
 FULL = Effort(32, 3, 6, 64, 10, 3, 30.0, 2, 6, 4)
 QUICK = Effort(16, 1, 5, 16, 4, 2, 8.0, 1, 3, 2)
+#: Engine arguments by which the workers get the bench's weights.
+OWN_ARGUMENTS = ("worker_extension_cls",)
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,13 @@ def parse_pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
 
 
 def parse_engine(words: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=JSON words: arguments of `vllm.LLM`; what is no JSON is a string."""
+    """NAME=JSON words: arguments of `vllm.LLM`; what is no JSON is a string. Raises CommandError for what the bench sets itself."""
     found: dict[str, Any] = {}
     for name, value in parse_pairs("--engine", words).items():
+        if name in OWN_ARGUMENTS:
+            raise CommandError(
+                f"--engine {name}={value}: allowed is any other engine argument; bench needs this one itself"
+            )
         try:
             found[name] = json.loads(value)
         except ValueError:

@@ -415,6 +415,7 @@ def test_a_machine_without_the_memory_is_told_so(machine: dict[str, Any]) -> Non
         ("foo=1", "no such engine argument"),
         ("max_num_seq=4", "did you mean max_num_seqs"),
         ("a=1", "no such"),
+        ("worker_extension_cls=mine.Worker", "bench needs this one itself"),
     ],
 )
 def test_engine_arguments_are_judged_before_anything_is_made(
