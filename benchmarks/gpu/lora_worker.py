@@ -26,9 +26,8 @@ class Worker(EngineWorker):
             "classes": classes,
             "switch": bool(getattr(envs, "VLLM_LORA_ENABLE_DUAL_STREAM", False)),
             "ranks": [
-                {"patch": found["patches"].get("lora_linear"), "problems": found["problems"]}
+                {"patch": found.get("patches", {}).get("lora_linear"), "problems": found.get("problems", [])}
                 for found in self._llm.collective_rpc("bench_journal")
-                if found is not None
             ],
         }
 

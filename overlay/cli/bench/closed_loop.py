@@ -18,7 +18,8 @@ embeddings of a few prompts that are sent alone.
 
 `requests` is the number of clients. `different` counts answers, over all rounds, that are not those of stock's first round. A server's
 batches depend on the moment, so above one client an answer may differ by rounding, and often all answers of a round do. `new` counts
-those of all `asked` that stock has given in no other round; it is there where stock has several. Stock's own counts are the control.
+the answers that stock has given in no other round, and `asked` counts all. Both are left out where stock had one round. Stock's own
+counts are the control.
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ def answers_of(runs: Runs) -> list[dict[str, Any]]:
 
 
 def _new(rounds: Mapping[int, dict[str, Any]], stock: Mapping[int, dict[str, Any]]) -> dict[str, int]:
-    """How many answers of these rounds stock has given in none of its own rounds but the same one: all arms get as many chances."""
+    """How many answers of these rounds stock has given in no other round.
+
+    An answer is not compared with stock's round of the same number. So an arm's answer and stock's own have as many to be found in.
+    """
     if len(stock) < 2:
         return {}
     new = asked = 0

@@ -98,7 +98,7 @@ class Effort:
 
 FULL = Effort(32, 3, 6, 64, 10, 3, 30.0, 2, 6, 4)
 QUICK = Effort(16, 1, 5, 16, 4, 2, 8.0, 1, 3, 2)
-#: Engine arguments by which the workers get the bench's weights.
+#: Engine arguments that the bench gives itself.
 OWN_ARGUMENTS = ("worker_extension_cls",)
 
 

@@ -160,14 +160,14 @@ class Engines:
     def tokens(self, batches: Sequence[int], lengths: Sequence[int], repetitions: int = 1) -> None:
         """Greedy tokens and log probabilities: every arm against stock, and stock against itself, `repetitions` times.
 
-        In the last case half of the requests wait: others end, and prompts come in pieces beside the rest, as in a server.
+        The last case has twice as many requests as seats. So some prompts are computed in pieces, beside requests that decode.
         """
         cases = [(f"N={count}", [12 + (index * 7) % 23 for index in range(count)]) for count in batches]
         cases += [(f"prompt {length}", [length]) for length in lengths]
         mixed = [length for length in (8, 100, 128, 300, 512) if length in lengths or length in (100, 300)]
         cases.append(("mixed prompts", mixed * 2))
         seats = max(batches)
-        waiting = list(itertools.islice(itertools.cycle(WAITING), 2 * seats))
+        waiting = [WAITING[index % len(WAITING)] for index in range(2 * seats)]
         cases.append((f"{2 * seats} requests for {seats} seats", waiting))
         self.progress.phase("tokens", len(cases))
         for index, (name, prompts) in enumerate(cases):

@@ -401,17 +401,24 @@ def closed_loop(found: dict[str, Any]) -> Table:
     return shown
 
 
+#: What is said of servers' answers, and the keys of its numbers.
+ANSWERS = (
+    ("are not those of stock's first round", "different", "of"),
+    ("stock has given in no other round", "new", "asked"),
+)
+
+
 def answers(data: dict[str, Any]) -> list[Text]:
-    """How many answers are not stock's: of its first round, and of any other one. Stock's own numbers are the control."""
+    """How many answers of servers are not stock's. Stock's own numbers are the control."""
     found = data.get(CONCURRENCY) or {}
     lines = [] if found.get("together", True) else ["the servers were alive one after the other"]
     for row in found.get("answers") or []:
-        counts = ", ".join(f"{arm} {one['different']} of {one['of']}" for arm, one in row["arms"].items())
-        lines.append(f"clients {row['requests']}: answers that are not those of stock's first round: {counts}")
-        counted = {arm: one for arm, one in row["arms"].items() if "new" in one}  # results of before 2026-12 have none
-        if counted:
-            counts = ", ".join(f"{arm} {one['new']} of {one['asked']}" for arm, one in counted.items())
-            lines.append(f"clients {row['requests']}: answers that stock has given in no other round: {counts}")
+        for what, count, total in ANSWERS:
+            counts = ", ".join(
+                f"{arm} {one[count]} of {one[total]}" for arm, one in row["arms"].items() if count in one
+            )
+            if counts:  # `new` is not in older results, nor where stock had one round
+                lines.append(f"clients {row['requests']}: answers that {what}: {counts}")
     return [Text("\n".join(lines))] if lines else []
 
 

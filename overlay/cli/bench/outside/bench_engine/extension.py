@@ -1,4 +1,4 @@
-"""What the bench needs where a model is: in the engine's process, or in vLLM's own with tensor parallelism and `vllm serve`.
+"""What the bench adds to every process that has a model: the engine's, or vLLM's own with tensor parallelism and `vllm serve`.
 
 vLLM imports the class that `worker_extension_cls` names in every worker, before the model is loaded, whether the process
 was forked or spawned. That import replaces the dummy loader there, so that the random weights matter.
@@ -31,7 +31,7 @@ class BenchWorker:
                 found[type(module).__name__] = found.get(type(module).__name__, 0) + 1
         return found
 
-    def bench_journal(self: Any) -> dict[str, Any] | None:
-        """The overlay's journal of this rank's process; None without the overlay."""
+    def bench_journal(self: Any) -> dict[str, Any]:
+        """The overlay's journal of this rank's process; empty without the overlay."""
         module = sys.modules.get("overlay.report.journal")
-        return None if module is None else dict(module.journal.as_dict())
+        return {} if module is None else dict(module.journal.as_dict())
